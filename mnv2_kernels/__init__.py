@@ -1,0 +1,18 @@
+"""MobileNetV2's inverted residual in one pass: the expanded tensor never exists in memory.
+
+>>> import mnv2_kernels as mk
+>>> model = mk.fuse(model)
+"""
+
+from .backends import backends
+from .fold import FoldedWeights
+from .modules import InvertedResidual, mobilenet_v2
+from .ops import inverted_residual
+
+__all__ = [
+    "FoldedWeights",
+    "InvertedResidual",
+    "backends",
+    "inverted_residual",
+    "mobilenet_v2",
+]

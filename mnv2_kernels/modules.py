@@ -1,0 +1,296 @@
+"""Modules: train with the plain layers, infer in one pass.
+
+`FusedModule` holds what every such module shares: when the kernel may run, and the folded weights
+as a cache that follows the parameters. `InvertedResidual` is the block to build networks from,
+`FusedInvertedResidual` the drop-in around somebody else's block, `MobileNetV2` the paper's network.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+from .block import (
+    LAST_CHANNELS,
+    MOBILENET_V2_SETTINGS,
+    NO_CLIP,
+    RELU6,
+    STEM_CHANNELS,
+    BlockConfig,
+    inverted_residual_config,
+    make_divisible,
+)
+from .fold import BlockLayers, ConvNorm, FoldedWeights, fold_layers
+from .ops import inverted_residual
+
+
+class FusedModule(nn.Module):
+    """A block with plain layers, whose forward runs the fused kernel wherever that is exact.
+
+    Subclasses give `layers` (what to fold) and `plain_forward` (the layers one by one).
+    """
+
+    layers: BlockLayers
+    backend: str | None = None
+    _folded: tuple[tuple, FoldedWeights] | None = None
+
+    def plain_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """The block layer by layer; any further arguments are those of the original module."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, H_out, W_out), channels_last where the kernel ran."""
+        if self.why_plain(x) is not None:
+            return self.plain_forward(x, *args, **kwargs)
+        config = self.config
+        return inverted_residual(
+            x,
+            self.folded_weights(),
+            stride=config.stride,
+            padding=config.padding,
+            dilation=config.dilation,
+            residual=config.residual,
+            backend=self.backend,
+        )
+
+    @property
+    def config(self) -> BlockConfig:
+        """Sizes of the block."""
+        config = self.__dict__.get("_config")
+        if config is None:
+            config = self.__dict__["_config"] = self.layers.config
+        return config
+
+    def why_plain(self, x: Tensor | None = None) -> str | None:
+        """Why a forward of x would run the plain layers; None where it would run fused."""
+        layers = self.layers
+        for stage in (layers.depthwise, layers.project, layers.expand):
+            norm = None if stage is None else stage.norm
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training:
+                return "batch norm is in training mode and needs the statistics of whole tensors"
+        if self.training:
+            return "the module is in training mode"
+        if self.backend is None and x is not None:
+            reasons = [b.why_not(x) for b in backends.BACKENDS if b.name != "reference"]
+            if all(reasons):
+                return "; ".join(reasons)
+        return None
+
+    def folded_weights(self) -> FoldedWeights:
+        """The folded weights of the parameters as they are now.
+
+        Differentiable in the parameters where a gradient could be asked for; otherwise cached
+        until a parameter or buffer changes (PyTorch's version counters see every change but those
+        made through `.data`, for which `train()`, `eval()` and `to()` drop the cache too).
+        """
+        tensors = self.layers.parameters_and_buffers()
+        if torch.compiler.is_compiling() or (
+            torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        ):
+            return fold_layers(self.layers)
+        key = tuple(_identity(t) for t in tensors)
+        if self._folded is None or self._folded[0] != key:
+            # The aliases keep the old storages alive, so that no new tensor gets their address.
+            aliases = [t.detach() for t in tensors]
+            with torch.no_grad():
+                self.__dict__["_folded"] = (key, fold_layers(self.layers), aliases)
+        return self._folded[1]
+
+    def train(self, mode: bool = True) -> "FusedModule":
+        self.__dict__["_folded"] = None
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> "FusedModule":
+        self.__dict__["_folded"] = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_folded": None}
+
+
+def _identity(tensor: Tensor) -> tuple[int, int]:
+    # Inference tensors have no version counter: what is in them can only be seen to be replaced.
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+class FusedInvertedResidual(FusedModule):
+    """A recognised block of another library, with the same children under the same names.
+
+    Attributes that are not found here come from the original module (`stride`, `out_channels`,
+    `use_res_connect`, `has_skip` ...), so that code which reads them goes on working.
+    """
+
+    def __init__(self, original: nn.Module, layers: BlockLayers, backend: str | None = None):
+        super().__init__()
+        # Shared with the original, not copied: a change on either side is seen by both.
+        for shared in ("_modules", "_parameters", "_buffers"):
+            self.__dict__[shared] = original.__dict__[shared]
+        self.__dict__["original"] = original
+        self.layers = layers
+        self.backend = backend
+        self.training = original.training
+
+    def plain_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return self.original(x, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> "FusedInvertedResidual":
+        self.original.training = mode
+        return super().train(mode)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "original":
+                raise
+            return getattr(self.original, name)
+
+    def extra_repr(self) -> str:
+        return f"fused {self.config.name}, residual={self.config.residual}"
+
+
+class InvertedResidual(FusedModule):
+    """The paper's block (MobileNetV2, section 3.3); children and state_dict keys as torchvision's.
+
+    Args:
+        in_channels, out_channels: channels of x and of the result.
+        stride: of the depthwise, 1 or 2. The residual is added iff stride is 1 and the channel
+            counts agree.
+        expand_ratio: hidden channels over in_channels (the paper's t); 1 leaves expansion out.
+        kernel_size: of the depthwise, 3 or 5.
+        norm_layer: constructor of the batch norms.
+        backend: a name from `backends()`; None takes the first that can run.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        expand_ratio: float = 6,
+        kernel_size: int = 3,
+        norm_layer: type[nn.Module] = nn.BatchNorm2d,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        for name, value, allowed in (
+            ("stride", stride, (1, 2)),
+            ("kernel_size", kernel_size, (3, 5)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"InvertedResidual: {name} must be in {allowed}, got {value!r}")
+        config = inverted_residual_config(
+            in_channels, out_channels, stride, expand_ratio, kernel_size
+        )
+        hidden = config.hidden_channels
+        stages = [_conv_norm_clip(in_channels, hidden, norm_layer)] if config.expansion else []
+        stages.append(
+            _conv_norm_clip(
+                hidden, hidden, norm_layer, kernel_size=kernel_size, stride=stride, groups=hidden
+            )
+        )
+        self.conv = nn.Sequential(
+            *stages, nn.Conv2d(hidden, out_channels, 1, bias=False), norm_layer(out_channels)
+        )
+        self.stride = stride
+        self.out_channels = out_channels
+        self.use_res_connect = config.residual
+        self.backend = backend
+        clipped = [ConvNorm(stage[0], stage[1], RELU6) for stage in stages]
+        self.layers = BlockLayers(
+            expand=clipped[0] if config.expansion else None,
+            depthwise=clipped[-1],
+            project=ConvNorm(self.conv[-2], self.conv[-1], NO_CLIP),
+            residual=config.residual,
+            padding=config.padding,
+        )
+
+    def plain_forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return x + y if self.use_res_connect else y
+
+    def extra_repr(self) -> str:
+        return f"{self.config.name}, residual={self.config.residual}"
+
+
+def _conv_norm_clip(
+    in_channels: int, out_channels: int, norm_layer, *, kernel_size=1, stride=1, groups=1
+) -> nn.Sequential:
+    conv = nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
+    )
+    return nn.Sequential(conv, norm_layer(out_channels), nn.ReLU6(inplace=True))
+
+
+class MobileNetV2(nn.Module):
+    """The network of the paper's Table 2, with fused blocks; state_dict keys are torchvision's.
+
+    x (N, 3, H, W) -> logits (N, num_classes). Build it with `mobilenet_v2`.
+    """
+
+    def __init__(
+        self, width_mult: float = 1.0, num_classes: int = 1000, *, dropout: float = 0.2, norm_layer
+    ):
+        super().__init__()
+        channels = make_divisible(STEM_CHANNELS * width_mult)
+        stem = _conv_norm_clip(3, channels, norm_layer, kernel_size=3, stride=2)
+        features: list[nn.Module] = [stem]
+        for expand_ratio, base_channels, repeats, first_stride in MOBILENET_V2_SETTINGS:
+            out_channels = make_divisible(base_channels * width_mult)
+            for i in range(repeats):
+                block = InvertedResidual(
+                    channels,
+                    out_channels,
+                    stride=first_stride if i == 0 else 1,
+                    expand_ratio=expand_ratio,
+                    norm_layer=norm_layer,
+                )
+                features.append(block)
+                channels = out_channels
+        # Only widths above 1 widen the last convolution (paper, section 4.1).
+        self.last_channel = make_divisible(LAST_CHANNELS * max(1.0, width_mult))
+        features.append(_conv_norm_clip(channels, self.last_channel, norm_layer))
+        self.features = nn.Sequential(*features)
+        self.classifier = nn.Sequential(
+            nn.Dropout(dropout), nn.Linear(self.last_channel, num_classes)
+        )
+        _initialise(self.modules())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        return self.classifier(x.mean((2, 3)))
+
+
+def _initialise(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.01)
+            nn.init.zeros_(module.bias)
+
+
+def mobilenet_v2(
+    width_mult: float = 1.0,
+    num_classes: int = 1000,
+    *,
+    dropout: float = 0.2,
+    norm_layer: type[nn.Module] = nn.BatchNorm2d,
+) -> MobileNetV2:
+    """MobileNetV2 of the paper (arXiv 1801.04381, Table 2), any width multiplier and resolution.
+
+    Args:
+        width_mult: the paper uses 0.35, 0.5, 0.75, 1.0 and 1.4; above 0.
+        num_classes: length of the logits.
+        dropout: probability before the classifier while training.
+        norm_layer: constructor of the batch norms.
+
+    Raises:
+        ValueError: width_mult or num_classes is not positive.
+    """
+    for name, value in (("width_mult", width_mult), ("num_classes", num_classes)):
+        if not value > 0:
+            raise ValueError(f"mobilenet_v2: {name} must be above 0, got {value!r}")
+    return MobileNetV2(width_mult, num_classes, dropout=dropout, norm_layer=norm_layer)
