@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from .backends import BACKENDS
 from .block import (
     LAST_CHANNELS,
     MOBILENET_V2_SETTINGS,
@@ -33,7 +33,7 @@ class FusedModule(nn.Module):
 
     layers: BlockLayers
     backend: str | None = None
-    _folded: tuple[tuple, FoldedWeights] | None = None
+    _folded: tuple[tuple, FoldedWeights, list[Tensor]] | None = None
 
     def plain_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The block layer by layer; any further arguments are those of the original module."""
@@ -72,7 +72,7 @@ class FusedModule(nn.Module):
         if self.training:
             return "the module is in training mode"
         if self.backend is None and x is not None:
-            reasons = [b.why_not(x) for b in backends.BACKENDS if b.name != "reference"]
+            reasons = [b.why_not(x) for b in BACKENDS if b.name != "reference"]
             if all(reasons):
                 return "; ".join(reasons)
         return None

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backends, reference
+from . import reference
+from .backends import choose, load
 from .block import Clip, Padding, output_size, same_padding
 from .fold import FoldedWeights
 
@@ -34,7 +35,7 @@ _library.define(
     " -> Tensor[]",
     tags=[torch.Tag.pt2_compliant_tag],
 )
-backends.load(_library)
+load(_library)
 
 
 def inverted_residual(
@@ -71,7 +72,7 @@ def inverted_residual(
     """
     if padding is None:
         padding = same_padding(weights.w_dw.shape[0], dilation)
-    chosen = backends.choose(backend, x)
+    chosen = choose(backend, x)
     tensors = (x, *weights.tensors())
     settings = (stride, padding, dilation, residual, *weights.clips())
     if chosen == "reference":
