@@ -5,7 +5,8 @@ as a cache that follows the parameters. `InvertedResidual` is the block to build
 `FusedInvertedResidual` the drop-in around somebody else's block, `MobileNetV2` the paper's network.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from .block import (
     RELU6,
     STEM_CHANNELS,
     BlockConfig,
+    Padding,
     inverted_residual_config,
     make_divisible,
 )
@@ -159,6 +161,8 @@ class InvertedResidual(FusedModule):
             counts agree.
         expand_ratio: hidden channels over in_channels (the paper's t); 1 leaves expansion out.
         kernel_size: of the depthwise, 3 or 5.
+        padding: (top, left, bottom, right) of the depthwise; None keeps the size at stride 1.
+            TensorFlow's SAME at stride 2 on an even size is (0, 0, 1, 1) for kernel size 3.
         norm_layer: constructor of the batch norms.
         backend: a name from `backends()`; None takes the first that can run.
     """
@@ -171,7 +175,8 @@ class InvertedResidual(FusedModule):
         stride: int = 1,
         expand_ratio: float = 6,
         kernel_size: int = 3,
-        norm_layer: type[nn.Module] = nn.BatchNorm2d,
+        padding: Padding | None = None,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
         backend: str | None = None,
     ):
         super().__init__()
@@ -184,13 +189,12 @@ class InvertedResidual(FusedModule):
         config = inverted_residual_config(
             in_channels, out_channels, stride, expand_ratio, kernel_size
         )
+        if padding is not None:
+            config = replace(config, padding=padding)
         hidden = config.hidden_channels
         stages = [_conv_norm_clip(in_channels, hidden, norm_layer)] if config.expansion else []
-        stages.append(
-            _conv_norm_clip(
-                hidden, hidden, norm_layer, kernel_size=kernel_size, stride=stride, groups=hidden
-            )
-        )
+        depthwise = PaddedConv2d(hidden, kernel_size, stride, config.padding)
+        stages.append(nn.Sequential(depthwise, norm_layer(hidden), nn.ReLU6(inplace=True)))
         self.conv = nn.Sequential(
             *stages, nn.Conv2d(hidden, out_channels, 1, bias=False), norm_layer(out_channels)
         )
@@ -215,12 +219,33 @@ class InvertedResidual(FusedModule):
         return f"{self.config.name}, residual={self.config.residual}"
 
 
+class PaddedConv2d(nn.Conv2d):
+    """A depthwise convolution whose four sides are padded with zeros independently."""
+
+    def __init__(self, channels: int, kernel_size: int, stride: int, padding: Padding):
+        top, left, bottom, right = padding
+        symmetric = (top, left) == (bottom, right)
+        super().__init__(
+            channels,
+            channels,
+            kernel_size,
+            stride,
+            (top, left) if symmetric else 0,
+            groups=channels,
+            bias=False,
+        )
+        self.explicit_padding = None if symmetric else (left, right, top, bottom)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.explicit_padding is not None:
+            x = nn.functional.pad(x, self.explicit_padding)
+        return super().forward(x)
+
+
 def _conv_norm_clip(
-    in_channels: int, out_channels: int, norm_layer, *, kernel_size=1, stride=1, groups=1
+    in_channels: int, out_channels: int, norm_layer, *, kernel_size=1, stride=1, padding=0
 ) -> nn.Sequential:
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
-    )
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
     return nn.Sequential(conv, norm_layer(out_channels), nn.ReLU6(inplace=True))
 
 
@@ -231,20 +256,33 @@ class MobileNetV2(nn.Module):
     """
 
     def __init__(
-        self, width_mult: float = 1.0, num_classes: int = 1000, *, dropout: float = 0.2, norm_layer
+        self,
+        width_mult: float,
+        num_classes: int,
+        *,
+        dropout: float,
+        tf_padding: bool,
+        norm_layer: Callable[[int], nn.Module],
     ):
         super().__init__()
         channels = make_divisible(STEM_CHANNELS * width_mult)
-        stem = _conv_norm_clip(3, channels, norm_layer, kernel_size=3, stride=2)
+        stem = _conv_norm_clip(
+            3, channels, norm_layer, kernel_size=3, stride=2, padding=0 if tf_padding else 1
+        )
+        if tf_padding:
+            stem = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), *stem)
         features: list[nn.Module] = [stem]
+        halving_padding = (0, 0, 1, 1) if tf_padding else None
         for expand_ratio, base_channels, repeats, first_stride in MOBILENET_V2_SETTINGS:
             out_channels = make_divisible(base_channels * width_mult)
             for i in range(repeats):
+                stride = first_stride if i == 0 else 1
                 block = InvertedResidual(
                     channels,
                     out_channels,
-                    stride=first_stride if i == 0 else 1,
+                    stride=stride,
                     expand_ratio=expand_ratio,
+                    padding=halving_padding if stride == 2 else None,
                     norm_layer=norm_layer,
                 )
                 features.append(block)
@@ -277,7 +315,8 @@ def mobilenet_v2(
     num_classes: int = 1000,
     *,
     dropout: float = 0.2,
-    norm_layer: type[nn.Module] = nn.BatchNorm2d,
+    tf_padding: bool = False,
+    norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
 ) -> MobileNetV2:
     """MobileNetV2 of the paper (arXiv 1801.04381, Table 2), any width multiplier and resolution.
 
@@ -285,6 +324,9 @@ def mobilenet_v2(
         width_mult: the paper uses 0.35, 0.5, 0.75, 1.0 and 1.4; above 0.
         num_classes: length of the logits.
         dropout: probability before the classifier while training.
+        tf_padding: pad as TensorFlow and Keras do at stride 2, after the last row and column
+            only, for weights trained there (sizes that stay even; those use an eps of 1e-3 too).
+            The stem's state_dict keys are then one further: `features.0.1.weight`.
         norm_layer: constructor of the batch norms.
 
     Raises:
@@ -293,4 +335,6 @@ def mobilenet_v2(
     for name, value in (("width_mult", width_mult), ("num_classes", num_classes)):
         if not value > 0:
             raise ValueError(f"mobilenet_v2: {name} must be above 0, got {value!r}")
-    return MobileNetV2(width_mult, num_classes, dropout=dropout, norm_layer=norm_layer)
+    return MobileNetV2(
+        width_mult, num_classes, dropout=dropout, tf_padding=tf_padding, norm_layer=norm_layer
+    )
