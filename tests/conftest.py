@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import cases
+
 # torchvision's compiled ops cannot load next to a CPU-only torch, yet its models need only the
 # names of these two to be imported.
 _torchvision_ops = torch.library.Library("torchvision", "FRAGMENT")
@@ -13,6 +15,21 @@ for _schema in (
     _torchvision_ops.define(_schema)
 
 
+def pytest_generate_tests(metafunc):
+    """`backend` is every backend to test here, `kernel_backend` every one but the reference."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", cases.backends())
+    if "kernel_backend" in metafunc.fixturenames:
+        metafunc.parametrize("kernel_backend", cases.kernel_backends())
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
