@@ -30,10 +30,10 @@ from .ops import inverted_residual
 class FusedModule(nn.Module):
     """A block with plain layers, whose forward runs the fused kernel wherever that is exact.
 
-    Subclasses give `layers` (what to fold) and `plain_forward` (the layers one by one).
+    Subclasses give `block_layers` (what to fold) and `plain_forward` (the layers one by one).
     """
 
-    layers: BlockLayers
+    block_layers: BlockLayers
     backend: str | None = None
     _folded: tuple[tuple, FoldedWeights, list[Tensor]] | None = None
 
@@ -61,12 +61,12 @@ class FusedModule(nn.Module):
         """Sizes of the block."""
         config = self.__dict__.get("_config")
         if config is None:
-            config = self.__dict__["_config"] = self.layers.config
+            config = self.__dict__["_config"] = self.block_layers.config
         return config
 
     def why_plain(self, x: Tensor | None = None) -> str | None:
         """Why a forward of x would run the plain layers; None where it would run fused."""
-        layers = self.layers
+        layers = self.block_layers
         for stage in (layers.depthwise, layers.project, layers.expand):
             norm = None if stage is None else stage.norm
             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training:
@@ -86,17 +86,17 @@ class FusedModule(nn.Module):
         until a parameter or buffer changes (PyTorch's version counters see every change but those
         made through `.data`, for which `train()`, `eval()` and `to()` drop the cache too).
         """
-        tensors = self.layers.parameters_and_buffers()
+        tensors = self.block_layers.parameters_and_buffers()
         if torch.compiler.is_compiling() or (
             torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         ):
-            return fold_layers(self.layers)
+            return fold_layers(self.block_layers)
         key = tuple(_identity(t) for t in tensors)
         if self._folded is None or self._folded[0] != key:
             # The aliases keep the old storages alive, so that no new tensor gets their address.
             aliases = [t.detach() for t in tensors]
             with torch.no_grad():
-                self.__dict__["_folded"] = (key, fold_layers(self.layers), aliases)
+                self.__dict__["_folded"] = (key, fold_layers(self.block_layers), aliases)
         return self._folded[1]
 
     def train(self, mode: bool = True) -> "FusedModule":
@@ -125,16 +125,20 @@ class FusedInvertedResidual(FusedModule):
 
     def __init__(self, original: nn.Module, layers: BlockLayers, backend: str | None = None):
         super().__init__()
-        # Shared with the original, not copied: a change on either side is seen by both.
-        for shared in ("_modules", "_parameters", "_buffers"):
-            self.__dict__[shared] = original.__dict__[shared]
+        # Children, parameters and hooks are shared with the original, not copied: a change on
+        # either side is seen by both.
+        for name, value in list(vars(self).items()):
+            if isinstance(value, dict):
+                self.__dict__[name] = original.__dict__[name]
+        self._is_full_backward_hook = original._is_full_backward_hook
         self.__dict__["original"] = original
-        self.layers = layers
+        self.block_layers = layers
         self.backend = backend
         self.training = original.training
 
     def plain_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        return self.original(x, *args, **kwargs)
+        # Not a call: the hooks, being shared, have been called already.
+        return self.original.forward(x, *args, **kwargs)
 
     def train(self, mode: bool = True) -> "FusedInvertedResidual":
         self.original.training = mode
@@ -203,7 +207,7 @@ class InvertedResidual(FusedModule):
         self.use_res_connect = config.residual
         self.backend = backend
         clipped = [ConvNorm(stage[0], stage[1], RELU6) for stage in stages]
-        self.layers = BlockLayers(
+        self.block_layers = BlockLayers(
             expand=clipped[0] if config.expansion else None,
             depthwise=clipped[-1],
             project=ConvNorm(self.conv[-2], self.conv[-1], NO_CLIP),

@@ -133,7 +133,7 @@ def _load_keras(model: MobileNetV2, layers) -> None:
     for i, block in enumerate(blocks):
         prefix = f"block_{i}" if i else "expanded_conv"
         for stage in ("expand", "depthwise", "project"):
-            layer = getattr(block.layers, stage)
+            layer = getattr(block.block_layers, stage)
             if layer is not None:
                 name = f"{prefix}_{stage}"
                 stages.append((layer.conv, layer.norm, name, f"{name}_BN"))
