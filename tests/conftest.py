@@ -1,9 +1,8 @@
 """Set-up shared by all tests."""
 
+import cases
 import pytest
 import torch
-
-import cases
 
 # torchvision's compiled ops cannot load next to a CPU-only torch, yet its models need only the
 # names of these two to be imported.

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
-
-import cases
 from cases import LAYOUTS, Case, expect, make_inputs, run, why_wrong
+
 from mnv2_kernels import inverted_residual
 from mnv2_kernels.block import RELU6, BlockConfig
 
@@ -36,8 +36,9 @@ def test_edges_cover_every_pair_of_sizes():
 
 def test_both_clips_are_active_in_both_hidden_tensors():
     for case in (case for group in cases.groups().values() for case in group):
-        wide = case.config.hidden_channels >= 32 and case.batch > 0
-        large = min(case.height, case.width) >= max(4, 3 * max(case.config.padding))
+        config = case.config
+        wide = config.in_channels >= 12 and config.hidden_channels >= 64 and case.batch > 0
+        large = min(case.height, case.width) >= max(4, 3 * max(config.padding))
         if wide and large and case.clips[:2] == (RELU6, RELU6):
             _check_clips(case)
 
