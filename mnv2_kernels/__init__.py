@@ -6,13 +6,19 @@
 
 from .backends import backends
 from .fold import FoldedWeights
+from .fuse import fold, fuse, unfuse
 from .modules import InvertedResidual, mobilenet_v2
 from .ops import inverted_residual
+from .report import explain
 
 __all__ = [
     "FoldedWeights",
     "InvertedResidual",
     "backends",
+    "explain",
+    "fold",
+    "fuse",
     "inverted_residual",
     "mobilenet_v2",
+    "unfuse",
 ]

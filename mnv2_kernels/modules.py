@@ -73,6 +73,8 @@ class FusedModule(nn.Module):
                 return "batch norm is in training mode and needs the statistics of whole tensors"
         if self.training:
             return "the module is in training mode"
+        if not torch.compiler.is_compiling() and (reason := self._why_changed()) is not None:
+            return reason
         if self.backend is None and x is not None:
             reasons = [b.why_not(x) for b in BACKENDS if b.name != "reference"]
             if all(reasons):
@@ -99,6 +101,27 @@ class FusedModule(nn.Module):
                 self.__dict__["_folded"] = (key, fold_layers(self.block_layers), aliases)
         return self._folded[1]
 
+    def _watch(self) -> None:
+        """Remember what the fused forward takes for granted; the end of every constructor."""
+        inner = [m for m in self.modules() if m is not self]
+        stages = (self.block_layers.expand, self.block_layers.depthwise, self.block_layers.project)
+        self.__dict__["_watched"] = (
+            [h for m in inner for h in (m._forward_hooks, m._forward_pre_hooks)],
+            [(m._modules, tuple(m._modules.values())) for m in (self, *inner) if m._modules],
+            [(s.conv, _settings(s.conv)) for s in stages if s is not None],
+        )
+
+    def _why_changed(self) -> str | None:
+        """What happened to the inner layers that only the plain layers follow."""
+        hooks, families, convs = self._watched
+        if any(hooks):
+            return "an inner module has hooks"
+        if any(tuple(modules.values()) != children for modules, children in families):
+            return "inner modules have been replaced: unfuse, then fuse again"
+        if any(_settings(conv) != settings for conv, settings in convs):
+            return "a convolution has been changed: unfuse, then fuse again"
+        return None
+
     def train(self, mode: bool = True) -> "FusedModule":
         self.__dict__["_folded"] = None
         return super().train(mode)
@@ -109,6 +132,10 @@ class FusedModule(nn.Module):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_folded": None}
+
+
+def _settings(conv: nn.Conv2d) -> tuple:
+    return conv.stride, conv.padding, conv.dilation
 
 
 def _identity(tensor: Tensor) -> tuple[int, int]:
@@ -135,6 +162,7 @@ class FusedInvertedResidual(FusedModule):
         self.block_layers = layers
         self.backend = backend
         self.training = original.training
+        self._watch()
 
     def plain_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         # Not a call: the hooks, being shared, have been called already.
@@ -214,6 +242,7 @@ class InvertedResidual(FusedModule):
             residual=config.residual,
             padding=config.padding,
         )
+        self._watch()
 
     def plain_forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)

@@ -1,0 +1,239 @@
+"""What all families share: reading conv, norm, activation, ... into the stages of one block."""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from math import inf
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..block import NO_CLIP, BlockConfig, Clip, Padding
+from ..fold import BlockLayers, ConvNorm
+from .convolutions import is_identity, is_zero_pad, read_padding, zero_pad
+from .declined import Declined, describe
+
+
+def children(module: nn.Module) -> dict[str, nn.Module]:
+    """The children by name, without those that are None."""
+    return dict(module.named_children())
+
+
+def flatten(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers of nested nn.Sequential in the order they run; anything else is one layer."""
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        for child in module:
+            yield from flatten(child)
+    else:
+        yield module
+
+
+def check_only(module: nn.Module, expected: Iterable[str]) -> None:
+    """Decline a block with children, parameters or buffers beyond the expected children."""
+    extra = {name: child for name, child in children(module).items() if name not in expected}
+    if extra:
+        found = ", ".join(f"{name} ({describe(child)})" for name, child in extra.items())
+        raise Declined(f"it has further children: {found}")
+    own = [*module._parameters, *module._buffers]
+    if own:
+        raise Declined(f"it has parameters or buffers of its own: {', '.join(own)}")
+
+
+def read_flag(module: nn.Module, names: Iterable[str]) -> bool | None:
+    """The residual flag: the attribute among `names` that is a bool; None where there is none."""
+    flags = {name: getattr(module, name, None) for name in names}
+    flags = {name: flag for name, flag in flags.items() if isinstance(flag, bool)}
+    if len(set(flags.values())) > 1:
+        raise Declined(f"its residual flags disagree: {flags}")
+    return next(iter(flags.values()), None)
+
+
+def assemble(layers: Iterable[nn.Module], residual: bool | None) -> BlockLayers:
+    """The block that runs `layers` one after the other, then adds its input if `residual`.
+
+    `residual` None says that no flag could be read; that is accepted only where stride or
+    channels rule a residual out.
+
+    Raises:
+        Declined: the layers are not an inverted residual that can be fused exactly.
+    """
+    stages, paddings = _read_stages(layers)
+    if len(stages) not in (2, 3):
+        raise Declined(
+            f"it has {len(stages)} convolutions, expected expansion, depthwise and projection"
+        )
+    *expand, depthwise, project = stages
+    for name, stage, padding in zip(
+        ("projection", "depthwise", "expansion"), stages[::-1], paddings[::-1], strict=False
+    ):
+        if name == "depthwise":
+            _check_depthwise(stage.conv, padding)
+        else:
+            _check_pointwise(name, stage.conv, padding)
+    for before, after in zip(stages, stages[1:], strict=False):
+        if before.conv.out_channels != after.conv.in_channels:
+            raise Declined(
+                f"a convolution to {before.conv.out_channels} channels is followed by one from"
+                f" {after.conv.in_channels}"
+            )
+    block = BlockLayers(
+        expand=expand[0] if expand else None,
+        depthwise=depthwise,
+        project=project,
+        residual=bool(residual),
+        padding=paddings[-2],
+    )
+    _check_residual(block.config, residual)
+    return block
+
+
+def _read_stages(layers: Iterable[nn.Module]) -> tuple[list[ConvNorm], list[Padding]]:
+    """Group layers into convolution, norm, clip; with the zeros padded before each convolution."""
+    stages: list[ConvNorm] = []
+    paddings: list[Padding] = []
+    pending: Padding | None = None
+    for layer in layers:
+        if is_identity(layer):
+            continue
+        if is_zero_pad(layer):
+            pending = _add(pending, zero_pad(layer))
+        elif isinstance(layer, nn.Conv2d):
+            stages.append(ConvNorm(layer, None))
+            paddings.append(_add(pending, read_padding(layer)))
+            pending = None
+        elif not stages or pending is not None:
+            raise Declined(f"{describe(layer)} stands where a convolution was expected")
+        else:
+            stages[-1] = _append(stages[-1], layer)
+    if pending is not None:
+        raise Declined("the padding after the last convolution cannot be fused")
+    return stages, paddings
+
+
+def _append(stage: ConvNorm, layer: nn.Module) -> ConvNorm:
+    """The stage with the norm or the activation that follows it."""
+    clip = _read_clip(layer)
+    if clip is None:
+        clip = _read_norm(layer, stage.conv.out_channels)
+        if stage.norm is not None or stage.clip != NO_CLIP:
+            raise Declined(f"{describe(layer)} does not follow a convolution")
+        return ConvNorm(stage.conv, layer, clip)
+    if stage.clip != NO_CLIP:
+        raise Declined(f"{describe(layer)} follows another activation")
+    return ConvNorm(stage.conv, stage.norm, clip)
+
+
+def _read_clip(layer: nn.Module) -> Clip | None:
+    """The bounds of an activation that is a clip; None for any other layer."""
+    forward = type(layer).forward
+    if forward is nn.ReLU.forward:
+        return (0.0, inf)
+    if isinstance(layer, nn.Hardtanh) and forward in (nn.Hardtanh.forward, nn.ReLU6.forward):
+        return (float(layer.min_val), float(layer.max_val))
+    return None
+
+
+# Norms of timm and torchvision (also copied elsewhere) that are no torch class: batch norm with
+# `drop` and `act` inside, and batch norm whose tensors are all buffers.
+_NORMS_WITH_ACTIVATION = ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
+_FROZEN_NORM = "FrozenBatchNorm2d"
+
+
+def _read_norm(norm: nn.Module, channels: int) -> Clip:
+    """The clip inside a batch norm over `channels`; declines every other module."""
+    kind, inside = type(norm).__name__, children(norm)
+    clip: Clip = NO_CLIP
+    if kind in _NORMS_WITH_ACTIVATION and set(inside) <= {"drop", "act"}:
+        if not is_identity(inside.get("drop", nn.Identity())):
+            raise Declined(f"{kind} drops values: {describe(inside['drop'])}")
+        activation = inside.get("act", nn.Identity())
+        if not is_identity(activation):
+            clip = _read_clip(activation)
+            if clip is None:
+                raise Declined(f"{describe(activation)} in {kind} is not ReLU, ReLU6 or Hardtanh")
+    elif inside or not (kind == _FROZEN_NORM or _is_batch_norm(norm)):
+        raise Declined(
+            f"{describe(norm)} is not a convolution, a batch norm, ReLU, ReLU6 or Hardtanh"
+        )
+    missing = [n for n in ("running_mean", "running_var") if getattr(norm, n, None) is None]
+    if missing:
+        raise Declined(f"{kind} has no running statistics ({', '.join(missing)})")
+    if not isinstance(getattr(norm, "eps", None), int | float):
+        raise Declined(f"{kind} has no readable eps")
+    if norm.running_mean.shape != (channels,):
+        raise Declined(f"{kind} over {tuple(norm.running_mean.shape)} follows {channels} channels")
+    return clip
+
+
+def _is_batch_norm(norm: nn.Module) -> bool:
+    forwards = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+    return isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and type(norm).forward in forwards
+
+
+def _check_pointwise(name: str, conv: nn.Conv2d, padding: Padding) -> None:
+    found = (tuple(conv.kernel_size), tuple(conv.stride), conv.groups, padding)
+    if found != ((1, 1), (1, 1), 1, (0, 0, 0, 0)):
+        raise Declined(
+            f"the {name} must be a 1x1 convolution with stride 1, 1 group and no padding, got"
+            f" kernel_size={found[0]}, stride={found[1]}, groups={found[2]}, padding={found[3]}"
+        )
+
+
+def _check_depthwise(conv: nn.Conv2d, padding: Padding) -> None:
+    if not conv.groups == conv.in_channels == conv.out_channels:
+        raise Declined(
+            f"the depthwise must have one group per channel, got groups={conv.groups} for"
+            f" {conv.in_channels} -> {conv.out_channels} channels"
+        )
+    for name, allowed in (("kernel_size", (3, 5)), ("stride", (1, 2)), ("dilation", (1, 2))):
+        value = tuple(getattr(conv, name))
+        if value not in [(a, a) for a in allowed]:
+            raise Declined(f"the depthwise must have a {name} in {allowed}, got {value}")
+    extent = conv.dilation[0] * (conv.kernel_size[0] - 1)
+    if not all(0 <= p <= extent for p in padding):
+        raise Declined(f"the depthwise's padding must be from 0 to {extent}, got {padding}")
+
+
+def _check_residual(config: BlockConfig, flag: bool | None) -> None:
+    possible = config.stride == 1 and config.in_channels == config.out_channels
+    if flag is None and possible:
+        raise Declined("whether its input is added to the result cannot be read from a flag")
+    top, left, bottom, right = config.padding
+    extent = config.dilation * (config.kernel_size - 1)
+    keeps_size = top + bottom == extent == left + right
+    if flag and not (possible and keeps_size):
+        raise Declined(f"its residual flag is set, but shapes differ: {config.name}")
+
+
+def check_untouched(module: nn.Module) -> None:
+    """Decline where someone relies on the inner modules, or their tensors cannot be folded."""
+    for name, inner in module.named_modules():
+        if parametrize.is_parametrized(inner):
+            raise Declined(f"{name or 'this very module'} is parametrized")
+        if "forward" in vars(inner):
+            raise Declined(f"the forward of {name or 'this very module'} has been replaced")
+        if inner is not module and has_hooks(inner):
+            raise Declined(f"{name} has hooks, which would not be called")
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise Declined(f"{name} is not initialised yet")
+        if tensor.is_meta:
+            raise Declined(f"{name} is on the meta device and has no values")
+        if tensor.is_complex():
+            raise Declined(f"{name} is complex")
+        if tensor.layout != torch.strided:
+            raise Declined(f"{name} is not dense: {tensor.layout}")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module calls somebody's hook too."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _add(first: Padding | None, second: Padding) -> Padding:
+    return second if first is None else tuple(a + b for a, b in zip(first, second, strict=True))

@@ -1,0 +1,155 @@
+"""`explain`: which blocks of a model run fused, which could, and why the others do not."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .backends import BACKENDS
+from .block import BlockConfig
+from .cost import tensor_bytes
+from .modules import FusedInvertedResidual, FusedModule
+from .recognizers import Declined, check_module, recognize
+
+State = Literal["fused", "plain", "fusable", "declined"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block of a model.
+
+    state: "fused" runs in one pass; "plain" would if it could, now runs layer by layer;
+    "fusable" is an original that `fuse` would replace; "declined" looks like such a block but
+    cannot be fused exactly. reason: why it does not run fused. backend: the name of what runs
+    after `fuse`, None for the plain layers. input_hw and bytes_saved (expansion and depthwise
+    output of one image) are known with an input shape only.
+    """
+
+    name: str
+    state: State
+    config: BlockConfig | None = None
+    backend: str | None = None
+    reason: str | None = None
+    input_hw: tuple[int, int] | None = None
+    bytes_saved: int | None = None
+
+
+class Report(tuple[Row, ...]):
+    """The rows in the order of the model; prints as a table."""
+
+    @property
+    def bytes_saved(self) -> int:
+        """Bytes of all expanded and depthwise tensors of one image, as far as they are known."""
+        return sum(row.bytes_saved or 0 for row in self)
+
+    def __str__(self) -> str:
+        if not self:
+            return "no inverted residual block found"
+        heading = ("block", "state", "shape", "input", "backend", "saved", "why not")
+        lines = [heading, *map(_cells, self)]
+        if self.bytes_saved:
+            lines.append(("all", "", "", "", "", _bytes(self.bytes_saved), ""))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module, *, input_shape: tuple[int, ...] | None = None) -> Report:
+    """What `fuse` did or would do, block by block; prints as a table.
+
+    Args:
+        model: any module, fused or not. It is left as it is.
+        input_shape: of the model's input, (N, C, H, W). With it the report has sizes and bytes
+            too, from a run on the meta device, which computes shapes only.
+
+    Raises:
+        TypeError: model is not a module.
+    """
+    check_module("explain", model)
+    sizes = {} if input_shape is None else _input_sizes(model, input_shape)
+    return Report(_rows(model, sizes))
+
+
+def _rows(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> Iterator[Row]:
+    for name, module in model.named_modules():
+        if isinstance(module, FusedModule):
+            yield _row(name, "fused", module, sizes.get(name))
+            continue
+        try:
+            layers = recognize(module)
+        except Declined as reason:
+            yield Row(name, "declined", reason=str(reason))
+        else:
+            if layers is not None:
+                block = FusedInvertedResidual(module, layers)
+                yield _row(name, "fusable", block, sizes.get(name))
+
+
+def _row(name: str, state: State, block: FusedModule, size: tuple[int, int] | None) -> Row:
+    weight = block.block_layers.project.conv.weight
+    # A backend looks at device and dtype alone, and those of the input are those of the weight.
+    reason, backend = block.why_plain(weight), None
+    if reason is None:
+        reasons = {b.name: b.why_not(weight) for b in BACKENDS}
+        backend = block.backend or next(n for n, why in reasons.items() if why is None)
+        reason = reasons[backend]
+    elif state == "fused":
+        state = "plain"
+    saved = None
+    if size is not None:
+        sizes = tensor_bytes(block.config, *size, itemsize=weight.element_size())
+        saved = sizes.expanded + sizes.depthwise
+    return Row(name, state, block.config, backend, reason, size, saved)
+
+
+def _input_sizes(model: nn.Module, input_shape: Iterable[int]) -> dict[str, tuple[int, int]]:
+    """Module name -> (H, W) of its input, from a run of a copy on the meta device."""
+    tensors = list(chain(model.parameters(), model.buffers()))
+    # Given to deepcopy as already copied, the weights are not copied.
+    memo = {id(t): _on_meta(t) for t in tensors}
+    shadow = copy.deepcopy(model, memo).eval()
+    sizes = {}
+    for name, module in shadow.named_modules():
+        if isinstance(module, FusedModule):
+            module.backend = None
+
+        def remember(module, args, name=name):
+            if args and isinstance(args[0], torch.Tensor) and args[0].dim() == 4:
+                sizes[name] = tuple(args[0].shape[2:])
+
+        module.register_forward_pre_hook(remember)
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
+    with torch.no_grad():
+        shadow(torch.empty(tuple(input_shape), dtype=dtype, device="meta"))
+    return sizes
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    shadow = torch.empty_like(tensor, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(shadow, requires_grad=tensor.requires_grad)
+    return shadow
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.name or "(the model)",
+        row.state,
+        row.config.name + (" residual" * row.config.residual) if row.config else "",
+        "x".join(map(str, row.input_hw)) if row.input_hw else "",
+        row.backend or "",
+        "" if row.bytes_saved is None else _bytes(row.bytes_saved),
+        row.reason or "",
+    )
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 2**10:.1f} KiB" if number < 2**20 else f"{number / 2**20:.2f} MiB"
