@@ -103,11 +103,11 @@ def fma_peak(
         None where the compiled extension is missing.
 
     Raises:
-        ValueError: threads is below 1, or this build has no such kernel.
+        ValueError: threads is below 1, or no such kernel can run here.
     """
     if _C is None:
         return None
-    kernels = _C.cpu_kernels()
+    kernels = [k for k in _C.cpu_kernels() if k["available"]]
     names = [k["name"] for k in kernels]
     if kernel is None:
         kernel = next(k["name"] for k in kernels if k["selected"])
