@@ -13,6 +13,7 @@ from setuptools import setup
 
 CPU_SOURCES = [
     "csrc/bindings.cpp",
+    "csrc/host.cpp",
     "csrc/ops_cpu.cpp",
     "csrc/cpu/kernels.cpp",
     "csrc/cpu/schedule.cpp",

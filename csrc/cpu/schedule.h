@@ -1,0 +1,56 @@
+// How the CPU kernel walks through one block: a pure function of the block's sizes. No torch.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "../block.h"
+
+namespace mnv2::cpu {
+
+constexpr int64_t kScratchBytes = 256 * 1024;  // upper bound of a thread's scratch
+constexpr int64_t kMaxRowsPerStep = 16;
+constexpr int64_t kMaxWindow = (kMaxRowsPerStep - 1) * 2 + 4 * 2 + 1;  // stride 2, 5 taps 2 apart
+
+struct Schedule {
+    // Rows outside: all hidden channels of a few rows, then the next rows. Each x and y is touched
+    // once; the expanded rows in flight of every chunk are kept.
+    // Chunks outside: all rows of one chunk of hidden channels, then the next chunk. Each weight
+    // is touched once; y is summed up chunk by chunk.
+    bool rows_outside;
+    int64_t hidden_chunk;   // hidden channels at a time, a multiple of the lanes
+    int64_t rows_per_step;  // output rows between two loads of the chunk's weights
+    int64_t strip_cols;     // output columns of a strip; all of them but for very wide images
+    // Parts of the hidden channels whose sums are kept apart and added at the end, so that threads
+    // can share one small image. Depends on the block alone: the result is the same bits at any
+    // number of threads.
+    int64_t hidden_groups;
+};
+
+// Row windows of the sliding ring of expanded rows.
+struct Ring {
+    int64_t window;    // input rows that one step reads
+    int64_t new_rows;  // input rows that the next step adds
+    int64_t slots;     // rows of memory: a multiple of new_rows, so that no addition wraps around
+};
+
+Ring ring_of(const BlockArgs& args, int64_t rows_per_step);
+
+// Where the pieces of a thread's scratch start, in floats; every piece is 64-byte aligned.
+struct ScratchLayout {
+    int64_t chunk_weights;  // depthwise taps and the biases of a chunk, tail lanes zero
+    int64_t chunk_weights_stride;
+    int64_t ring;  // expanded rows in flight
+    int64_t ring_stride;
+    int64_t depthwise;  // depthwise rows of one step
+    int64_t partial;    // sums of all hidden groups but the first, of one image
+    int64_t total;
+};
+
+// The block has no expansion and x can be read where it stands.
+bool reads_x_in_place(const BlockArgs& args, int64_t lanes);
+
+ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes);
+Schedule choose_schedule(const BlockArgs& args, int64_t lanes);
+std::string to_string(const BlockArgs& args, const Schedule& schedule, int64_t lanes);
+
+}  // namespace mnv2::cpu

@@ -1,0 +1,104 @@
+// Vec: a register of floats, the few operations that the kernel needs, once per instruction set.
+// Included inside a target region (see avx512.cpp); everything has internal linkage.
+//
+// load(p, n), store(p, n, v): the first n lanes only, memory behind them is not touched.
+// clip keeps NaN: x86 min and max return their second operand where one is NaN.
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12's own AVX-512 header starts from a register it leaves undefined on purpose.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+namespace mnv2::cpu {
+namespace {
+
+#if MNV2_LANES == 16
+
+struct Vec {
+    __m512 v;
+};
+constexpr int64_t kLanes = 16;
+constexpr int kRegisters = 32;
+
+inline __mmask16 lanes_below(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline Vec zero() { return {_mm512_setzero_ps()}; }
+inline Vec broadcast(float s) { return {_mm512_set1_ps(s)}; }
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(lanes_below(n), p)}; }
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void store(float* p, int64_t n, Vec a) { _mm512_mask_storeu_ps(p, lanes_below(n), a.v); }
+inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec clip(Vec x, Vec lower, Vec upper) {
+    return {_mm512_min_ps(upper.v, _mm512_max_ps(lower.v, x.v))};
+}
+// Stops the compiler from loading once per use: one load port feeds two multiply-adds then.
+inline void keep_in_register(Vec& a) { asm("" : "+v"(a.v)); }
+
+#elif MNV2_LANES == 8
+
+struct Vec {
+    __m256 v;
+};
+constexpr int64_t kLanes = 8;
+constexpr int kRegisters = 16;
+
+inline __m256i lanes_below(int64_t n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
+}
+inline Vec zero() { return {_mm256_setzero_ps()}; }
+inline Vec broadcast(float s) { return {_mm256_set1_ps(s)}; }
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, lanes_below(n))}; }
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+inline void store(float* p, int64_t n, Vec a) { _mm256_maskstore_ps(p, lanes_below(n), a.v); }
+inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec clip(Vec x, Vec lower, Vec upper) {
+    return {_mm256_min_ps(upper.v, _mm256_max_ps(lower.v, x.v))};
+}
+inline void keep_in_register(Vec& a) { asm("" : "+x"(a.v)); }
+
+#else  // GNU vectors: SSE2 on x86-64, NEON on aarch64, whatever 16 bytes there are elsewhere
+
+struct Vec {
+    typedef float Floats __attribute__((vector_size(16)));
+    Floats v;
+};
+constexpr int64_t kLanes = 4;
+#if defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
+inline Vec zero() { return {Vec::Floats{}}; }
+inline Vec broadcast(float s) { return {Vec::Floats{s, s, s, s}}; }
+inline Vec load(const float* p) {
+    Vec a;
+    std::memcpy(&a.v, p, sizeof a.v);
+    return a;
+}
+inline Vec load(const float* p, int64_t n) {
+    Vec a = zero();
+    for (int64_t i = 0; i < n; i++) a.v[i] = p[i];
+    return a;
+}
+inline void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof a.v); }
+inline void store(float* p, int64_t n, Vec a) {
+    for (int64_t i = 0; i < n; i++) p[i] = a.v[i];
+}
+inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+inline Vec clip(Vec x, Vec lower, Vec upper) {
+    const Vec::Floats above = x.v < lower.v ? lower.v : x.v;
+    return {above > upper.v ? upper.v : above};
+}
+inline void keep_in_register(Vec&) {}
+
+#endif
+
+}  // namespace
+}  // namespace mnv2::cpu

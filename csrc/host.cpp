@@ -1,0 +1,142 @@
+#include "host.h"
+
+#include <ATen/ops/empty.h>
+
+namespace mnv2 {
+
+namespace {
+
+constexpr const char* kNames[] = {"x",    "w_expand",  "b_expand", "w_dw",
+                                  "b_dw", "w_project", "b_project"};
+
+// Shapes in the words of Python: (1, 2) and (3,).
+std::string shape(const at::Tensor& tensor) {
+    std::string text = "(";
+    for (int64_t i = 0; i < tensor.dim(); i++)
+        text += (i ? ", " : "") + std::to_string(tensor.size(i));
+    return text + (tensor.dim() == 1 ? ",)" : ")");
+}
+
+void check_dtypes(const std::array<at::Tensor, 7>& tensors) {
+    const at::Tensor& x = tensors[0];
+    for (size_t i = 0; i < tensors.size(); i++) {
+        const at::Tensor& t = tensors[i];
+        if (!t.defined()) continue;
+        TORCH_CHECK_TYPE(t.is_floating_point() && t.layout() == at::kStrided,
+                         "inverted_residual: ", kNames[i],
+                         " must be a dense floating-point tensor, got ", t.scalar_type(), " ",
+                         t.layout());
+        const bool is_bias = kNames[i][0] == 'b';
+        TORCH_CHECK_TYPE(
+            t.scalar_type() == x.scalar_type() || (is_bias && t.scalar_type() == at::kFloat),
+            "inverted_residual: ", kNames[i], " must have the dtype of x, ", x.scalar_type(),
+            ", got ", t.scalar_type());
+        TORCH_CHECK_VALUE(t.device() == x.device(), "inverted_residual: ", kNames[i],
+                          " must be on the device of x, ", x.device(), ", got ", t.device());
+    }
+}
+
+int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+    const int64_t room = size + pad - dilation * (kernel - 1) - 1;
+    return room < 0 ? 0 : room / stride + 1;
+}
+
+Clip checked_clip(const char* name, at::ArrayRef<double> clip) {
+    TORCH_CHECK_VALUE(clip.size() == 2 && clip[0] <= clip[1], "inverted_residual: ", name,
+                      " must be (lower, upper) with lower <= upper, got ", clip);
+    return {static_cast<float>(clip[0]), static_cast<float>(clip[1])};
+}
+
+void check_bias(const char* name, const at::Tensor& bias, const char* letter, int64_t channels) {
+    TORCH_CHECK_VALUE(!bias.defined() || (bias.dim() == 1 && bias.size(0) == channels),
+                      "inverted_residual: ", name, " must have shape (", letter, "=", channels,
+                      ",), got ", shape(bias));
+}
+
+}  // namespace
+
+Call make_call(const at::Tensor& x_, const OptionalTensor& w_expand_,
+               const OptionalTensor& b_expand_, const at::Tensor& w_dw_, const OptionalTensor& b_dw_,
+               const at::Tensor& w_project_, const OptionalTensor& b_project_, int64_t stride,
+               at::IntArrayRef padding, int64_t dilation, bool residual,
+               at::ArrayRef<double> clip_expand, at::ArrayRef<double> clip_dw,
+               at::ArrayRef<double> clip_project) {
+    const auto or_undefined = [](const OptionalTensor& t) { return t ? *t : at::Tensor(); };
+    Call call{{x_, or_undefined(w_expand_), or_undefined(b_expand_), w_dw_, or_undefined(b_dw_),
+               w_project_, or_undefined(b_project_)},
+              {},
+              {}};
+    auto& [x, w_expand, b_expand, w_dw, b_dw, w_project, b_project] = call.inputs;
+    BlockArgs& args = call.args;
+
+    check_dtypes(call.inputs);
+    TORCH_CHECK_VALUE(x.dim() == 4, "inverted_residual: x must have shape (N, C_in, H, W), got ",
+                      shape(x));
+    args.N = x.size(0), args.in_channels = x.size(1), args.H = x.size(2), args.W = x.size(3);
+    TORCH_CHECK_VALUE(w_dw.dim() == 3 && w_dw.size(0) == w_dw.size(1) &&
+                          (w_dw.size(0) == 3 || w_dw.size(0) == 5),
+                      "inverted_residual: w_dw must have shape (k, k, C_hidden) with k 3 or 5, got ",
+                      shape(w_dw));
+    args.kernel = w_dw.size(0), args.hidden_channels = w_dw.size(2);
+    if (!w_expand.defined()) {
+        TORCH_CHECK_VALUE(!b_expand.defined(),
+                          "inverted_residual: b_expand must be None where w_expand is None");
+        TORCH_CHECK_VALUE(args.hidden_channels == args.in_channels,
+                          "inverted_residual: w_dw must have shape (", args.kernel, ", ",
+                          args.kernel, ", C_in=", args.in_channels,
+                          ") where w_expand is None, got ", shape(w_dw));
+    } else {
+        TORCH_CHECK_VALUE(w_expand.dim() == 2 && w_expand.size(0) == args.in_channels &&
+                              w_expand.size(1) == args.hidden_channels,
+                          "inverted_residual: w_expand must have shape (C_in=", args.in_channels,
+                          ", C_hidden=", args.hidden_channels, "), got ", shape(w_expand));
+    }
+    TORCH_CHECK_VALUE(w_project.dim() == 2 && w_project.size(0) == args.hidden_channels,
+                      "inverted_residual: w_project must have shape (C_hidden=",
+                      args.hidden_channels, ", C_out), got ", shape(w_project));
+    args.out_channels = w_project.size(1);
+    TORCH_CHECK_VALUE(args.in_channels > 0 && args.hidden_channels > 0 && args.out_channels > 0,
+                      "inverted_residual: every channel count must be at least 1, got C_in=",
+                      args.in_channels, ", C_hidden=", args.hidden_channels,
+                      ", C_out=", args.out_channels);
+    check_bias("b_expand", b_expand, "C_hidden", args.hidden_channels);
+    check_bias("b_dw", b_dw, "C_hidden", args.hidden_channels);
+    check_bias("b_project", b_project, "C_out", args.out_channels);
+    TORCH_CHECK_VALUE(stride == 1 || stride == 2,
+                      "inverted_residual: stride must be 1 or 2, got ", stride);
+    TORCH_CHECK_VALUE(dilation == 1 || dilation == 2,
+                      "inverted_residual: dilation must be 1 or 2, got ", dilation);
+    args.stride = stride, args.dilation = dilation;
+    const int64_t extent = dilation * (args.kernel - 1);
+    bool padding_fits = padding.size() == 4;
+    for (const int64_t pad : padding) padding_fits = padding_fits && pad >= 0 && pad <= extent;
+    TORCH_CHECK_VALUE(padding_fits,
+                      "inverted_residual: padding must be 4 integers (top, left, bottom, right) "
+                      "from 0 to ",
+                      extent, ", got ", padding);
+    args.pad_top = padding[0], args.pad_left = padding[1];
+    args.H_out = output_size(args.H, args.kernel, stride, padding[0] + padding[2], dilation);
+    args.W_out = output_size(args.W, args.kernel, stride, padding[1] + padding[3], dilation);
+    TORCH_CHECK_VALUE(args.H >= 1 && args.W >= 1 && args.H_out >= 1 && args.W_out >= 1,
+                      "inverted_residual: x must be large enough for one output row and column, "
+                      "got ",
+                      args.H, "x", args.W, " with padding ", padding);
+    args.clip_expand = checked_clip("clip_expand", clip_expand);
+    args.clip_dw = checked_clip("clip_dw", clip_dw);
+    args.clip_project = checked_clip("clip_project", clip_project);
+    TORCH_CHECK_VALUE(!residual || (args.out_channels == args.in_channels &&
+                                    args.H_out == args.H && args.W_out == args.W),
+                      "inverted_residual: residual needs x and the result to have one shape, got ",
+                      shape(x), " and (", args.N, ", ", args.out_channels, ", ", args.H_out, ", ",
+                      args.W_out, ")");
+    args.residual = residual;
+
+    x = x.contiguous(at::MemoryFormat::ChannelsLast);
+    for (size_t i = 1; i < call.inputs.size(); i++)
+        if (call.inputs[i].defined()) call.inputs[i] = call.inputs[i].contiguous();
+    call.y = at::empty({args.N, args.out_channels, args.H_out, args.W_out},
+                       x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    return call;
+}
+
+}  // namespace mnv2

@@ -1,0 +1,29 @@
+// From tensors to BlockArgs: the op's contract once more, since raw pointers follow from it. The
+// sentences are those of mnv2_kernels/ops.py, whose `check` serves every other path.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+
+#include "block.h"
+
+namespace mnv2 {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// A checked call: dense inputs, the result to be filled, and the sizes. `args` has no pointers yet.
+struct Call {
+    // x (channels_last), w_expand, b_expand, w_dw, b_dw, w_project, b_project; undefined: absent.
+    std::array<at::Tensor, 7> inputs;
+    at::Tensor y;
+    BlockArgs args;
+};
+
+Call make_call(const at::Tensor& x, const OptionalTensor& w_expand, const OptionalTensor& b_expand,
+               const at::Tensor& w_dw, const OptionalTensor& b_dw, const at::Tensor& w_project,
+               const OptionalTensor& b_project, int64_t stride, at::IntArrayRef padding,
+               int64_t dilation, bool residual, at::ArrayRef<double> clip_expand,
+               at::ArrayRef<double> clip_dw, at::ArrayRef<double> clip_project);
+
+}  // namespace mnv2

@@ -1,0 +1,161 @@
+// The op on CPU tensors: float32, one image and band of rows (or group of hidden channels) a task.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <numeric>
+#include <set>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "cpu/kernels.h"
+#include "host.h"
+
+namespace mnv2::cpu {
+
+namespace {
+
+// The instruction set is torch's own choice, so ATEN_CPU_CAPABILITY steers both.
+const Kernel& kernel() {
+    static const Kernel& selected = select_kernel(at::get_cpu_capability().c_str());
+    return selected;
+}
+
+// MNV2_PRINT_CONFIGS=1: the schedule of every new shape, once, on stderr.
+void print_once(const BlockArgs& args, const Schedule& schedule) {
+    static const char* variable = std::getenv("MNV2_PRINT_CONFIGS");
+    static const bool enabled = variable != nullptr && variable[0] == '1';
+    if (!enabled) return;
+    static std::mutex mutex;
+    static std::set<std::string> printed;
+    const std::string line = to_string(args, schedule, kernel().lanes);
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (printed.insert(line).second)
+        std::fprintf(stderr, "mnv2 %s %s\n", kernel().name, line.c_str());
+}
+
+// Hidden channels [begin, end) of a group; whole vectors in all groups but the last.
+std::pair<int64_t, int64_t> hidden_range(const BlockArgs& args, const Schedule& schedule,
+                                         int64_t group) {
+    const int64_t lanes = kernel().lanes;
+    const int64_t vectors = (args.hidden_channels + lanes - 1) / lanes;
+    const int64_t begin = group * vectors / schedule.hidden_groups * lanes;
+    const int64_t end = (group + 1) * vectors / schedule.hidden_groups * lanes;
+    return {begin, std::min(end, args.hidden_channels)};
+}
+
+// One call: how its images, bands of rows and hidden groups are shared among the threads.
+struct Job {
+    const BlockArgs& args;
+    const Schedule& schedule;
+    ScratchLayout layout;
+    float* scratch;  // layout.total floats a thread
+
+    float* scratch_of(int64_t thread) const { return scratch + thread * layout.total; }
+
+    float* y_of(int64_t image) const {
+        return args.y + image * args.H_out * args.W_out * args.out_channels;
+    }
+
+    // One hidden group of rows [row_begin, row_end); `sums` has the layout of one image of y.
+    void run_rows(int64_t image, int64_t group, int64_t row_begin, int64_t row_end, float* sums,
+                  float* thread_scratch) const {
+        Tile tile{};
+        tile.image = image;
+        tile.row_begin = row_begin, tile.row_end = row_end;
+        std::tie(tile.hidden_begin, tile.hidden_end) = hidden_range(args, schedule, group);
+        tile.sums = sums;
+        tile.starts_with_bias = group == 0;
+        tile.finishes = schedule.hidden_groups == 1;
+        for (int64_t col = 0; col < args.W_out; col += schedule.strip_cols) {
+            tile.col_begin = col;
+            tile.col_end = std::min(col + schedule.strip_cols, args.W_out);
+            kernel().run_tile(args, schedule, tile, thread_scratch);
+        }
+    }
+
+    // Every image cut into bands, as many as give all threads the same number of them.
+    void run_bands() const {
+        const int64_t threads = at::get_num_threads();
+        const int64_t steps = (args.H_out + schedule.rows_per_step - 1) / schedule.rows_per_step;
+        const int64_t bands = std::min(threads / std::gcd(threads, args.N), steps);
+        at::parallel_for(0, args.N * bands, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t task = begin; task < end; task++) {
+                const int64_t image = task / bands, band = task % bands;
+                const int64_t row_begin = band * args.H_out / bands;
+                const int64_t row_end = (band + 1) * args.H_out / bands;
+                run_rows(image, 0, row_begin, row_end, y_of(image),
+                         scratch_of(at::get_thread_num()));
+            }
+        });
+    }
+
+    // Two hidden groups: by one thread one after the other while there are images for all threads,
+    // side by side for the images that are left over. The same sums in the same order either way.
+    void run_two_groups() const {
+        const int64_t shared = args.N % at::get_num_threads();
+        const int64_t whole = args.N - shared;
+        at::parallel_for(0, whole, 1, [&](int64_t begin, int64_t end) {
+            float* const own = scratch_of(at::get_thread_num());
+            for (int64_t image = begin; image < end; image++) {
+                run_rows(image, 0, 0, args.H_out, y_of(image), own);
+                run_rows(image, 1, 0, args.H_out, own + layout.partial, own);
+                kernel().combine(args, own + layout.partial, image, 0, args.H_out);
+            }
+        });
+        float* const partial = scratch + layout.partial;
+        for (int64_t image = whole; image < args.N; image++) {
+            at::parallel_for(0, 2, 1, [&](int64_t begin, int64_t end) {
+                for (int64_t group = begin; group < end; group++)
+                    run_rows(image, group, 0, args.H_out, group == 0 ? y_of(image) : partial,
+                             scratch_of(at::get_thread_num()));
+            });
+            kernel().combine(args, partial, image, 0, args.H_out);
+        }
+    }
+};
+
+at::Tensor inverted_residual(const at::Tensor& x, const OptionalTensor& w_expand,
+                             const OptionalTensor& b_expand, const at::Tensor& w_dw,
+                             const OptionalTensor& b_dw, const at::Tensor& w_project,
+                             const OptionalTensor& b_project, int64_t stride,
+                             at::IntArrayRef padding, int64_t dilation, bool residual,
+                             at::ArrayRef<double> clip_expand, at::ArrayRef<double> clip_dw,
+                             at::ArrayRef<double> clip_project) {
+    Call call = make_call(x, w_expand, b_expand, w_dw, b_dw, w_project, b_project, stride, padding,
+                          dilation, residual, clip_expand, clip_dw, clip_project);
+    TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat,
+                     "inverted_residual: x must be float32 for the CPU kernel, got ",
+                     x.scalar_type(), "; backend='reference' takes any floating dtype");
+    if (call.args.N == 0) return call.y;
+    BlockArgs& args = call.args;
+    const auto pointer = [&](size_t i) {
+        return call.inputs[i].defined() ? call.inputs[i].const_data_ptr<float>() : nullptr;
+    };
+    args.x = pointer(0);
+    args.w_expand = pointer(1), args.b_expand = pointer(2);
+    args.w_dw = pointer(3), args.b_dw = pointer(4);
+    args.w_project = pointer(5), args.b_project = pointer(6);
+    args.y = call.y.mutable_data_ptr<float>();
+
+    const Schedule schedule = choose_schedule(args, kernel().lanes);
+    print_once(args, schedule);
+    const ScratchLayout layout = scratch_layout(args, schedule, kernel().lanes);
+    const at::Tensor scratch =
+        at::empty({at::get_num_threads() * layout.total}, at::TensorOptions().dtype(at::kFloat));
+    const Job job{args, schedule, layout, scratch.mutable_data_ptr<float>()};
+    schedule.hidden_groups == 1 ? job.run_bands() : job.run_two_groups();
+    return call.y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mnv2, CPU, m) { m.impl("inverted_residual", &inverted_residual); }
+
+}  // namespace mnv2::cpu
