@@ -1,0 +1,180 @@
+"""NaN, infinities, zeros and denormals in every tensor, and what padding may contribute."""
+
+from dataclasses import replace
+from itertools import product
+from math import inf, nan
+
+import cases
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Case, expect, make_inputs, run, why_wrong
+from torch import Tensor
+
+from mnv2_kernels import FoldedWeights
+from mnv2_kernels.block import NO_CLIP, RELU, RELU6, BlockConfig
+
+SPECIAL = (nan, inf, -inf, -0.0, 1e-40)
+CASES = [
+    Case(BlockConfig(5, 19, 5, residual=True), 7, 6),
+    Case(BlockConfig(16, 33, 9, stride=2, padding=(0, 0, 1, 1)), 6, 9),
+    Case(BlockConfig(4, 17, 6, kernel_size=5, dilation=2, padding=(8, 4, 0, 3)), 5, 9),
+    Case(BlockConfig(8, 24, 8, 2, kernel_size=5, padding=(2,) * 4), 8, 8, clips=(NO_CLIP,) * 3),
+    Case(BlockConfig(19, 19, 8, expansion=False), 5, 6, clips=(NO_CLIP, RELU, RELU6)),
+]
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+
+
+def skipping_reference(x: Tensor, weights: FoldedWeights, case: Case) -> Tensor:
+    """The block in float64 where a tap outside the image is left out, not multiplied by zero."""
+    config, weights = case.config, weights.to(torch.float64)
+    h = x.double()
+    if weights.w_expand is not None:
+        h = _linear(h, weights.w_expand, weights.b_expand).clamp(*weights.clip_expand)
+    size = config.output_hw(*h.shape[2:])
+    summed = h.new_zeros(len(h), config.hidden_channels, *size)
+    for i, j in product(range(config.kernel_size), repeat=2):
+        rows, rows_in = _inside(i, config, config.padding[0], h.shape[2], size[0])
+        columns, columns_in = _inside(j, config, config.padding[1], h.shape[3], size[1])
+        tap = weights.w_dw[i, j, :, None, None]
+        summed[:, :, rows, columns] += tap * h[:, :, rows_in, columns_in]
+    if weights.b_dw is not None:
+        summed += weights.b_dw[:, None, None]
+    y = _linear(summed.clamp(*weights.clip_dw), weights.w_project, weights.b_project)
+    y = y.clamp(*weights.clip_project)
+    return y + x.double() if config.residual else y
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = torch.einsum("nchw,cd->ndhw", x, weight)
+    return y if bias is None else y + bias[:, None, None]
+
+
+def _inside(
+    tap: int, config: BlockConfig, padding: int, size_in: int, size_out: int
+) -> tuple[slice, slice]:
+    """The outputs whose tap lies inside the image, and the inputs it reads for them."""
+    shift, stride = tap * config.dilation - padding, config.stride
+    first = max(0, -(shift // stride))
+    count = max(0, min(size_out, (size_in - 1 - shift) // stride + 1) - first)
+    start = first * stride + shift if count else 0
+    return slice(first, first + count), slice(start, start + stride * count, stride)
+
+
+def why_unlike(y: Tensor, truth: Tensor, clean: cases.Expected) -> str | None:
+    """NaN and infinities exactly where the truth has them, the rest as near as clean inputs."""
+    if not torch.equal(y.isnan(), truth.isnan()):
+        return f"NaN at {_where(y.isnan())}, not at {_where(truth.isnan())}"
+    if not torch.equal(
+        y.isposinf() * 1 - y.isneginf() * 1, truth.isposinf() * 1 - truth.isneginf() * 1
+    ):
+        return f"infinite at {_where(y.isinf())}, not at {_where(truth.isinf())}"
+    finite = truth.isfinite()
+    return why_wrong(y.where(finite, 0), replace(clean, truth=truth.where(finite, 0)))
+
+
+def _where(mask: Tensor) -> str:
+    return f"{mask.sum().item()} places from {mask.nonzero()[:4].tolist()}"
+
+
+@each_case
+def test_the_skipping_reference_is_the_reference(case):
+    x, weights = make_inputs(case)
+    torch.testing.assert_close(skipping_reference(x, weights, case), expect(case, x, weights).truth)
+
+
+@each_case
+def test_special_values_at_every_position_of_x(backend, case):
+    """Image i of a batch has the value at its i-th pixel; the others must not notice."""
+    x, weights = make_inputs(case)
+    pixels = case.height * case.width
+    x = x.expand(pixels, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    clean = expect(case, x, weights)
+    channels = case.config.in_channels
+    wrong = {}
+    for value, channel in product(SPECIAL, {0, channels // 2, channels - 1}):
+        injected = x.clone()
+        injected.flatten(2)[range(pixels), channel, range(pixels)] = value
+        y = run(backend, injected, weights, **case.settings)
+        reason = why_unlike(y, skipping_reference(injected, weights, case), clean)
+        if reason:
+            wrong[f"{value} in channel {channel}"] = reason
+    assert not wrong
+
+
+@each_case
+@pytest.mark.parametrize("name", ["w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project"])
+def test_special_values_in_the_weights(backend, case, name):
+    x, weights = make_inputs(case)
+    tensor = getattr(weights, name)
+    if tensor is None:
+        pytest.skip("no such tensor without expansion")
+    if backend == "reference" and name == "w_dw":
+        pytest.skip("PyTorch multiplies its padding by the weight")
+    clean = expect(case, x, weights)
+    positions = product(*({0, n // 2, n - 1} for n in tensor.shape))
+    wrong = {}
+    for value, position in product(SPECIAL, list(positions)):
+        injected = tensor.clone()
+        injected[position] = value
+        changed = replace(weights, **{name: injected})
+        y = run(backend, x, changed, **case.settings)
+        reason = why_unlike(y, skipping_reference(x, changed, case), clean)
+        if reason:
+            wrong[f"{value} at {position}"] = reason
+    assert not wrong
+
+
+@pytest.mark.parametrize("bias", [3.0, -3.0, 100.0, nan])
+def test_padding_is_zero_behind_the_expansion(backend, bias):
+    """x is 0, so a kernel that pads x instead has clip(bias) around the expansion, not 0."""
+    wrong = {}
+    for case in cases.groups()["S2"][::5]:
+        for clips in ((RELU6, RELU6, NO_CLIP), (NO_CLIP, NO_CLIP, NO_CLIP)):
+            case = replace(case, clips=clips)
+            x, weights = make_inputs(case)
+            x = torch.zeros_like(x)
+            clean = expect(case, x, replace(weights, b_expand=torch.full_like(weights.b_expand, 3)))
+            weights = replace(weights, b_expand=torch.full_like(weights.b_expand, bias))
+            y = run(backend, x, weights, **case.settings)
+            if reason := why_unlike(y, skipping_reference(x, weights, case), clean):
+                wrong[case.id] = reason
+    assert not wrong
+
+
+@pytest.mark.parametrize("value", [nan, inf])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel, dilation", [(3, 1), (3, 2), (5, 1), (5, 2)])
+def test_weights_over_padding_do_not_count(kernel_backend, value, stride, kernel, dilation):
+    """One pixel: every tap but one is over padding, and all those are NaN or infinite."""
+    extent = dilation * (kernel - 1)
+    for before in range(0, extent + 1):
+        padding = (before, extent - before, extent - before, before)
+        config = BlockConfig(6, 20, 6, stride, True, kernel, dilation, padding)
+        case = Case(config, 1, 1)
+        x, weights = make_inputs(case)
+        inside = [divmod(p, dilation) for p in padding[:2]]
+        w_dw = torch.full_like(weights.w_dw, value)
+        if all(remainder == 0 for _, remainder in inside):
+            (row, _), (column, _) = inside
+            w_dw[row, column] = weights.w_dw[row, column]
+        weights = replace(weights, w_dw=w_dw)
+        truth = skipping_reference(x, weights, case)
+        assert truth.isfinite().all()
+        y = run(kernel_backend, x, weights, **case.settings)
+        torch.testing.assert_close(y, truth.float(), msg=lambda m, c=case: f"{c.id}: {m}")
+
+
+@pytest.mark.parametrize("expansion", [True, False])
+def test_denormals_are_not_flushed(backend, expansion):
+    channels = 24
+    identity = torch.eye(channels)
+    w_dw = F.pad(torch.ones(1, 1, channels), (0, 0, 1, 1, 1, 1))
+    first, clip = (identity, RELU6) if expansion else (None, NO_CLIP)
+    weights = FoldedWeights(first, None, w_dw, None, identity, None, clip, RELU6)
+    x = torch.arange(1.0, 1 + channels * 30).reshape(1, channels, 5, 6) * 1e-42
+    assert torch.equal(run(backend, x, weights), x)
+    small, large = 2.0**-70, 2.0**100
+    weights = replace(weights, w_dw=w_dw * small, w_project=identity * large)
+    x = torch.full((1, channels, 3, 3), small)
+    assert (run(backend, x, weights) == small * small * large).all()
