@@ -215,8 +215,6 @@ def check_untouched(module: nn.Module) -> None:
         if inner is not module and has_hooks(inner):
             raise Declined(f"{name} has hooks, which would not be called")
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
-            raise Declined(f"{name} is not initialised yet")
         if tensor.is_meta:
             raise Declined(f"{name} is on the meta device and has no values")
         if tensor.is_complex():

@@ -1,0 +1,138 @@
+"""Blocks as other people write them, with batch norms that do something, for the recognisers."""
+
+import torch
+from efficientnet_lite_pytorch import utils as lite_utils
+from efficientnet_lite_pytorch.model import MBConvBlock
+from torch import nn
+from torch.nn import functional as F
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    """The module in evaluation mode; every batch norm with statistics and weights of its own."""
+    for norm in module.modules():
+        if getattr(norm, "running_mean", None) is not None:
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 1.5)
+            if norm.weight is not None:
+                nn.init.uniform_(norm.weight, 0.5, 1.5)
+                nn.init.normal_(norm.bias)
+    return module.eval()
+
+
+def conv_norm_act(
+    in_channels, out_channels, kernel=1, stride=1, groups=1, act=nn.ReLU6, padding=None, **kwargs
+) -> list[nn.Module]:
+    padding = kernel // 2 if padding is None else padding
+    conv = nn.Conv2d(
+        in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False, **kwargs
+    )
+    return [conv, nn.BatchNorm2d(out_channels), *([act()] if act else [])]
+
+
+def flow(in_channels=8, hidden=24, out_channels=8, stride=1, kernel=3, act=nn.ReLU6, **depthwise):
+    """The layers of one block in order; without the first three where hidden == in_channels."""
+    expand = conv_norm_act(in_channels, hidden, act=act) if hidden != in_channels else []
+    return [
+        *expand,
+        *conv_norm_act(hidden, hidden, kernel, stride, hidden, act, **depthwise),
+        *conv_norm_act(hidden, out_channels, act=None),
+    ]
+
+
+class Flat(nn.Module):
+    """One flat Sequential and a flag, as in tonylins' and d-li14's files."""
+
+    def __init__(self, layers, residual, flag="use_res_connect"):
+        super().__init__()
+        self.conv = nn.Sequential(*layers)
+        self.adds = flag
+        if flag:
+            setattr(self, flag, residual)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return x + y if self.adds and getattr(self, self.adds) else y
+
+
+class ConvBNReLU(nn.Sequential):
+    """The name of torchvision's Conv2dNormActivation before 0.13."""
+
+
+class DepSepConv(nn.Sequential):
+    """Depthwise and projection together."""
+
+
+class Nested(nn.Module):
+    """`residual` is the body here, a Sequential of Sequentials."""
+
+    def __init__(self, layers, residual):
+        super().__init__()
+        expand = [nn.Sequential(*layers[:-5])] if len(layers) > 5 else []
+        self.residual = nn.Sequential(
+            *expand, DepSepConv(ConvBNReLU(*layers[-5:-2]), nn.Sequential(*layers[-2:]))
+        )
+        self.use_shortcut = residual
+
+    def forward(self, x):
+        y = self.residual(x)
+        return y + x if self.use_shortcut else y
+
+
+class OldTorchvision(nn.Module):
+    """torchvision's InvertedResidual as pickled before 0.13: no out_channels, older names."""
+
+    def __init__(self, layers, residual):
+        super().__init__()
+        expand = [ConvBNReLU(*layers[:-5])] if len(layers) > 5 else []
+        self.conv = nn.Sequential(*expand, ConvBNReLU(*layers[-5:-2]), *layers[-2:])
+        self.use_res_connect = residual
+
+    def forward(self, x):
+        return x + self.conv(x) if self.use_res_connect else self.conv(x)
+
+
+class Kuangliu(nn.Module):
+    """The block of pytorch-cifar's mobilenetv2.py: a convolution in the shortcut."""
+
+    def __init__(self, in_channels, hidden, out_channels, stride):
+        super().__init__()
+        self.stride = stride
+        self.conv1, self.bn1 = conv_norm_act(in_channels, hidden, act=None)
+        self.conv2, self.bn2 = conv_norm_act(hidden, hidden, 3, stride, hidden, act=None)
+        self.conv3, self.bn3 = conv_norm_act(hidden, out_channels, act=None)
+        self.shortcut = nn.Sequential()
+        if stride == 1 and in_channels != out_channels:
+            self.shortcut = nn.Sequential(*conv_norm_act(in_channels, out_channels, act=None))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return y + self.shortcut(x) if self.stride == 1 else y
+
+
+def lukemelas(
+    in_channels=8, out_channels=8, expand_ratio=3, stride=1, kernel=3, image_size=16, **changes
+) -> MBConvBlock:
+    """MBConvBlock of efficientnet_lite_pytorch; image_size None pads at run time."""
+    arguments = lite_utils.BlockArgs(
+        num_repeat=1,
+        kernel_size=kernel,
+        stride=stride,
+        expand_ratio=expand_ratio,
+        input_filters=in_channels,
+        output_filters=out_channels,
+        se_ratio=changes.get("se_ratio"),
+        id_skip=changes.get("id_skip", True),
+    )
+    settings = lite_utils.GlobalParams(
+        batch_norm_momentum=0.99,
+        batch_norm_epsilon=1e-3,
+        relu_fn=changes.get("relu_fn", "relu6"),
+    )
+    return MBConvBlock(arguments, settings, image_size=image_size)
+
+
+def largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Largest difference of two results over the largest value."""
+    return ((first - second).abs().max() / second.abs().max()).item()
