@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest benchmarks`, then `python -m benchmarks.report`."""

@@ -1,0 +1,51 @@
+"""Where rows go, and what is printed at the end."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mnv2_kernels.timing import _C
+
+from . import harness, summary
+
+ROWS = pytest.StashKey[list[harness.Row]]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("mnv2_kernels")
+    group.addoption(
+        "--results", type=Path, default=harness.RESULTS, help="folder that rows are added to"
+    )
+    group.addoption("--compile", action="store_true", help="time torch.compile too (a minute)")
+
+
+def pytest_configure(config):
+    config.stash[ROWS] = []
+
+
+def pytest_collection_modifyitems(items):
+    if _C is None:
+        missing = pytest.mark.skip(reason="needs the compiled extension")
+        for item in items:
+            item.add_marker(missing)
+
+
+@pytest.fixture
+def record(request, benchmark) -> Iterator[Callable[[list[harness.Row]], None]]:
+    """Keep rows: in the results, in the summary, and in pytest-benchmark's own report."""
+
+    def keep(rows: list[harness.Row]) -> None:
+        harness.append(rows, request.config.getoption("--results"))
+        request.config.stash[ROWS] += rows
+        benchmark.extra_info["rows"] = rows
+
+    yield keep
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash[ROWS]
+    final = summary.acceptance(rows)
+    harness.append(final, config.getoption("--results"))
+    for line in summary.lines(rows + final):
+        terminalreporter.write_line(line)
