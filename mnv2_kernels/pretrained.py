@@ -110,16 +110,15 @@ def dog_mobilenet_v2() -> Trained:
     return Trained("MobileNetV2 1.0", model, breeds, _dogs_input)
 
 
-def _load_keras(model: MobileNetV2, layers) -> None:
+def _load_keras(model: MobileNetV2, arrays) -> None:
     """Copy the arrays of a Keras MobileNetV2 with one dense layer on top into `model`.
 
-    `layers` maps "<network>/<layer>/<array>" to arrays. Kernels there are (kh, kw, C_in, C_out),
+    `arrays` maps "<network>/<layer>/<array>" to each. Kernels there are (kh, kw, C_in, C_out),
     of the depthwise (kh, kw, C, 1).
     """
 
-    def load(module: nn.Module, path: str, **arrays: str) -> None:
-        group = layers[path]
-        state = {name: torch.from_numpy(group[array][()]) for name, array in arrays.items()}
+    def load(module: nn.Module, path: str, **names: str) -> None:
+        state = {ours: torch.from_numpy(arrays[path][theirs][()]) for ours, theirs in names.items()}
         weight = state["weight"]
         if isinstance(module, nn.Conv2d):
             order = (3, 2, 0, 1) if module.groups == 1 else (2, 3, 0, 1)
@@ -132,11 +131,11 @@ def _load_keras(model: MobileNetV2, layers) -> None:
     stages = [(stem[1], stem[2], "Conv1", "bn_Conv1")]
     for i, block in enumerate(blocks):
         prefix = f"block_{i}" if i else "expanded_conv"
-        for stage in ("expand", "depthwise", "project"):
-            layer = getattr(block.block_layers, stage)
-            if layer is not None:
-                name = f"{prefix}_{stage}"
-                stages.append((layer.conv, layer.norm, name, f"{name}_BN"))
+        *clipped, project, project_norm = block.conv
+        layers = [(stage[0], stage[1]) for stage in clipped] + [(project, project_norm)]
+        names = ("expand", "depthwise", "project")[-len(layers) :]
+        for (conv, norm), name in zip(layers, names, strict=True):
+            stages.append((conv, norm, f"{prefix}_{name}", f"{prefix}_{name}_BN"))
     stages.append((last[0], last[1], "Conv_1", "Conv_1_bn"))
     network = "mobilenetv2_1.00_160"
     for conv, norm, conv_name, norm_name in stages:

@@ -1,0 +1,7 @@
+"""`python -m mnv2_kernels`: the command line."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,252 @@
+"""The command line: `mnv2 info | demo | verify | bench | memory | classify IMAGE`.
+
+Exit status: 0 done, 1 a result is wrong, 2 it could not be done (one sentence on stderr).
+"""
+
+import argparse
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import cost
+from . import demo as demonstration
+from . import verify as verification
+from .backends import backends
+from .block import mobilenet_v2_block_inputs
+from .fuse import fuse
+from .memory import peak_bytes
+from .modules import mobilenet_v2
+from .pretrained import MissingPackage, WrongWeights, efficientnet_lite0, require
+from .timing import num_threads
+from .variants import block_calls, fused_blocks, plain, variants
+
+try:
+    from . import _C
+except ImportError:
+    _C = None
+
+# Decoders of formats that photographs come in; among the others is one that runs PostScript.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+class CannotRun(Exception):
+    """The command cannot be carried out; the sentence says why."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command, sys.argv's by default. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except (CannotRun, MissingPackage, WrongWeights) as error:
+        print(f"mnv2 {options.name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def info(options: argparse.Namespace) -> int:
+    """What runs here, and what it was built from."""
+    rows = {
+        "mnv2_kernels": Path(__file__).parent,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        **{f"cuda {i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())},
+        **{f"backend {name}": text for name, text in backends().items()},
+        **{f"build {name}": value for name, value in (_C.build_info() if _C else {}).items()},
+    }
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:{width}}  {value}")
+    return 0
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            ]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def classify(options: argparse.Namespace) -> int:
+    """Top five classes of an image file by the fused EfficientNet-Lite0."""
+    image = read_image(options.image)
+    network = efficientnet_lite0()
+    model = fuse(network.model)
+    with torch.inference_mode():
+        probabilities = model(network.preprocess(image))[0].softmax(0)
+    for probability, index in zip(*probabilities.topk(5), strict=True):
+        print(f"{probability.item():.3f}  {network.class_names[index]}")
+    return 0
+
+
+def read_image(path: Path):
+    """The image in a file, upright and RGB.
+
+    Raises:
+        CannotRun: there is no such file, or it holds no image that can be read safely.
+    """
+    require("PIL")
+    from PIL import Image, ImageOps
+
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise CannotRun(f"IMAGE must be an image file, and {path} {what}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", category=UserWarning)
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        limit = Image.MAX_IMAGE_PIXELS
+        raise CannotRun(f"IMAGE must have at most {limit} pixels, {path} has more") from error
+    except Exception as error:
+        # Decoders raise nearly anything on hostile bytes: OSError, ValueError, SyntaxError ...
+        formats = ", ".join(IMAGE_FORMATS)
+        raise CannotRun(
+            f"IMAGE must be a complete {formats} file, {path} is not: {error}"
+        ) from error
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Trained networks, plain against fused: answers, speed, memory and a figure."""
+    if not (options.output.is_dir() and os.access(options.output, os.W_OK)):
+        raise CannotRun(f"--output must be a folder that can be written to, got {options.output}")
+    return demonstration.demo(_console(), options.output, rounds=options.rounds)
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Every kernel that runs here against the float64 reference; 1 on a mismatch."""
+    devices = ["cpu", "cuda"] if torch.cuda.device_count() else ["cpu"]
+    found = {device: verification.kernels(device) for device in devices}
+    if not any(running for running, _ in found.values()):
+        reasons = "; ".join(dict.fromkeys(r for _, reasons in found.values() for r in reasons))
+        raise CannotRun(f"no kernel runs here: {reasons}")
+    table = Table(
+        caption="largest distance from the float64 reference, of the kernel and of PyTorch"
+    )
+    for heading in ("block", "input", "backend", "kernel", "PyTorch", ""):
+        table.add_column(heading)
+    wrong = 0
+    for device, (running, _) in found.items():
+        for result in verification.verify(running, device):
+            wrong += result.wrong is not None
+            table.add_row(
+                result.block,
+                "x".join(map(str, result.shape)),
+                result.backend,
+                f"{result.error:.1e}",
+                f"{result.plain_error:.1e}",
+                result.wrong or "ok",
+            )
+    _console().print(table)
+    print(f"{table.row_count - wrong} of {table.row_count} right")
+    return 1 if wrong else 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    """MobileNetV2 plain, folded and fused, timed in turns."""
+    size = options.resolution
+    model = mobilenet_v2(options.width).eval()
+    x = torch.randn(options.batch, 3, size, size)
+    with torch.inference_mode(), num_threads(options.threads):
+        copies = variants(model)
+        truth = plain(model).double()(x.double())
+        wrong = verification.why_wrong(copies["fused"](x), copies["folded"](x), truth)
+        if wrong:
+            print(f"mnv2 bench: the fused network is wrong, not timed: {wrong}", file=sys.stderr)
+            return 1
+        title = f"MobileNetV2 {options.width}"
+        _console().print(demonstration.performance(title, copies, x, options.rounds))
+    return 0
+
+
+def memory(options: argparse.Namespace) -> int:
+    """Bytes alive in each block of MobileNetV2, by arithmetic and as the allocator saw them."""
+    size, batch = options.resolution, options.batch
+    copies = variants(mobilenet_v2(options.width).eval())
+    blocks = list(mobilenet_v2_block_inputs(options.width, size))
+    table = Table(
+        title=f"MobileNetV2 {options.width}, batch {batch}, {size}x{size}: peak KiB of each block",
+        caption="input and result included; computed / measured",
+    )
+    executions = dict(zip(cost.EXECUTIONS, ("plain", "folded", "fused"), strict=True))
+    for heading in ("block", *executions):
+        table.add_column(heading, justify="right")
+    rows = [[block.name] for block, _ in blocks]
+    x = torch.randn(batch, 3, size, size)
+    with torch.inference_mode():
+        for execution, variant in executions.items():
+            calls = block_calls(copies[variant], fused_blocks(copies["fused"]), x)
+            for row, (block, block_size), (call, block_x) in zip(
+                rows, blocks, calls.values(), strict=True
+            ):
+                call()
+                computed = cost.peak_bytes(
+                    block, block_size, block_size, execution=execution, batch=batch
+                )
+                measured = block_x.nbytes + peak_bytes(call)
+                row.append(f"{computed / 1024:.0f} / {measured / 1024:.0f}")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+    return 0
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def _positive(kind: type):
+    def parse(text: str):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mnv2", description="MobileNetV2's inverted residual in one pass."
+    )
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    def add(command) -> argparse.ArgumentParser:
+        summary = command.__doc__.splitlines()[0]
+        added = commands.add_parser(command.__name__, help=summary, description=summary)
+        added.set_defaults(command=command)
+        return added
+
+    count = _positive(int)
+    add(info)
+    command = add(demo)
+    command.add_argument("--output", type=Path, default=Path(), help="folder for the figure")
+    command.add_argument("--rounds", type=count, default=30, help="samples of each variant")
+    add(verify)
+    for command in (add(bench), add(memory)):
+        command.add_argument("--batch", type=count, default=1, help="images at once")
+        command.add_argument("--resolution", type=count, default=224, help="rows and columns")
+        command.add_argument("--width", type=_positive(float), default=1.0, help="multiplier")
+    command = commands.choices["bench"]
+    command.add_argument("--rounds", type=count, default=30, help="samples of each variant")
+    command.add_argument("--threads", type=count, default=torch.get_num_threads())
+    add(classify).add_argument("image", type=Path, metavar="IMAGE")
+    return parser

@@ -1,0 +1,78 @@
+"""One network three ways (plain, folded, fused), and calls of its blocks one by one."""
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .fuse import fuse
+from .modules import FusedModule
+
+
+def variants(model: nn.Module) -> dict[str, nn.Module]:
+    """Copies of a network in evaluation mode, by name; the network itself is left as it is.
+
+    "plain" runs layer by layer as written. "folded" does so too, with batch norm folded into the
+    convolutions and channels_last weights: what PyTorch does best without a compiler. "fused" is
+    the network after `fuse`, with the layers around its blocks folded and channels_last too.
+    """
+    folded = _fold_batch_norm(plain(model))
+    fused = _fold_batch_norm(fuse(model))
+    for copy in (folded, fused):
+        copy.to(memory_format=torch.channels_last)
+    return {"plain": plain(model), "folded": folded, "fused": fused}
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A copy that runs its layers one by one, also those of modules that could run fused."""
+    copy = deepcopy(model)
+    for module in fused_blocks(copy).values():
+        module.forward = module.plain_forward
+    return copy
+
+
+def fused_blocks(model: nn.Module) -> dict[str, FusedModule]:
+    """The modules of a network that can run in one pass, by their names in it."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, FusedModule)}
+
+
+def block_calls(
+    model: nn.Module, names: Iterable[str], x: Tensor
+) -> dict[str, tuple[Callable[[], Tensor], Tensor]]:
+    """name -> (a call of that submodule alone, its input), as it is called in `model(x)`."""
+    calls = {}
+
+    def remember(name: str) -> Callable:
+        def hook(module, args, kwargs):
+            calls[name] = lambda: module(*args, **kwargs), args[0]
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(remember(name), with_kwargs=True)
+        for name in names
+    ]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def _fold_batch_norm(model: nn.Module) -> nn.Module:
+    """Fold every batch norm into the convolution registered right before it, in place.
+
+    Modules that run fused fold theirs themselves and are left alone.
+    """
+    own = [m for m in fused_blocks(model).values() if "forward" not in vars(m)]
+    skipped = {inner for module in own for inner in module.modules()}
+    for parent in model.modules():
+        if parent in skipped:
+            continue
+        for (name, conv), (next_name, norm) in pairwise(list(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d:
+                setattr(parent, name, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, next_name, nn.Identity())
+    return model
