@@ -54,7 +54,7 @@ def mean_figures(rows: list[Row]) -> str:
     """The same of several rows: total time, and geometric means of the ratios."""
     total = sum(row["seconds"]["50%"] for row in rows)
     rate = geometric_mean(row["gflops"] for row in rows)
-    text = f"{total * 1e6:>8.1f} us {rate:>7.1f} GFLOP/s"
+    text = f"{total * 1e6:>10.1f} us {rate:>7.1f} GFLOP/s"
     if all(row["share_of_fma_peak"] for row in rows):
         text += f" {geometric_mean(row['share_of_fma_peak'] for row in rows):>5.0%} of peak"
     for name in rows[0]["speedup"]:

@@ -1,0 +1,58 @@
+"""Figures of the results, as SVG beside the rows."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from .harness import Row
+
+COLOURS = {"fused": "#1b6ca8", "folded": "#e2a13a", "eager": "#9a9a9a"}
+MIB = 2**20
+
+
+def figures(results: Mapping[str, list[Row]], folder: Path) -> Iterator[Path]:
+    """Draw what there are rows for; yields the paths written."""
+    rows = [r for r in results["block"] if r["threads"] == r["batch"] == 1]
+    compared = {r["instruction_set"] for r in rows if r["provider"] == "folded"}
+    by_provider = {
+        name: sorted(
+            (r for r in rows if r["provider"] == name and r["instruction_set"] in compared),
+            key=lambda r: r["block"],
+        )
+        for name in COLOURS
+    }
+    if not all(by_provider.values()):
+        return
+    if all(row["share_of_fma_peak"] for row in by_provider["fused"]):
+        shares = {
+            name: [100 * row["share_of_fma_peak"] for row in rows]
+            for name, rows in by_provider.items()
+        }
+        yield bars(shares, folder / "share_of_peak.svg", "% of the measured FMA peak", (0, 100))
+    peaks = {name: [r["peak_bytes"] / MIB for r in rows] for name, rows in by_provider.items()}
+    yield bars(peaks, folder / "peak_memory.svg", "peak MiB, input included", None)
+
+
+def bars(
+    values: Mapping[str, list[float]], path: Path, label: str, limits: tuple[float, float] | None
+) -> Path:
+    """Grouped bars over the block numbers, one colour a provider."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(values)
+    for i, (name, heights) in enumerate(values.items()):
+        places = [block + 1 + (i - (len(values) - 1) / 2) * width for block in range(len(heights))]
+        axes.bar(places, heights, width, label=name, color=COLOURS[name])
+    axes.set_xticks(range(1, 1 + len(heights)))
+    axes.set_xlabel("block of MobileNetV2 1.0 at 224x224, batch 1, one thread")
+    axes.set_ylabel(label)
+    if limits:
+        axes.set_ylim(*limits)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=len(values))
+    # No date and fixed ids: the same rows give the same file.
+    with rc_context({"svg.hashsalt": "mnv2_kernels"}):
+        figure.savefig(path, metadata={"Date": None})
+    return path

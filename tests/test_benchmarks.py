@@ -1,0 +1,205 @@
+"""The benchmarks work: one tiny block measured, one file run as users run it, tables from rows."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import harness, machine, plot, report, summary
+from mnv2_kernels import cost, timing
+from mnv2_kernels.block import inverted_residual_config
+
+TINY = inverted_residual_config(8, 8, 1, 6)
+needs_extension = pytest.mark.skipif(timing._C is None, reason="needs the compiled extension")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """(module, x, result in float64) of a block of a few thousand multiply-adds."""
+    module = harness.block_module(TINY)
+    x = harness.image(8, 6, 2)
+    return module, x, harness.truth(module, x)
+
+
+def measure(tiny, **kwargs):
+    module, x, expected = tiny
+    return harness.measure(
+        {name: (lambda m=m: m(x)) for name, m in harness.providers(module).items()},
+        x=x,
+        expected=expected,
+        flops=cost.flops(TINY, 6, 6, batch=2),
+        threads=1,
+        rounds=2,
+        suite="block",
+        **kwargs,
+    )
+
+
+def test_rows_of_a_measurement(tiny):
+    threads = torch.get_num_threads()
+    rows = measure(tiny, block=1, computed_peaks={"fused": 1234})
+    assert torch.get_num_threads() == threads
+    assert [row["provider"] for row in rows] == ["fused", "folded", "eager"]
+    for row in rows:
+        assert json.loads(json.dumps(row)) == row
+        assert 0 < row["seconds"]["25%"] <= row["seconds"]["50%"] <= row["seconds"]["75%"]
+        assert row["gflops"] == pytest.approx(
+            cost.flops(TINY, 6, 6, batch=2) / row["seconds"]["50%"] / 1e9
+        )
+        assert set(row["speedup"]) == {"fused", "folded", "eager"} - {row["provider"]}
+        assert 0 <= row["largest_error"] < 1e-5
+        assert row["peak_bytes"] >= 2 * tiny[1].nbytes
+        assert (row["batch"], row["dtype"], row["threads"]) == (2, "float32", 1)
+    assert [row["peak_bytes_computed"] for row in rows] == [1234, None, None]
+    has_peak = timing._C is not None
+    assert all((row["share_of_fma_peak"] is not None) == has_peak for row in rows)
+
+
+def test_a_wrong_result_is_not_timed(tiny):
+    module, x, expected = tiny
+    with pytest.raises(AssertionError, match="largest error must be at most 0.0001, got"):
+        measure((module, x, expected * 1.01))
+    with pytest.raises(AssertionError, match="got nan"):
+        measure((module, x, expected * float("nan")))
+
+
+def test_both_clips_work_on_both_hidden_tensors(tiny):
+    module, x, _ = tiny
+    for stage in (module.block_layers.expand, module.block_layers.depthwise):
+        seen = []
+        handle = stage.norm.register_forward_hook(lambda m, i, y, seen=seen: seen.append(y + 0))
+        module.plain_forward(x)
+        handle.remove()
+        assert (seen[0] < 0).float().mean() > 0.02
+        assert (seen[0] > 6).float().mean() > 0.02
+
+
+def test_machine_facts_are_complete():
+    facts = machine.facts()
+    assert facts["cores"] >= 1
+    assert facts["instruction_set"] in ("avx512", "avx2", "default", "neon")
+    assert facts["torch"] == torch.__version__
+    assert facts["commit"] is None or re.fullmatch(r"[0-9a-f]{12}\+?", facts["commit"])
+
+
+@needs_extension
+@pytest.mark.timeout(120)
+def test_a_benchmark_file_runs_as_users_run_it(tmp_path):
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks/bench_block.py"]
+    done = subprocess.run(
+        [*command, "-k", "test_block and 1-1-17", "--benchmark-disable", f"--results={tmp_path}"],
+        cwd=machine.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+    assert "geometric mean" in done.stdout
+    rows = harness.load("block", tmp_path)
+    assert {row["provider"] for row in rows} >= {"fused"}
+    assert all(row["block"] == 17 and row["config"] == "160x960x320-s1-k3" for row in rows)
+
+
+def synthetic_rows() -> list[harness.Row]:
+    """A complete run on a machine of 100 GFLOP/s; block n takes n ms fused, 3 n ms folded."""
+    facts = {**machine.facts(), "date": "2026-01-02T00:00:00+00:00", "cpu": "test"}
+    rows = []
+    for number, (config, size) in enumerate(harness.BLOCKS, 1):
+        for provider, factor in (("fused", 1), ("folded", 3), ("eager", 4)):
+            times = {"fused": 1, "folded": 3, "eager": 4}
+            row = {
+                "suite": "block",
+                "block": number,
+                "config": config.name,
+                "resolution": size,
+                "provider": provider,
+                "batch": 1,
+                "threads": 1,
+                "seconds": {"50%": number * factor / 1000},
+                "gflops": 80 / factor,
+                "share_of_fma_peak": 0.8 / factor if number > 1 else 0.5 / factor,
+                "speedup": {n: t / factor for n, t in times.items() if n != provider},
+                "peak_bytes": factor * 2**20,
+            }
+            rows.append({**facts, **row})
+        scaling = {"suite": "scaling", "block": number, "threads": 2, "provider": "2 threads"}
+        rows.append({**facts, **scaling, "speedup": {"1 thread": 1.8}})
+    network = {"suite": "network", "model": "net", "provider": "fused", "threads": 1, "batch": 8}
+    network |= {"seconds": {"50%": 0.04}, "gflops": 60.0, "share_of_fma_peak": 0.6}
+    rows.append({**facts, **network, "speedup": {"folded": 4.5}})
+    for batch in (1, 8):
+        memory = {"suite": "memory", "model": "net", "provider": "fused", "batch": batch}
+        peaks = {"peak_bytes": (batch + 1) * 2**20, "peak_bytes_computed": batch * 2**20}
+        rows.append({**facts, **memory, **peaks})
+    return rows
+
+
+def test_acceptance_figures():
+    rows = synthetic_rows()
+    values = {row["name"]: row["value"] for row in summary.acceptance(rows)}
+    assert values == {
+        "17 blocks, geometric mean: share of FMA peak": pytest.approx((0.5 * 0.8**16) ** (1 / 17)),
+        "worst block: share of FMA peak": 0.5,
+        "block 1: share of FMA peak": 0.5,
+        "17 blocks, geometric mean: speed-up over folded eager": pytest.approx(3),
+        "worst block: speed-up over folded eager": 3,
+        "block 1: speed-up over folded eager": 3,
+        "17 blocks, geometric mean: 2 threads over 1": pytest.approx(1.8),
+        "worst block: 2 threads over 1": 1.8,
+        "net, threads 1, batch 8: speed-up over folded eager": 4.5,
+    }
+    assert (
+        summary.acceptance([row for row in rows if row.get("block") != 4 and "block" in row]) == []
+    )
+
+
+def test_lines_are_aligned_and_the_mean_comes_last():
+    blocks = [row for row in synthetic_rows() if row["suite"] == "block"]
+    head, *body, mean = summary.lines(blocks)
+    assert head.startswith("blocks, ") and "geometric mean" in mean
+    assert len(body) == 17
+    assert len({line.index("GFLOP/s") for line in [*body, mean]}) == 1
+    assert "153000.0 us" in mean and "3.00x folded" in mean
+
+
+def test_tables_and_figures_come_from_the_newest_rows(tmp_path):
+    rows = synthetic_rows()
+    old = {**rows[0], "seconds": {"50%": 9.0}, "date": "2026-01-01T00:00:00+00:00"}
+    elsewhere = {**rows[0], "cpu": "other", "date": "2025-12-31T00:00:00+00:00"}
+    harness.append([old, elsewhere, *rows], tmp_path)
+    assert len(harness.load("block", tmp_path)) == 17 * 3 + 2
+    figures = [{**row, "cpu": "test", "date": "2026"} for row in summary.acceptance(rows)]
+    harness.append(figures, tmp_path)
+    made = report.tables(results := report.latest(tmp_path))
+    assert "| worst block: share of FMA peak (block 1) | 50% |" in made["acceptance"]
+    block = made["blocks"].splitlines()
+    assert len(block) == 2 + 17
+    assert block[2] == (
+        "| 1 | 32x32x16-s1-k3 | 112x112 | 1000 | 80 | 50% | 3.00x | 4.00x | 1.00 | 3.00 |"
+    )
+    assert "| 1 | 1 | 153.00 | 78% | 3.00x | 4.00x |" in made["block-runs"]
+    assert "| net | fused | 1 | 8 | 5.00 | 60% | 4.50x |" in made["network"]
+    assert "| fused | 8 | 9.00 | 8.00 | 1.00 |" in made["memory"]
+    assert made["machine"].startswith("test, ")
+    written = list(plot.figures(results, tmp_path))
+    assert [path.name for path in written] == ["share_of_peak.svg", "peak_memory.svg"]
+    before = [path.read_bytes() for path in written]
+    assert [p.read_bytes() for p in plot.figures(results, tmp_path)] == before
+
+
+def test_no_rows_give_no_tables(tmp_path):
+    results = report.latest(tmp_path)
+    assert report.tables(results) == {}
+    assert list(plot.figures(results, tmp_path)) == []
+
+
+def test_only_what_stands_between_markers_is_replaced():
+    text = "a\n<!-- begin:one -->\nold\n<!-- end:one -->\nb\n<!-- begin:two --><!-- end:two -->\n"
+    filled = report.fill(text, {"one": "new", "three": "unused"})
+    assert filled == text.replace("old", "new")
+    assert report.fill(filled, {"one": "new"}) == filled
+    with pytest.raises(ValueError, match="must hold <!-- end:x --> after <!-- begin:x -->"):
+        report.fill("<!-- begin:x -->", {})
