@@ -1,9 +1,17 @@
 """Measured memory: known patterns of allocation, to the byte."""
 
+import cases
 import pytest
 import torch
 
-from mnv2_kernels import memory
+from mnv2_kernels import InvertedResidual, cost, memory, timing
+from mnv2_kernels.block import mobilenet_v2_block_inputs
+
+BLOCKS = list(mobilenet_v2_block_inputs())
+SCRATCH = 256 * 1024  # most that a thread of a CPU kernel takes
+needs_cpu_kernel = pytest.mark.skipif(
+    "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
+)
 
 
 def pattern():
@@ -115,3 +123,71 @@ def test_cuda_peak_of_a_known_pattern():
 def test_other_devices_are_refused():
     with pytest.raises(ValueError, match="device must be a CPU or CUDA device, got meta"):
         memory.peak_bytes(pattern, "meta")
+
+
+def peak_of_call(number: int, batch: int) -> int:
+    """Bytes beyond the input that block `number` holds in a fused call, at 224x224."""
+    config, size = BLOCKS[number - 1]
+    case = cases.Case(config, size, size, batch)
+    x, weights = cases.make_inputs(case)
+    x = x.to(memory_format=torch.channels_last)
+    return memory.peak_bytes(lambda: cases.run("cpu", x, weights, **case.settings))
+
+
+@needs_cpu_kernel
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("number", range(1, 18))
+def test_a_fused_block_holds_input_result_and_scratch(number, threads):
+    config, size = BLOCKS[number - 1]
+    with timing.num_threads(threads):
+        for batch in (1, 3):
+            scratch = threads * SCRATCH
+            x, _, _, y = cost.tensor_bytes(config, size, size, batch=batch)
+            bound = cost.peak_bytes(
+                config, size, size, execution="fused", batch=batch, scratch=scratch
+            )
+            assert y <= peak_of_call(number, batch) <= bound - x
+
+
+@needs_cpu_kernel
+def test_scratch_does_not_grow_with_the_batch():
+    with timing.num_threads(2):
+        for number in (3, 13, 17):
+            config, size = BLOCKS[number - 1]
+            result = cost.tensor_bytes(config, size, size).y
+            scratch = {peak_of_call(number, batch) - batch * result for batch in (1, 2, 5)}
+            assert len(scratch) == 1
+
+
+@needs_cpu_kernel
+def test_a_thousand_calls_leave_nothing_behind():
+    module = InvertedResidual(8, 8).eval()
+    x = torch.randn(1, 8, 4, 4)
+
+    def many_calls():
+        for _ in range(1000):
+            module(x)
+
+    with torch.inference_mode():
+        module(x)
+        live = memory.live_bytes(many_calls)
+    assert live[-1] == 0
+    assert max(live) == max(live[: len(live) // 1000])
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 13])
+def test_layer_by_layer_holds_at_least_what_is_computed(number):
+    config, size = BLOCKS[number - 1]
+    module = InvertedResidual(
+        config.in_channels,
+        config.out_channels,
+        stride=config.stride,
+        expand_ratio=config.hidden_channels / config.in_channels,
+    ).eval()
+    x = torch.randn(1, config.in_channels, size, size).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        module.plain_forward(x)
+        measured = x.nbytes + memory.peak_bytes(lambda: module.plain_forward(x))
+    computed = cost.peak_bytes(config, size, size, execution="eager")
+    # Modules in modules hold one hidden tensor more, where the depthwise keeps the size.
+    assert computed <= measured <= 1.5 * computed

@@ -85,7 +85,9 @@ def test_peak_is_measured_for_every_kernel():
     before = torch.get_num_threads()
     for kernel in timing._C.cpu_kernels():
         if kernel["available"]:
-            assert timing.fma_peak(1, kernel["name"], seconds=0.01) > 0.1
+            # Two or four units of this many lanes, below 6 GHz; noise can only make it less.
+            peak = timing.fma_peak(1, kernel["name"], seconds=0.01)
+            assert 0.1 < peak < 2 * 3 * 6 * kernel["lanes"]
     assert timing.fma_peak(seconds=0.01) > 0.1
     assert torch.get_num_threads() == before
     with pytest.raises(ValueError, match="kernel must be one of .*, got 'mmx'"):
