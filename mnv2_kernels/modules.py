@@ -89,15 +89,18 @@ class FusedModule(nn.Module):
         made through `.data`, for which `train()`, `eval()` and `to()` drop the cache too).
         """
         tensors = self.block_layers.parameters_and_buffers()
-        if torch.compiler.is_compiling() or (
-            torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        ):
+        if torch.compiler.is_compiling():
+            return fold_layers(self.block_layers)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            # An optimizer step may follow, and fused optimizers do not count versions.
+            self.__dict__["_folded"] = None
             return fold_layers(self.block_layers)
         key = tuple(_identity(t) for t in tensors)
         if self._folded is None or self._folded[0] != key:
             # The aliases keep the old storages alive, so that no new tensor gets their address.
             aliases = [t.detach() for t in tensors]
-            with torch.no_grad():
+            # Not inference tensors: a later call may need gradients of x through them.
+            with torch.inference_mode(False), torch.no_grad():
                 self.__dict__["_folded"] = (key, fold_layers(self.block_layers), aliases)
         return self._folded[1]
 

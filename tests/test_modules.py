@@ -1,0 +1,425 @@
+"""What may happen to a fused module in its life: copies, dtypes, modes, weights that change."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torchvision
+from efficientnet_lite_pytorch.model import MBConvBlock
+from foreign_blocks import Flat, flow, largest_difference, lukemelas, randomise
+from timm.models._efficientnet_blocks import InvertedResidual as TimmBlock
+from torch import nn
+from torchvision.models.mnasnet import _InvertedResidual as MnasnetBlock
+from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
+
+import mnv2_kernels as mk
+from mnv2_kernels.modules import FusedInvertedResidual
+
+BUILDERS = {
+    "own": lambda: mk.InvertedResidual(8, 8),
+    "torchvision": lambda: TorchvisionBlock(8, 8, 1, 6),
+    "timm": lambda: TimmBlock(8, 8, exp_ratio=3.0, act_layer=nn.ReLU6),
+    "mnasnet": lambda: MnasnetBlock(8, 8, 3, 1, 3),
+    "lukemelas": lukemelas,
+}
+
+
+@pytest.fixture(params=BUILDERS)
+def pair(request):
+    """(a plain block, the same block fused): float64, separate tensors of equal values."""
+    block = randomise(BUILDERS[request.param]()).double()
+    fused = mk.fuse(block, backend="reference")
+    if isinstance(block, mk.InvertedResidual):
+        block.forward = block.plain_forward
+    return block, fused
+
+
+def image(dtype=torch.float64, size=6):
+    return 3 * torch.randn(2, 8, size, size, dtype=dtype)
+
+
+def assert_same(block, fused, x=None):
+    """The fused module runs fused, and computes what the plain one does."""
+    x = image() if x is None else x
+    assert fused.why_plain(x) is None
+    assert largest_difference(fused(x), block(x)) < 1e-11
+
+
+def change_all(block, change):
+    with torch.no_grad():
+        for i, parameter in enumerate(block.parameters()):
+            change(parameter, i)
+
+
+def test_cached_weights_are_used_again(pair):
+    _, fused = pair
+    with torch.no_grad():
+        assert fused.folded_weights() is fused.folded_weights()
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copy_is_complete_and_independent(pair, again):
+    block, fused = pair
+    if "forward" in vars(block):
+        block = copy.deepcopy(block)
+    with torch.no_grad():
+        fused(image())
+        other = again(fused)
+        assert_same(block, other)
+        change_all(other, lambda p, i: p.mul_(1.5))
+        assert_same(block, fused)
+        assert largest_difference(other(image()), block(image())) > 1e-3
+    if isinstance(fused, FusedInvertedResidual):
+        assert other._modules is other.original._modules
+
+
+def test_whole_model_through_torch_save():
+    model = mk.fuse(randomise(torchvision.models.mobilenet_v2(width_mult=0.35)))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(again(x), model(x))
+
+
+def test_state_dict_both_ways(pair):
+    block, fused = pair
+    assert list(fused.state_dict()) == list(block.state_dict())
+    with torch.no_grad():
+        fused(image())
+        change_all(block, lambda p, i: p.mul_(1.1))
+        randomise(block)
+        assert fused.load_state_dict(block.state_dict()).missing_keys == []
+        assert_same(block, fused)
+        change_all(fused, lambda p, i: p.mul_(0.9))
+        block.load_state_dict(fused.state_dict())
+        assert_same(block, fused)
+
+
+def test_load_state_dict_by_assignment(pair):
+    block, fused = pair
+    with torch.no_grad():
+        fused(image())
+        change_all(block, lambda p, i: p.mul_(1.1))
+        fused.load_state_dict(copy.deepcopy(block.state_dict()), assign=True)
+        assert_same(block, fused)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_change_of_dtype(pair, dtype):
+    block, fused = pair
+    with torch.no_grad():
+        fused(image())
+        x = image(dtype)
+        block.to(dtype), fused.to(dtype)
+        y = fused(x)
+        assert y.dtype == fused.folded_weights().w_dw.dtype == dtype
+        assert largest_difference(y.double(), block(x).double()) < 30 * torch.finfo(dtype).eps
+        # Back in float64 with the rounded values.
+        block.double(), fused.double()
+        assert_same(block, fused)
+
+
+def test_to_meta(pair):
+    _, fused = pair
+    with torch.no_grad():
+        fused(image())
+        fused.to("meta")
+        y = fused(torch.empty(3, 8, 5, 5, device="meta", dtype=torch.float64))
+    assert (y.device.type, y.shape) == ("meta", (3, 8, 5, 5))
+
+
+def test_inner_module_moved_alone(pair):
+    block, fused = pair
+    with torch.no_grad():
+        fused(image())
+        for module in (block, fused):
+            next(m for m in module.modules() if isinstance(m, nn.Conv2d)).float().double()
+        assert_same(block, fused)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.SGD(p, lr=0.1, foreach=True),
+        lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    ],
+    ids=["sgd", "foreach", "fused"],
+)
+def test_optimizer_step(pair, make):
+    block, fused = pair
+    x = image()
+    with torch.no_grad():
+        before = fused(x)
+    for module in (block, fused):
+        optimizer = make(module.parameters())
+        module(x).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert largest_difference(fused(x), before) > 1e-3
+        assert largest_difference(fused(x), block(x)) < 1e-8
+
+
+def test_changes_in_place_are_seen(pair):
+    block, fused = pair
+    names = [n for n, t in fused.state_dict().items() if t.is_floating_point()]
+    x = image()
+    with torch.no_grad():
+        for name in names:
+            before = fused(x)
+            for module in (block, fused):
+                module.state_dict()[name].mul_(1.3).add_(0.1)
+            assert_same(block, fused, x)
+            assert largest_difference(fused(x), before) > 1e-6, name
+
+
+def test_new_data_is_seen(pair):
+    """Every time, also if the allocator gives a new tensor the address of an old one."""
+    block, fused = pair
+    with torch.no_grad():
+        for factor in (0.5, 2.0, 3.0):
+            fused(image())
+            for module in (block, fused):
+                for parameter in module.parameters():
+                    parameter.data = parameter.data * factor
+            assert_same(block, fused)
+
+
+def test_change_through_data_is_seen_after_eval(pair):
+    block, fused = pair
+    with torch.no_grad():
+        fused(image())
+        for module in (block, fused):
+            for parameter in module.parameters():
+                parameter.data.mul_(1.1)
+            module.eval()
+        assert_same(block, fused)
+
+
+def test_new_parameter_is_seen(pair):
+    block, fused = pair
+    with torch.no_grad():
+        fused(image())
+        for module in (block, fused):
+            conv = next(m for m in module.modules() if isinstance(m, nn.Conv2d))
+            conv.weight = nn.Parameter(conv.weight * 2)
+        assert_same(block, fused)
+
+
+def test_training_updates_statistics_as_the_plain_block(pair):
+    block, fused = pair
+    with torch.no_grad():
+        fused(image())
+    x = image()
+    for module in (block, fused):
+        module.train()
+    assert "training mode" in fused.why_plain(x)
+    assert torch.equal(fused(x), block(x))
+    for name, buffer in block.named_buffers():
+        assert torch.equal(fused.get_buffer(name), buffer), name
+    for module in (block, fused):
+        module.eval()
+    with torch.no_grad():
+        assert_same(block, fused)
+
+
+def test_mode_reaches_the_children_and_the_original():
+    block = TorchvisionBlock(8, 8, 1, 6)
+    fused = mk.fuse(block, inplace=True)
+    fused.eval()
+    assert not any(m.training for m in block.modules())
+    fused.train()
+    assert all(m.training for m in block.modules())
+
+
+def test_frozen_batch_norm_in_a_training_model_runs_plain(pair):
+    """Only the norms are in evaluation mode: the rest of the block may still do more."""
+    block, fused = pair
+    x = image()
+    for module in (block, fused):
+        module.train()
+        for inner in module.modules():
+            if isinstance(inner, nn.BatchNorm2d):
+                inner.eval()
+    assert "module is in training mode" in fused.why_plain(x)
+    assert torch.equal(fused(x), block(x))
+
+
+def test_one_norm_in_training_mode_runs_plain(pair):
+    _, fused = pair
+    next(m for m in fused.modules() if isinstance(m, nn.BatchNorm2d)).train()
+    assert "batch norm is in training mode" in fused.why_plain(image())
+
+
+def test_gradients_are_those_of_the_plain_block(pair):
+    block, fused = pair
+    x = image()
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    weight = torch.randn_like(x)
+    for module, value in zip((block, fused), inputs, strict=True):
+        (module(value) * weight).sum().backward()
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    theirs = dict(block.named_parameters())
+    for name, parameter in fused.named_parameters():
+        assert theirs[name].grad.abs().max() > 0, name
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, msg=name)
+
+
+def test_frozen_parameters(pair):
+    block, fused = pair
+    for module in (block, fused):
+        module.requires_grad_(False)
+    x = image().requires_grad_()
+    y = fused(x)
+    assert fused.folded_weights() is fused.folded_weights()
+    (ours,) = torch.autograd.grad(y.sum(), x)
+    (theirs,) = torch.autograd.grad(block(x).sum(), x)
+    torch.testing.assert_close(ours, theirs)
+    last = list(fused.parameters())[-1].requires_grad_()
+    fused(image()).sum().backward()
+    assert last.grad.abs().max() > 0
+
+
+def test_inference_mode(pair):
+    block, fused = pair
+    with torch.inference_mode():
+        assert_same(block, fused)
+    # What was cached there is good for gradients too.
+    x = image().requires_grad_()
+    fused.requires_grad_(False)
+    fused(x).sum().backward()
+    assert x.grad.abs().max() > 0
+
+
+def test_weights_that_are_inference_tensors():
+    with torch.inference_mode():
+        block = randomise(TorchvisionBlock(8, 8, 1, 6)).double()
+    fused = mk.fuse(block, backend="reference", inplace=True)
+    x = image()
+    with torch.no_grad():
+        assert largest_difference(fused(x), block(x)) < 1e-11
+    with torch.inference_mode():
+        assert largest_difference(fused(x), block(x)) < 1e-11
+
+
+def test_attributes_of_the_original_stay():
+    block = mk.fuse(TorchvisionBlock(8, 16, 2, 6))
+    assert (block.stride, block.out_channels, block._is_cn) == (2, 16, True)
+    assert block.use_res_connect is False
+    assert isinstance(block.conv[0][0], nn.Conv2d)
+    block = mk.fuse(TimmBlock(8, 8, exp_ratio=3.0, act_layer=nn.ReLU6))
+    assert block.has_skip is True
+    assert block.feature_info("bottleneck") == {"module": "", "num_chs": 8}
+    block = mk.fuse(lukemelas())
+    assert block.id_skip is True
+    assert block._block_args.input_filters == 8
+    with pytest.raises(AttributeError, match="no_such_name"):
+        block.no_such_name  # noqa: B018
+
+
+def test_a_child_may_have_any_name():
+    """mnasnet's body is `layers`; it must not be hidden."""
+    block = MnasnetBlock(8, 8, 3, 1, 3)
+    fused = mk.fuse(block, inplace=True)
+    assert fused.layers is block.layers
+    assert len(fused.layers) == 8
+
+
+def test_further_arguments_reach_the_original():
+    """drop_connect_rate does nothing in evaluation mode and something in training."""
+    block: MBConvBlock = randomise(lukemelas())
+    fused = mk.fuse(block, backend="reference", inplace=True)
+    x = torch.randn(64, 8, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x, 0.5), fused(x))
+        torch.testing.assert_close(fused(x, drop_connect_rate=0.5), fused(x))
+        fused.train()
+        dropped = (fused(x, drop_connect_rate=0.5) == x).flatten(1).all(1)
+    assert 0 < dropped.sum() < 64
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_of_the_block_are_called_once(pair, training):
+    block, _ = pair
+    block = copy.deepcopy(block)
+    vars(block).pop("forward", None)
+    calls = []
+    handle = block.register_forward_hook(lambda m, args, y: calls.append(y))
+    fused = mk.fuse(block, backend="reference", inplace=True).train(training)
+    y = fused(image())
+    assert len(calls) == 1
+    assert calls[0] is y
+    handle.remove()
+    fused(image())
+    assert len(calls) == 1
+
+
+def test_hook_on_an_inner_module_is_called(pair):
+    """Of a fused block too: it runs plain from then on, and fused again afterwards."""
+    block, fused = pair
+    calls = []
+    inner = [m for m in fused.modules() if isinstance(m, nn.Conv2d)][1]
+    handle = inner.register_forward_hook(lambda *args: calls.append(args))
+    with torch.no_grad():
+        fused(image())
+        assert len(calls) == 1
+        assert "hooks" in fused.why_plain(image())
+        handle.remove()
+        assert_same(block, fused)
+
+
+def test_replaced_layer_is_computed():
+    block = randomise(TorchvisionBlock(8, 8, 1, 6)).double()
+    fused = mk.fuse(block, backend="reference")
+    for module in (block, fused):
+        module.conv[0][2] = nn.SiLU()
+    x = image()
+    with torch.no_grad():
+        assert torch.equal(fused(x), block(x))
+    assert "have been replaced" in fused.why_plain(x)
+
+
+def test_synchronised_norm_after_fusing_trains_its_statistics():
+    block = randomise(TorchvisionBlock(8, 8, 1, 6)).double()
+    fused = mk.fuse(nn.Sequential(block), backend="reference")
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(fused).eval()
+    with torch.no_grad():
+        for parameter in converted.parameters():
+            parameter.mul_(1.5)
+        x = image()
+        assert torch.equal(converted(x), mk.unfuse(converted)(x))
+
+
+def test_dilated_after_fusing():
+    """segmentation code dilates the last stages of a backbone in place."""
+    block = randomise(TorchvisionBlock(8, 8, 1, 6)).double()
+    fused = mk.fuse(block, backend="reference")
+    with torch.no_grad():
+        fused(image())
+        for module in (block, fused):
+            module.conv[1][0].dilation = module.conv[1][0].padding = (2, 2)
+        x = image()
+        assert torch.equal(fused(x), block(x))
+        assert_same(block, mk.fuse(mk.unfuse(fused), backend="reference"), x)
+
+
+def test_input_is_not_changed_by_inplace_activations(pair):
+    _, fused = pair
+    x = image()
+    before = x.clone()
+    with torch.no_grad():
+        fused(x)
+    assert torch.equal(x, before)
+
+
+def test_no_backend_and_no_kernel_runs_plain():
+    """float64 has no kernel but the reference, which is not chosen over the plain layers."""
+    block = randomise(Flat(flow(), True)).double()
+    fused = mk.fuse(block)
+    x = image()
+    assert "float32" in fused.why_plain(x) or "extension" in fused.why_plain(x)
+    assert torch.equal(fused(x), block(x))
