@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
-    except (CannotRun, MissingPackage, WrongWeights) as error:
+    except (CannotRun, MissingPackage, WrongWeights, OSError) as error:
         print(f"mnv2 {options.name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -183,7 +183,7 @@ def memory(options: argparse.Namespace) -> int:
     blocks = list(mobilenet_v2_block_inputs(options.width, size))
     table = Table(
         title=f"MobileNetV2 {options.width}, batch {batch}, {size}x{size}: peak KiB of each block",
-        caption="input and result included; computed / measured",
+        caption="input and result included; computed / measured, fused with the kernel's scratch",
     )
     executions = dict(zip(cost.EXECUTIONS, ("plain", "folded", "fused"), strict=True))
     for heading in ("block", *executions):

@@ -152,10 +152,11 @@ def performance(
     ):
         for name, more in interleave(calls, rounds=1, warmup=0).items():
             samples[name] += more
+    taken = len(samples["plain"])
     table = Table(
         title=f"{title}: batch {x.shape[0]}, {x.shape[2]}x{x.shape[3]},"
         f" threads: {torch.get_num_threads()}",
-        caption=f"medians of {len(samples['plain'])} rounds in turns; memory without weights and input",
+        caption=f"medians of {taken} rounds in turns; memory without weights and input",
     )
     for heading in ("variant", "ms", "vs plain", "vs folded", "GFLOP/s", "of FMA peak", "peak MiB"):
         table.add_column(heading, justify="left" if heading == "variant" else "right")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor
@@ -90,6 +91,8 @@ def why_wrong(y: Tensor, plain: Tensor, truth: Tensor) -> str | None:
 
 
 def _errors(y: Tensor, truth: Tensor) -> tuple[float, float]:
+    if y.shape != truth.shape:
+        return inf, inf
     error = (y.double() - truth).abs()
     return error.max().item(), error.mean().item()
 
