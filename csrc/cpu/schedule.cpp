@@ -9,7 +9,11 @@ namespace {
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
-constexpr int64_t kAlignFloats = 16;  // 64 bytes
+constexpr int64_t kAlignFloats = 16;    // 64 bytes
+constexpr int64_t kChunkMultiple = 16;  // hidden channels: whole cache lines, whole vectors
+constexpr int64_t kChunkBytes = 112 * 1024;
+constexpr int64_t kImageBytes = 512 * 1024;
+constexpr int64_t kPartialFloats = 64 * 320;
 
 int64_t input_cols(const BlockArgs& args, int64_t strip_cols) {
     const int64_t reach = (strip_cols - 1) * args.stride + (args.kernel - 1) * args.dilation + 1;
@@ -59,18 +63,42 @@ ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, in
 
 Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     Schedule schedule{};
-    schedule.rows_outside = false;
     schedule.strip_cols = args.W_out;
-    schedule.rows_per_step = args.W_out <= 28 ? std::min<int64_t>(args.H_out, 4) : 2;
-    schedule.hidden_groups = 1;
-    schedule.hidden_chunk = round_up(std::min<int64_t>(args.hidden_channels, 96), lanes);
-    const auto fits = [&] {
-        return 4 * scratch_layout(args, schedule, lanes).total <= kScratchBytes;
+
+    // Two rows share the input of a stride-1 depthwise. Narrow images take more rows, to fill the
+    // register tiles of the products and to use each weight more often once it is in L1.
+    const bool one_row = args.stride == 2 && args.W_out >= 28;
+    const int64_t rows = args.W_out <= 8 ? 8 : args.W_out <= 16 ? 4 : one_row ? 1 : 2;
+    schedule.rows_per_step = std::min(rows, args.H_out);
+
+    // A small image cannot be cut into bands without expanding much of it twice; two groups of
+    // hidden channels cost one more pass over y.
+    const int64_t pixels_out = args.H_out * args.W_out;
+    const bool small = pixels_out <= 64 && pixels_out * args.out_channels <= kPartialFloats;
+    schedule.hidden_groups = small && args.hidden_channels >= 256 ? 2 : 1;
+
+    // The widest chunks whose rows in flight stay well inside L2, in even parts: wide chunks touch
+    // y less often.
+    const auto set_chunks = [&](int64_t count) {
+        const int64_t group = ceil_div(args.hidden_channels, schedule.hidden_groups);
+        schedule.hidden_chunk = round_up(ceil_div(group, count), kChunkMultiple);
     };
-    while (!fits() && schedule.hidden_chunk > lanes)
-        schedule.hidden_chunk = round_up(schedule.hidden_chunk / 2, lanes);
-    while (!fits() && schedule.rows_per_step > 1) schedule.rows_per_step /= 2;
-    while (!fits() && schedule.strip_cols > 1)
+    const auto scratch_bytes = [&] { return 4 * scratch_layout(args, schedule, lanes).total; };
+    int64_t chunks = 1;
+    set_chunks(chunks);
+    while (scratch_bytes() > kChunkBytes && schedule.hidden_chunk > kChunkMultiple)
+        set_chunks(++chunks);
+
+    // Images larger than L2 are walked through once, if the rows in flight of all chunks fit.
+    const int64_t image_bytes =
+        4 * (args.H * args.W * args.in_channels + pixels_out * args.out_channels);
+    schedule.rows_outside = image_bytes > kImageBytes;
+    if (scratch_bytes() > kScratchBytes) schedule.rows_outside = false;
+
+    // Extreme widths: fewer rows, then strips of columns.
+    while (scratch_bytes() > kScratchBytes && schedule.rows_per_step > 1)
+        schedule.rows_per_step = ceil_div(schedule.rows_per_step, 2);
+    while (scratch_bytes() > kScratchBytes && schedule.strip_cols > 1)
         schedule.strip_cols = ceil_div(schedule.strip_cols, 2);
     return schedule;
 }

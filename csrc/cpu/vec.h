@@ -33,6 +33,21 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec clip(Vec x, Vec lower, Vec upper) {
     return {_mm512_min_ps(upper.v, _mm512_max_ps(lower.v, x.v))};
 }
+
+// A vector of two halves, each of another row: for column counts that end in half a vector.
+constexpr bool kHasHalves = true;
+inline Vec broadcast_halves(const float* low, const float* high) {
+    return {_mm512_mask_broadcastss_ps(_mm512_set1_ps(*low), 0xff00, _mm_load_ss(high))};
+}
+inline Vec load_halves(const float* low, const float* high) {
+    return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high),
+                               1)};
+}
+inline void store_halves(float* low, float* high, Vec a) {
+    _mm256_storeu_ps(low, _mm512_castps512_ps256(a.v));
+    _mm256_storeu_ps(high, _mm512_extractf32x8_ps(a.v, 1));
+}
+
 // Stops the compiler from loading once per use: one load port feeds two multiply-adds then.
 inline void keep_in_register(Vec& a) { asm("" : "+v"(a.v)); }
 
@@ -98,6 +113,14 @@ inline Vec clip(Vec x, Vec lower, Vec upper) {
 }
 inline void keep_in_register(Vec&) {}
 
+#endif
+
+#if MNV2_LANES != 16
+// Narrower vectors divide the channel counts of real networks, so halves are never asked for.
+constexpr bool kHasHalves = false;
+inline Vec broadcast_halves(const float*, const float*) { return zero(); }
+inline Vec load_halves(const float*, const float*) { return zero(); }
+inline void store_halves(float*, float*, Vec) {}
 #endif
 
 }  // namespace
