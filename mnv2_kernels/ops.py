@@ -5,6 +5,7 @@ everything that PyTorch needs to know beyond the kernel is here, once for all of
 """
 
 import math
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -234,7 +235,7 @@ def _backward_fake(grad_y, *args):
 def _backward_kernel(grad_y, *args):
     """Gradients of the tensors marked in needs_grad: recomputes the block, then differentiates."""
     tensors, settings, needs_grad = args[:7], args[7:14], args[14]
-    with torch.enable_grad():
+    with torch.enable_grad(), _autograd_dispatch():
         leaves = [
             t if t is None else t.detach().requires_grad_(needed)
             for t, needed in zip(tensors, needs_grad, strict=True)
@@ -242,6 +243,16 @@ def _backward_kernel(grad_y, *args):
         y = _reference(*leaves, *settings)
     wanted = [t for t, needed in zip(leaves, needs_grad, strict=True) if needed]
     return [g.contiguous() for g in torch.autograd.grad(y, wanted, grad_y)]
+
+
+@contextmanager
+def _autograd_dispatch():
+    """Record a graph inside a kernel, where the dispatcher has left autograd behind."""
+    keys = torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView
+    with ExitStack() as stack:
+        for key in keys:
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        yield
 
 
 def _setup_context(ctx, inputs, output):
