@@ -174,14 +174,14 @@ def pairwise(
     rows = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
     rows = [row for row in rows if valid(row)]
     random.Random(0).shuffle(rows)
-    pairs = [frozenset(combinations(row.items(), 2)) for row in rows]
+    pairs = [list(combinations(row.items(), 2)) for row in rows]
     missing: dict[tuple, list[int]] = {}
     for i, row_pairs in enumerate(pairs):
         for pair in row_pairs:
             missing.setdefault(pair, []).append(i)
     while missing:
         candidates = next(iter(missing.values()))[:30]
-        best = max(candidates, key=lambda i: len(pairs[i] & missing.keys()))
+        best = max(candidates, key=lambda i: sum(pair in missing for pair in pairs[i]))
         for pair in pairs[best]:
             missing.pop(pair, None)
         yield rows[best]

@@ -1,5 +1,9 @@
 """Set-up shared by all tests."""
 
+import os
+import subprocess
+import sys
+
 import cases
 import pytest
 import torch
@@ -28,7 +32,12 @@ def _seed():
 
 
 @pytest.fixture
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+def python():
+    """Runs a child Python, which finds the same modules, with these arguments and variables."""
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | variables
+        command = [sys.executable, "-W", "ignore", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    return run

@@ -85,15 +85,3 @@ def test_padding_left_out_keeps_the_size(backend):
             x, weights = make_inputs(case)
             y = run(backend, x, weights, dilation=dilation, residual=True)
             assert why_wrong(y, expect(case, x, weights)) is None, case.id
-
-
-@pytest.mark.parametrize("batch", [2, 3, 8, 33])
-def test_an_image_gives_the_same_bits_in_every_batch(kernel_backend, batch):
-    for case in cases.groups()["S1-width0.35"] + cases.groups()["S2"][::6]:
-        case = replace(case, batch=batch)
-        x, weights = make_inputs(case)
-        x = x.contiguous(memory_format=torch.channels_last)
-        together = run(kernel_backend, x, weights, **case.settings)
-        for i in {0, 1, batch // 2, batch - 1}:
-            alone = run(kernel_backend, x[i : i + 1], weights, **case.settings)
-            assert torch.equal(alone[0], together[i]), f"image {i} of {case.id}"

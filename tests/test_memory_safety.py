@@ -1,0 +1,168 @@
+"""No access outside the tensors given: canaries around them, then pages that cannot be touched.
+
+A guard page is hit by SIGSEGV, so those calls run in a child process:
+`python test_memory_safety.py run_guarded BACKEND S1` names every case before it runs it.
+"""
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import cases
+import pytest
+import torch
+from cases import Case, expect, make_inputs, run, why_wrong
+from torch import Tensor
+
+from mnv2_kernels import FoldedWeights
+
+TENSORS = ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
+BAND = 67
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def relocate(
+    x: Tensor, weights: FoldedWeights, move: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, FoldedWeights]:
+    """Inputs with every tensor replaced by what `move`, which sees it contiguous, makes of it."""
+    present = {f: t for f in TENSORS if (t := getattr(weights, f)) is not None}
+    moved = replace(weights, **{f: move(t.contiguous()) for f, t in present.items()})
+    return move(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2), moved
+
+
+def carve(buffer: Tensor) -> Callable[[Tensor], Tensor]:
+    """Places tensors one after the other in a buffer, with a band of it around each."""
+    used = BAND
+
+    def place(tensor: Tensor) -> Tensor:
+        nonlocal used
+        view = buffer[used : used + tensor.numel()].view(tensor.shape)
+        used += tensor.numel() + BAND
+        return view.copy_(tensor)
+
+    return place
+
+
+@pytest.mark.parametrize("group", cases.groups())
+def test_neighbours_in_memory_neither_matter_nor_change(backend, group):
+    wrong = {}
+    for case in cases.groups()[group][:: 2 if group in ("S2", "S3") else 1]:
+        x, weights = make_inputs(case)
+        expected = expect(case, x, weights)
+        # A NaN that is read shows in the result; its bits show every write.
+        buffer = torch.full((2 * BAND + _elements(x, weights),), torch.nan)
+        x, weights = relocate(x, weights, carve(buffer))
+        before = buffer.view(torch.int32).clone()
+        y = run(backend, x, weights, **case.settings)
+        if not torch.equal(buffer.view(torch.int32), before):
+            wrong[case.id] = "wrote to its inputs or beside them"
+        elif reason := why_wrong(y, expected):
+            wrong[case.id] = reason
+    assert not wrong
+
+
+def _elements(x: Tensor, weights: FoldedWeights) -> int:
+    tensors = [t for t in (x, *weights.tensors()) if t is not None]
+    return sum(t.numel() + BAND for t in tensors)
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("group", cases.groups())
+def test_what_fresh_memory_holds_does_not_matter(
+    kernel_backend, group, uninitialised_memory_is_nan
+):
+    for case in cases.groups()[group]:
+        x, weights = make_inputs(case)
+        y = run(kernel_backend, x, weights, **case.settings)
+        assert (reason := why_wrong(y, expect(case, x, weights))) is None, f"{case.id}: {reason}"
+
+
+class Guarded:
+    """Copies of tensors in read-only pages between two that no one may touch.
+
+    `at_end` puts the last element before the upper of those pages, otherwise the first one after
+    the lower.
+    """
+
+    def __init__(self, at_end: bool):
+        self.at_end = at_end
+        self.maps: list[mmap.mmap] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if tensor.numel() == 0:
+            return tensor
+        return self.place(tensor, tensor.numel()).view(tensor.shape)
+
+    def place(self, tensor: Tensor, count: int) -> Tensor:
+        """The first `count` elements from where `tensor` was copied to."""
+        page = mmap.PAGESIZE
+        size = tensor.numel() * tensor.element_size()
+        pages = -(-size // page) * page
+        memory = mmap.mmap(-1, pages + 2 * page)
+        self.maps.append(memory)
+        offset = page + (pages - size if self.at_end else 0)
+        memory[offset : offset + size] = tensor.numpy().tobytes()
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for address, length, protection in (
+            (start, page, 0),
+            (start + page, pages, mmap.PROT_READ),
+            (start + page + pages, page, 0),
+        ):
+            if LIBC.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(length), protection):
+                raise OSError(ctypes.get_errno(), "mprotect")
+        return torch.frombuffer(memory, dtype=tensor.dtype, offset=offset, count=count)
+
+
+def cases_of(part: str) -> list[Case]:
+    return [c for name, group in cases.groups().items() if name.startswith(part) for c in group]
+
+
+def run_guarded(backend: str, part: str) -> None:
+    for case in cases_of(part):
+        x, weights = make_inputs(case)
+        expected = expect(case, x, weights)
+        for at_end in (True, False):
+            print(case.id, "guarded", "behind" if at_end else "before", flush=True)
+            guarded = Guarded(at_end)
+            y = run(backend, *relocate(x, weights, guarded), **case.settings)
+            assert (reason := why_wrong(y, expected)) is None, reason
+
+
+def read_past_the_end() -> None:
+    tensor = torch.ones(1000)
+    assert Guarded(True).place(tensor, 1000).sum() == 1000
+    print("reading one element more", flush=True)
+    Guarded(True).place(tensor, 1001).sum()
+
+
+def write_to_an_input() -> None:
+    print("writing", flush=True)
+    Guarded(True)(torch.ones(1000)).zero_()
+
+
+@pytest.mark.parametrize("part", ["S1", "S2", "S3", "S4"])
+def test_guard_pages(python, kernel_backend, part):
+    done = python(__file__, "run_guarded", kernel_backend, part)
+    last = done.stdout.strip().splitlines()[-1:]
+    assert done.returncode == 0, f"exit {done.returncode} in {last}\n{done.stderr[-2000:]}"
+    assert len(done.stdout.splitlines()) == 2 * len(cases_of(part))
+
+
+@pytest.mark.parametrize("fault", ["read_past_the_end", "write_to_an_input"])
+def test_guard_pages_catch(python, fault):
+    done = python(__file__, fault)
+    assert done.stdout.strip() in ("reading one element more", "writing"), done.stderr
+    assert done.returncode == -11, f"exit {done.returncode}: {done.stderr}"
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
