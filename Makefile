@@ -15,6 +15,8 @@ CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -nam
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not serial"
 
 export MAX_JOBS
+# torch looks for ninja, which compiles the files side by side, on the path.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Only an installation by hand falls back to Python in silence.
 export MNV2_KERNELS_FORCE_BUILD := 1
 

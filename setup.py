@@ -55,7 +55,7 @@ def extension() -> dict:
             except Exception as error:
                 if enabled("MNV2_KERNELS_FORCE_BUILD"):
                     raise
-                self.extensions.clear()
+                self.extensions = []
                 print(f"mnv2_kernels: the extension was not built: {error}", file=sys.stderr)
 
     optimise = ["-O0", "-g"] if enabled("DEBUG") else ["-O3"]
