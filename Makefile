@@ -56,7 +56,7 @@ bench: .venv/built
 	$(BIN)/python -m pytest benchmarks
 
 report: .venv/installed
-	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf .venv build *.egg-info mnv2_kernels/_C*.so
