@@ -1,0 +1,113 @@
+"""What PyTorch is told about the op: schema, fake kernel, autocast, FLOPs, vmap; and the GIL."""
+
+import threading
+import time
+
+import cases
+import pytest
+import torch
+from cases import expect, make_inputs, run, why_wrong
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from mnv2_kernels import inverted_residual
+from mnv2_kernels.block import BlockConfig
+
+pytestmark = pytest.mark.usefixtures("kernel_backend")
+
+OP = torch.ops.mnv2.inverted_residual.default
+BACKWARD = torch.ops.mnv2.inverted_residual_backward.default
+SAMPLES = [case for case in cases.groups()["S4"] if case.batch != 1][:40]
+each_utility = pytest.mark.parametrize(
+    "utility",
+    ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"],
+)
+
+
+def arguments(case: cases.Case, requires_grad: bool = False) -> tuple:
+    x, weights = make_inputs(case)
+    tensors = [x.to(memory_format=torch.channels_last), *weights.tensors()]
+    if requires_grad:
+        tensors = [t if t is None else t.requires_grad_() for t in tensors]
+    return *tensors, *case.settings.values(), *weights.clips()
+
+
+@each_utility
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(utility, requires_grad):
+    assert len(SAMPLES) == 40
+    for case in SAMPLES:
+        opcheck(OP, arguments(case, requires_grad), test_utils=utility)
+
+
+@each_utility
+def test_opcheck_of_backward(utility):
+    for i, case in enumerate(SAMPLES):
+        args = arguments(case)
+        grad_y = torch.randn_like(OP(*args))
+        needs_grad = [t is not None and (i >> bit) % 2 == 0 for bit, t in enumerate(args[:7])]
+        opcheck(BACKWARD, (grad_y, *args, needs_grad), test_utils=utility)
+
+
+def test_vmap_is_refused():
+    args = arguments(SAMPLES[0])
+    with pytest.raises(NotImplementedError, match="vmap is not supported"):
+        torch.vmap(lambda x: OP(x, *args[1:]))(torch.stack([args[0]] * 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_on_the_cpu_computes_in_float32(dtype):
+    case = cases.groups()["S4"][-1]
+    x, weights = make_inputs(case)
+    with torch.autocast("cpu", dtype):
+        y = run("cpu", x, weights, **case.settings)
+        rounded = OP(x.to(dtype), *arguments(case)[1:])
+    assert why_wrong(y, expect(case, x, weights)) is None
+    assert why_wrong(rounded, expect(case, x.to(dtype).float(), weights)) is None
+
+
+def test_flops_are_those_of_the_convolutions():
+    for case in SAMPLES:
+        x, weights = make_inputs(case)
+        counted = []
+        for backend in ("cpu", "reference"):
+            with FlopCounterMode(display=False) as counter:
+                inverted_residual(x, weights, backend=backend, **case.settings)
+            counted.append(counter.get_total_flops())
+        assert counted[0] == counted[1] and (counted[0] > 0 or case.batch == 0), case.id
+
+
+def test_parameters_and_subclasses_are_tensors_too():
+    class Marked(torch.Tensor):
+        pass
+
+    case = SAMPLES[1]
+    x, weights = make_inputs(case)
+    y = run("cpu", x, weights, **case.settings)
+    marked = run("cpu", x.as_subclass(Marked), weights, **case.settings)
+    assert type(marked) is Marked and torch.equal(marked, y)
+    with torch.no_grad():
+        assert torch.equal(run("cpu", torch.nn.Parameter(x), weights, **case.settings), y)
+
+
+def test_other_threads_run_python_during_a_call():
+    case = cases.Case(BlockConfig(64, 384, 64), 56, 56, batch=64)
+    x, weights = make_inputs(case)
+    x = x.contiguous(memory_format=torch.channels_last)
+    ticks, done = [], threading.Event()
+
+    def tick():
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    begin = time.perf_counter()
+    run("cpu", x, weights, **case.settings)
+    end = time.perf_counter()
+    done.set()
+    ticker.join()
+    within = [t for t in ticks if begin < t < end]
+    # The interpreter takes the lock from a thread every 5 ms at most; held, it gives no tick.
+    assert len(within) >= 10 and end - within[-1] < (end - begin) / 2, (len(within), end - begin)
