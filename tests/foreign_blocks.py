@@ -3,8 +3,12 @@
 import torch
 from efficientnet_lite_pytorch import utils as lite_utils
 from efficientnet_lite_pytorch.model import MBConvBlock
+from timm.layers import Conv2dSame
+from timm.models._efficientnet_blocks import InvertedResidual as TimmBlock
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.mobilenetv3 import InvertedResidual as MobileNetV3Block
+from torchvision.models.mobilenetv3 import InvertedResidualConfig
 
 
 def randomise(module: nn.Module) -> nn.Module:
@@ -133,6 +137,34 @@ def lukemelas(
     return MBConvBlock(arguments, settings, image_size=image_size)
 
 
+def v3(hidden=24, out_channels=8, stride=1, dilation=1, se=False, act="RE", kernel=3):
+    config = InvertedResidualConfig(8, kernel, hidden, out_channels, se, act, stride, dilation, 1.0)
+    return MobileNetV3Block(config, nn.BatchNorm2d)
+
+
+def edited(block, path, module):
+    """The block with a child replaced."""
+    parent, _, name = path.rpartition(".")
+    block.get_submodule(parent)._modules[name] = module
+    return block
+
+
+def timm_block(block_type=TimmBlock, in_channels=8, out_channels=8, **settings):
+    if block_type is TimmBlock:
+        settings.setdefault("exp_ratio", 3.0)
+    settings.setdefault("act_layer", nn.ReLU6)
+    settings.setdefault("norm_layer", nn.BatchNorm2d)
+    return block_type(in_channels, out_channels, **settings)
+
+
+def old_timm_same(stride=1, kernel=3):
+    """A timm block whose depthwise pads as TensorFlow does, at run time."""
+    block = timm_block(dw_kernel_size=kernel)
+    same = Conv2dSame(24, 24, kernel, stride=stride, groups=24, bias=False)
+    return edited(block, "conv_dw", same)
+
+
+# name: (block, residual, stride)
 def largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
     """Largest difference of two results over the largest value."""
     return ((first - second).abs().max() / second.abs().max()).item()

@@ -17,6 +17,15 @@ from mnv2_kernels.backends import last_backend
 from mnv2_kernels.modules import FusedInvertedResidual, FusedModule
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """So little work that waiting for a second thread costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def mobilenet(width=0.35):
     return randomise(torchvision.models.mobilenet_v2(width_mult=width, num_classes=10))
 

@@ -1,58 +1,45 @@
-"""Which blocks are recognised, that they are computed as they were written, and who is declined."""
+"""Which blocks are recognised, and that they are computed as they were written."""
 
 import copy
-from functools import partial
 from math import inf
 
 import pytest
-import timm
 import torch
-import torchvision
 from foreign_blocks import (
-    ConvBNReLU,
     Flat,
-    Kuangliu,
     Nested,
     OldTorchvision,
     conv_norm_act,
     flow,
     largest_difference,
     lukemelas,
+    old_timm_same,
     randomise,
+    timm_block,
+    v3,
 )
-from timm.layers import Conv2dSame
 from timm.layers.norm_act import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models._efficientnet_blocks import (
-    CondConvResidual,
     DepthwiseSeparableConv,
-    EdgeResidual,
-    SqueezeExcite,
-    UniversalInvertedResidual,
 )
-from timm.models._efficientnet_blocks import InvertedResidual as TimmBlock
 from torch import nn
-from torch.nn.utils import parametrizations
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models.efficientnet import FusedMBConv as TorchvisionFusedMBConv
-from torchvision.models.efficientnet import FusedMBConvConfig, MBConv, MBConvConfig
 from torchvision.models.mnasnet import _InvertedResidual as MnasnetBlock
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
-from torchvision.models.mobilenetv3 import InvertedResidual as MobileNetV3Block
-from torchvision.models.mobilenetv3 import InvertedResidualConfig
-from torchvision.models.quantization.mobilenetv2 import QuantizableInvertedResidual
-from torchvision.models.resnet import BasicBlock
-from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleNetBlock
 from torchvision.ops import FrozenBatchNorm2d
 
-import mnv2_kernels as mk
 from mnv2_kernels import reference
 from mnv2_kernels.fold import fold_layers
-from mnv2_kernels.recognizers import Declined, recognize
+from mnv2_kernels.recognizers import recognize
 
 
-def v3(hidden=24, out_channels=8, stride=1, dilation=1, se=False, act="RE", kernel=3):
-    config = InvertedResidualConfig(8, kernel, hidden, out_channels, se, act, stride, dilation, 1.0)
-    return MobileNetV3Block(config, nn.BatchNorm2d)
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """So little work that waiting for a second thread costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def torchvision_t1():
@@ -64,21 +51,6 @@ def padded(stride, pads, kernel=3):
     return Flat([*layers[:3], nn.ZeroPad2d(pads), *layers[3:]], False)
 
 
-def edited(block, path, module):
-    """The block with a child replaced."""
-    parent, _, name = path.rpartition(".")
-    block.get_submodule(parent)._modules[name] = module
-    return block
-
-
-def timm_block(block_type=TimmBlock, in_channels=8, out_channels=8, **settings):
-    if block_type is TimmBlock:
-        settings.setdefault("exp_ratio", 3.0)
-    settings.setdefault("act_layer", nn.ReLU6)
-    settings.setdefault("norm_layer", nn.BatchNorm2d)
-    return block_type(in_channels, out_channels, **settings)
-
-
 def prefolded():
     """What deployment scripts do: batch norm already in the convolutions."""
     layers = randomise(nn.Sequential(*flow()))
@@ -88,14 +60,6 @@ def prefolded():
     return Flat(layers, True)
 
 
-def old_timm_same(stride=1, kernel=3):
-    """A timm block whose depthwise pads as TensorFlow does, at run time."""
-    block = timm_block(dw_kernel_size=kernel)
-    same = Conv2dSame(24, 24, kernel, stride=stride, groups=24, bias=False)
-    return edited(block, "conv_dw", same)
-
-
-# name: (block, residual, stride)
 RECOGNISED = {
     "torchvision": (lambda: TorchvisionBlock(8, 8, 1, 6), True, 1),
     "torchvision-widening": (lambda: TorchvisionBlock(8, 16, 1, 6), False, 1),
@@ -215,303 +179,3 @@ def test_two_activations_may_differ():
 )
 def test_lukemelas_padding_is_that_of_the_image_size(size, kernel, padding):
     assert recognize(lukemelas(8, 16, 3, 2, kernel, size)).padding == padding
-
-
-class Scale(nn.Conv2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class ScaledConvolution(nn.Conv2d):
-    def _conv_forward(self, x, weight, bias):
-        return 2 * super()._conv_forward(x, weight, bias)
-
-
-class OddReLU(nn.ReLU6):
-    def forward(self, x):
-        return super().forward(x) + 1
-
-
-class OddNorm(nn.BatchNorm2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class Opaque(nn.Module):
-    def __init__(self, *layers):
-        super().__init__()
-        self.steps = nn.Sequential(*layers)
-
-    def forward(self, x):
-        return self.steps(x)
-
-
-class FusedMBConv(nn.Module):
-    def __init__(self):
-        super().__init__()
-        layers = [*conv_norm_act(8, 24, 3), *conv_norm_act(24, 8, act=None)]
-        self.block = nn.Sequential(*layers)
-        self.use_res_connect = True
-
-    def forward(self, x):
-        return x + self.block(x)
-
-
-def flat_with(index, module, **settings):
-    layers = flow(**settings)
-    layers[index] = module
-    return Flat(layers, True)
-
-
-def flat_changed(change, **settings):
-    block = Flat(flow(**settings), True)
-    change(block)
-    return block
-
-
-def ignore(*args):
-    """A hook that does nothing."""
-
-
-def with_hook(register):
-    block = Flat(flow(), True)
-    getattr(block.conv[3], register)(ignore)
-    return block
-
-
-def qat_conv():
-    conv = torch.ao.nn.qat.Conv2d(8, 24, 1, qconfig=torch.ao.quantization.default_qat_qconfig)
-    return flat_with(0, conv)
-
-
-def weight_normed():
-    return flat_changed(lambda b: parametrizations.weight_norm(b.conv[0]))
-
-
-def old_weight_normed():
-    return flat_changed(lambda b: torch.nn.utils.weight_norm(b.conv[0]))
-
-
-def own_parameter():
-    return flat_changed(lambda b: b.register_parameter("scale", nn.Parameter(torch.ones(1))))
-
-
-def replaced_forward(name):
-    def change(block):
-        inner = block.get_submodule(name)
-        inner.forward = inner.forward
-
-    return flat_changed(change)
-
-
-def norm_with_drop():
-    block = timm_block()
-    block.bn1.drop = nn.Dropout(0.5)
-    return block
-
-
-def norm_last():
-    conv, norm, act, *rest = flow()
-    return Flat([conv, act, norm, *rest], True)
-
-
-def flat_lazy():
-    block = Flat([nn.LazyConv2d(24, 1), *flow()[1:]], False)
-    assert block.conv[0].in_channels == 0
-    return block
-
-
-def sparse():
-    def change(block):
-        dense = block.conv[6].weight
-        block.conv[6].weight = nn.Parameter(dense.detach().to_sparse(), requires_grad=False)
-
-    return flat_changed(change)
-
-
-DECLINED = {
-    "v3 squeeze-excite": (lambda: v3(se=True), "SqueezeExcitation is not"),
-    "v3 hard swish": (lambda: v3(act="HS"), "Hardswish is not"),
-    "torchvision MBConv": (
-        lambda: MBConv(MBConvConfig(3, 3, 1, 8, 8, 1), 0.1, nn.BatchNorm2d),
-        "further children: stochastic_depth",
-    ),
-    "torchvision FusedMBConv": (
-        lambda: TorchvisionFusedMBConv(FusedMBConvConfig(3, 3, 1, 8, 8, 1), 0.1, nn.BatchNorm2d),
-        "further children: stochastic_depth",
-    ),
-    "FusedMBConv": (FusedMBConv, "one group per channel, got groups=1 for 8 -> 24"),
-    "quantizable": (lambda: QuantizableInvertedResidual(8, 8, 1, 6), "skip_add"),
-    "timm squeeze-excite": (
-        lambda: timm_block(se_layer=SqueezeExcite),
-        "se is SqueezeExcite, expected Identity",
-    ),
-    "timm drop path": (
-        lambda: timm_block(drop_path_rate=0.1),
-        "drop_path is DropPath, expected Identity",
-    ),
-    "timm anti-aliasing": (
-        lambda: timm_block(stride=2, aa_layer=partial(nn.AvgPool2d, 2)),
-        "aa is AvgPool2d",
-    ),
-    "timm space to depth": (lambda: timm_block(s2d=1), "further children: conv_s2d"),
-    "timm SiLU": (lambda: timm_block(act_layer=nn.SiLU), "SiLU in BatchNormAct2d is not ReLU"),
-    "timm drop in norm": (norm_with_drop, "BatchNormAct2d drops values: Dropout"),
-    "timm SAME at stride 2": (
-        lambda: old_timm_same(stride=2),
-        "Conv2dSame at stride 2 pads according to the size",
-    ),
-    "timm group size": (lambda: timm_block(group_size=8), "got groups=3"),
-    "timm 3x3 projection": (
-        lambda: timm_block(pw_kernel_size=3),
-        r"projection must be a 1x1 convolution .* kernel_size=\(3, 3\)",
-    ),
-    "timm CondConv": (
-        lambda: timm_block(CondConvResidual, exp_ratio=3.0, num_experts=2),
-        "further children: routing_fn",
-    ),
-    "timm EdgeResidual": (lambda: timm_block(EdgeResidual), "EdgeResidual"),
-    "timm universal": (lambda: timm_block(UniversalInvertedResidual), "UniversalInverted"),
-    "lukemelas squeeze-excite": (lambda: lukemelas(se_ratio=0.25), "squeeze-excite"),
-    "lukemelas swish": (lambda: lukemelas(relu_fn="swish"), "MemoryEfficientSwish is not"),
-    "kuangliu convolution shortcut": (lambda: Kuangliu(8, 24, 16, 1), "shortcut is a module"),
-    "kuangliu": (lambda: Kuangliu(8, 24, 8, 1), "shortcut is a module"),
-    "SiLU": (lambda: Flat(flow(act=nn.SiLU), True), "SiLU is not"),
-    "subclassed ReLU6": (lambda: flat_with(2, OddReLU()), "OddReLU is not"),
-    "two activations": (
-        lambda: Flat([*flow()[:3], nn.ReLU(), *flow()[3:]], True),
-        "ReLU follows another activation",
-    ),
-    "group norm": (lambda: flat_with(1, nn.GroupNorm(2, 24)), "GroupNorm is not"),
-    "instance norm": (lambda: flat_with(1, nn.InstanceNorm2d(24)), "InstanceNorm2d is not"),
-    "subclassed norm": (lambda: flat_with(1, OddNorm(24)), "OddNorm is not"),
-    "two norms": (
-        lambda: Flat([*flow()[:2], nn.BatchNorm2d(24), *flow()[2:]], True),
-        "BatchNorm2d does not follow a convolution",
-    ),
-    "norm after activation": (
-        norm_last,
-        "BatchNorm2d does not follow a convolution",
-    ),
-    "no running statistics": (
-        lambda: flat_with(1, nn.BatchNorm2d(24, track_running_stats=False)),
-        "no running statistics",
-    ),
-    "norm of other size": (lambda: flat_with(1, nn.BatchNorm2d(12)), "follows 24 channels"),
-    "dropout": (lambda: Flat([*flow(), nn.Dropout(0.1)], True), "Dropout is not"),
-    "forward hook": (lambda: with_hook("register_forward_hook"), "conv.3 has hooks"),
-    "forward pre-hook": (lambda: with_hook("register_forward_pre_hook"), "conv.3 has hooks"),
-    "backward hook": (lambda: with_hook("register_full_backward_hook"), "conv.3 has hooks"),
-    "parametrized": (weight_normed, "conv.0 is parametrized"),
-    "old weight norm": (old_weight_normed, "conv.0 has hooks"),
-    "quantisation-aware": (qat_conv, "overrides"),
-    "quantised": (
-        lambda: flat_with(0, torch.ao.nn.quantized.Conv2d(8, 24, 1)),
-        "quantised Conv2d stands where",
-    ),
-    "subclassed convolution": (lambda: flat_with(0, Scale(8, 24, 1)), "Scale overrides the f"),
-    "subclassed _conv_forward": (
-        lambda: flat_with(0, ScaledConvolution(8, 24, 1)),
-        "ScaledConvolution overrides the convolution",
-    ),
-    "opaque layer": (
-        lambda: Flat([*flow()[:3], Opaque(*flow()[3:])], True),
-        "Opaque is not",
-    ),
-    "further child": (
-        lambda: flat_changed(lambda b: b.add_module("shortcut", nn.Identity())),
-        r"further children: shortcut \(Identity\)",
-    ),
-    "own parameter": (own_parameter, "of its own: scale"),
-    "no flag": (lambda: Flat(flow(), True, None), "cannot be read from a flag"),
-    "flags disagree": (
-        lambda: flat_changed(lambda b: setattr(b, "has_skip", False)),
-        "flags disagree",
-    ),
-    "flag against stride": (lambda: Flat(flow(stride=2), True), "shapes differ"),
-    "flag against channels": (lambda: Flat(flow(8, 24, 16), True), "shapes differ"),
-    "flag against size": (lambda: Flat(flow(padding=0), True), "shapes differ"),
-    "reflected padding": (
-        lambda: Flat(flow(padding_mode="reflect"), True),
-        "padding_mode must be 'zeros', got 'reflect'",
-    ),
-    "kernel 7": (lambda: Flat(flow(kernel=7), True), r"kernel_size in \(3, 5\), got \(7, 7\)"),
-    "stride 3": (lambda: Flat(flow(stride=3), False), r"stride in \(1, 2\), got \(3, 3\)"),
-    "uneven stride": (lambda: Flat(flow(stride=(1, 2)), False), r"got \(1, 2\)"),
-    "dilation 3": (lambda: Flat(flow(padding=3, dilation=3), True), "dilation"),
-    "too much padding": (lambda: Flat(flow(padding=3), False), "padding must be from 0 to 2"),
-    "strided expansion": (
-        lambda: flat_with(0, nn.Conv2d(8, 24, 1, 2)),
-        r"expansion must be a 1x1 .* stride=\(2, 2\)",
-    ),
-    "grouped projection": (
-        lambda: flat_with(6, nn.Conv2d(24, 8, 1, groups=2)),
-        "projection must be .* groups=2",
-    ),
-    "padding before the expansion": (
-        lambda: Flat([nn.ZeroPad2d(1), *flow(padding=0)], True),
-        "expansion must be .* padding",
-    ),
-    "padding at the end": (
-        lambda: Flat([*flow(), nn.ZeroPad2d(1)], False),
-        "padding after the last",
-    ),
-    "padding before a norm": (
-        lambda: Flat([*flow()[:1], nn.ZeroPad2d(1), *flow()[1:]], False),
-        "BatchNorm2d stands where a convolution",
-    ),
-    "channels do not match": (
-        lambda: flat_with(6, nn.Conv2d(12, 8, 1)),
-        "to 24 channels is followed by one from 12",
-    ),
-    "four convolutions": (
-        lambda: Flat([*flow(), *conv_norm_act(8, 8)], True),
-        "it has 4 convolutions",
-    ),
-    "complex": (lambda: Flat(flow(), True).to(torch.complex64), "is complex"),
-    "meta": (lambda: Flat(flow(), True).to("meta"), "meta device"),
-    "sparse": (sparse, "is not dense"),
-    "lazy norm": (lambda: flat_with(1, nn.LazyBatchNorm2d()), "LazyBatchNorm2d is not"),
-    "lazy convolution": (flat_lazy, "conv.0 has hooks"),
-    "replaced forward": (lambda: replaced_forward(""), "this very module has been replaced"),
-    "replaced inner forward": (lambda: replaced_forward("conv.0"), "conv.0 has been replaced"),
-}
-
-
-@pytest.mark.parametrize("name", DECLINED)
-def test_declined_with_the_reason(name):
-    build, reason = DECLINED[name]
-    block = build()
-    with pytest.raises(Declined, match=reason):
-        recognize(block)
-    # And nothing is done to it.
-    assert mk.fuse(block, inplace=True) is block
-    (row,) = mk.explain(block)
-    assert (row.name, row.state) == ("", "declined")
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        BasicBlock(8, 8),
-        ShuffleNetBlock(16, 16, 1),
-        nn.Sequential(*flow()),
-        nn.Conv2d(8, 8, 3),
-        ConvBNReLU(*conv_norm_act(8, 8)),
-        Flat(conv_norm_act(8, 8, 3), True),
-        nn.ModuleList(flow()),
-        timm.layers.SeparableConvNormAct(8, 8),
-        torch.fx.symbolic_trace(TorchvisionBlock(8, 8, 1, 6)).get_submodule("conv"),
-    ],
-    ids=lambda m: type(m).__name__,
-)
-def test_something_else_is_not_mentioned(module):
-    assert recognize(module) is None
-    assert not mk.explain(module)
-
-
-def test_a_network_is_no_block():
-    """Its `layers` holds depthwise convolutions too; its blocks are found inside."""
-    network = torchvision.models.mnasnet0_5()
-    assert recognize(network) is None
-    assert len(mk.explain(network)) == 16

@@ -1,0 +1,154 @@
+"""A fused block where other code expects the original: attributes, hooks, changed layers."""
+
+import copy
+
+import pytest
+import torch
+from efficientnet_lite_pytorch.model import MBConvBlock
+from foreign_blocks import largest_difference, lukemelas, randomise
+from timm.models._efficientnet_blocks import InvertedResidual as TimmBlock
+from torch import nn
+from torchvision.models.mnasnet import _InvertedResidual as MnasnetBlock
+from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
+
+import mnv2_kernels as mk
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """So little work that waiting for a second thread costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+BUILDERS = {
+    "own": lambda: mk.InvertedResidual(8, 8),
+    "torchvision": lambda: TorchvisionBlock(8, 8, 1, 6),
+    "timm": lambda: TimmBlock(8, 8, exp_ratio=3.0, act_layer=nn.ReLU6),
+    "mnasnet": lambda: MnasnetBlock(8, 8, 3, 1, 3),
+    "lukemelas": lukemelas,
+}
+
+
+@pytest.fixture(params=BUILDERS)
+def pair(request):
+    """(a plain block, the same block fused): float64, separate tensors of equal values."""
+    block = randomise(BUILDERS[request.param]()).double()
+    fused = mk.fuse(block, backend="reference")
+    if isinstance(block, mk.InvertedResidual):
+        block.forward = block.plain_forward
+    return block, fused
+
+
+def image(dtype=torch.float64, size=6):
+    return 3 * torch.randn(2, 8, size, size, dtype=dtype)
+
+
+def assert_same(block, fused, x=None):
+    """The fused module runs fused, and computes what the plain one does."""
+    x = image() if x is None else x
+    assert fused.why_plain(x) is None
+    assert largest_difference(fused(x), block(x)) < 1e-11
+
+
+def test_attributes_of_the_original_stay():
+    block = mk.fuse(TorchvisionBlock(8, 16, 2, 6))
+    assert (block.stride, block.out_channels, block._is_cn) == (2, 16, True)
+    assert block.use_res_connect is False
+    assert isinstance(block.conv[0][0], nn.Conv2d)
+    block = mk.fuse(TimmBlock(8, 8, exp_ratio=3.0, act_layer=nn.ReLU6))
+    assert block.has_skip is True
+    assert block.feature_info("bottleneck") == {"module": "", "num_chs": 8}
+    block = mk.fuse(lukemelas())
+    assert block.id_skip is True
+    assert block._block_args.input_filters == 8
+    with pytest.raises(AttributeError, match="no_such_name"):
+        block.no_such_name  # noqa: B018
+
+
+def test_a_child_may_have_any_name():
+    """mnasnet's body is `layers`; it must not be hidden."""
+    block = MnasnetBlock(8, 8, 3, 1, 3)
+    fused = mk.fuse(block, inplace=True)
+    assert fused.layers is block.layers
+    assert len(fused.layers) == 8
+
+
+def test_further_arguments_reach_the_original():
+    """drop_connect_rate does nothing in evaluation mode and something in training."""
+    block: MBConvBlock = randomise(lukemelas())
+    fused = mk.fuse(block, backend="reference", inplace=True)
+    x = torch.randn(64, 8, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x, 0.5), fused(x))
+        torch.testing.assert_close(fused(x, drop_connect_rate=0.5), fused(x))
+        fused.train()
+        dropped = (fused(x, drop_connect_rate=0.5) == x).flatten(1).all(1)
+    assert 0 < dropped.sum() < 64
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_of_the_block_are_called_once(pair, training):
+    block, _ = pair
+    block = copy.deepcopy(block)
+    vars(block).pop("forward", None)
+    calls = []
+    handle = block.register_forward_hook(lambda m, args, y: calls.append(y))
+    fused = mk.fuse(block, backend="reference", inplace=True).train(training)
+    y = fused(image())
+    assert len(calls) == 1
+    assert calls[0] is y
+    handle.remove()
+    fused(image())
+    assert len(calls) == 1
+
+
+def test_hook_on_an_inner_module_is_called(pair):
+    """Of a fused block too: it runs plain from then on, and fused again afterwards."""
+    block, fused = pair
+    calls = []
+    inner = [m for m in fused.modules() if isinstance(m, nn.Conv2d)][1]
+    handle = inner.register_forward_hook(lambda *args: calls.append(args))
+    with torch.no_grad():
+        fused(image())
+        assert len(calls) == 1
+        assert "hooks" in fused.why_plain(image())
+        handle.remove()
+        assert_same(block, fused)
+
+
+def test_replaced_layer_is_computed():
+    block = randomise(TorchvisionBlock(8, 8, 1, 6)).double()
+    fused = mk.fuse(block, backend="reference")
+    for module in (block, fused):
+        module.conv[0][2] = nn.SiLU()
+    x = image()
+    with torch.no_grad():
+        assert torch.equal(fused(x), block(x))
+    assert "have been replaced" in fused.why_plain(x)
+
+
+def test_synchronised_norm_after_fusing_trains_its_statistics():
+    block = randomise(TorchvisionBlock(8, 8, 1, 6)).double()
+    fused = mk.fuse(nn.Sequential(block), backend="reference")
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(fused).eval()
+    with torch.no_grad():
+        for parameter in converted.parameters():
+            parameter.mul_(1.5)
+        x = image()
+        assert torch.equal(converted(x), mk.unfuse(converted)(x))
+
+
+def test_dilated_after_fusing():
+    """segmentation code dilates the last stages of a backbone in place."""
+    block = randomise(TorchvisionBlock(8, 8, 1, 6)).double()
+    fused = mk.fuse(block, backend="reference")
+    with torch.no_grad():
+        fused(image())
+        for module in (block, fused):
+            module.conv[1][0].dilation = module.conv[1][0].padding = (2, 2)
+        x = image()
+        assert torch.equal(fused(x), block(x))
+        assert_same(block, mk.fuse(mk.unfuse(fused), backend="reference"), x)
