@@ -23,6 +23,9 @@ CPU_SOURCES = [
 ]
 
 
+GENERATED = Path("build/generated")
+
+
 def enabled(variable: str) -> bool:
     return os.environ.get(variable, "0") == "1"
 
@@ -34,6 +37,15 @@ def source_hash() -> str:
         if path.suffix in (".cpp", ".h", ".inc"):
             digest.update(path.as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def write_source_hash() -> None:
+    """A header and not a macro: a change of one file then compiles that file, not all of them."""
+    header = GENERATED / "source_hash.h"
+    text = f'#define MNV2_SOURCE_HASH "{source_hash()}"\n'
+    if not header.exists() or header.read_text() != text:
+        GENERATED.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
 
 
 def extension() -> dict:
@@ -51,6 +63,7 @@ def extension() -> dict:
 
         def run(self):
             try:
+                write_source_hash()
                 super().run()
             except Exception as error:
                 if enabled("MNV2_KERNELS_FORCE_BUILD"):
@@ -62,7 +75,7 @@ def extension() -> dict:
     module = CppExtension(
         "mnv2_kernels._C",
         CPU_SOURCES,
-        define_macros=[("MNV2_SOURCE_HASH", f'"{source_hash()}"')],
+        include_dirs=[str(GENERATED.resolve())],
         extra_compile_args=[*optimise, "-fopenmp", "-fvisibility=hidden", "-Wall"],
         extra_link_args=["-fopenmp"],
     )
