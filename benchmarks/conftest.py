@@ -1,6 +1,6 @@
 """Where rows go, and what is printed at the end."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,20 +32,19 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def record(request, benchmark) -> Iterator[Callable[[list[harness.Row]], None]]:
-    """Keep rows: in the results, in the summary, and in pytest-benchmark's own report."""
+def record(request, benchmark) -> Callable[[list[harness.Row]], None]:
+    """Keep rows for the end of the run, and in pytest-benchmark's own report."""
 
     def keep(rows: list[harness.Row]) -> None:
-        harness.append(rows, request.config.getoption("--results"))
         request.config.stash[ROWS] += rows
         benchmark.extra_info["rows"] = rows
 
-    yield keep
+    return keep
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[ROWS]
-    final = summary.acceptance(rows)
-    harness.append(final, config.getoption("--results"))
-    for line in summary.lines(rows + final):
+    rows = summary.with_common_bound(config.stash[ROWS])
+    rows += summary.acceptance(rows)
+    harness.append(rows, config.getoption("--results"))
+    for line in summary.lines(rows):
         terminalreporter.write_line(line)

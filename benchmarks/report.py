@@ -173,7 +173,8 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
     """A table with numbers to the right; empty without rows."""
     if not body:
         return ""
-    ruler = ["---:" if cell[:1].isdigit() or cell == "-" else "---" for cell in body[0]]
+    numbers = [re.fullmatch(r"-|[\d.]+[%x]?", cell) for cell in body[0]]
+    ruler = ["---:" if number else "---" for number in numbers]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ruler, *body])
 
 

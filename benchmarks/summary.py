@@ -18,6 +18,26 @@ def by_run(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
     return groups
 
 
+def with_common_bound(rows: list[Row]) -> list[Row]:
+    """The rows, with the most that was measured in the run as the bound of all of them.
+
+    Noise only ever lowers a measured peak; the bound of one instruction set and thread count is
+    one number, and no share of it flatters because the peak was measured in a bad moment.
+    """
+    bounds: dict[tuple, float] = {}
+    for row in rows:
+        if row.get("fma_peak_gflops"):
+            key = row["instruction_set"], row["threads"]
+            bounds[key] = max(row["fma_peak_gflops"], bounds.get(key, 0.0))
+    changed = []
+    for row in rows:
+        if row.get("fma_peak_gflops"):
+            bound = bounds[row["instruction_set"], row["threads"]]
+            row = {**row, "fma_peak_gflops": bound, "share_of_fma_peak": row["gflops"] / bound}
+        changed.append(row)
+    return changed
+
+
 def lines(rows: list[Row]) -> Iterator[str]:
     """One line a workload; the geometric mean closes every group of blocks."""
     for (isa, threads, batch), group in by_run(rows).items():

@@ -156,6 +156,16 @@ def test_acceptance_figures():
     )
 
 
+def test_the_bound_is_the_most_of_the_run():
+    def row(isa, threads, peak):
+        return {"instruction_set": isa, "threads": threads, "gflops": 50.0, "fma_peak_gflops": peak}
+
+    rows = [row("a", 1, 80.0), row("a", 1, 100.0), row("a", 2, 190.0), row("b", 1, None)]
+    bounded = summary.with_common_bound(rows)
+    assert [r["fma_peak_gflops"] for r in bounded] == [100.0, 100.0, 190.0, None]
+    assert [r.get("share_of_fma_peak") for r in bounded] == [0.5, 0.5, 50 / 190, None]
+
+
 def test_lines_are_aligned_and_the_mean_comes_last():
     blocks = [row for row in synthetic_rows() if row["suite"] == "block"]
     head, *body, mean = summary.lines(blocks)
@@ -177,6 +187,7 @@ def test_tables_and_figures_come_from_the_newest_rows(tmp_path):
     assert "| worst block: share of FMA peak (block 1) | 50% |" in made["acceptance"]
     block = made["blocks"].splitlines()
     assert len(block) == 2 + 17
+    assert block[1].startswith("| ---: | --- | --- | ---: |")
     assert block[2] == (
         "| 1 | 32x32x16-s1-k3 | 112x112 | 1000 | 80 | 50% | 3.00x | 4.00x | 1.00 | 3.00 |"
     )
