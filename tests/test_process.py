@@ -1,0 +1,163 @@
+"""What importing and calling leave alone in a process, forks, and every instruction set.
+
+Each check runs in a child process: `python test_process.py FUNCTION`.
+"""
+
+import ctypes
+import os
+import platform
+import random
+import sys
+import warnings
+
+import pytest
+import torch
+
+# Values of ATEN_CPU_CAPABILITY, and names of the kernels that they select.
+CAPABILITIES = ("default", "avx2", "avx512")
+pytestmark = pytest.mark.usefixtures("kernel_backend")
+
+
+def control_word() -> int | None:
+    """Rounding, flushing and trapping of SSE arithmetic: MXCSR without its status flags."""
+    if platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc":
+        return None
+    environment = (ctypes.c_uint32 * 8)()
+    ctypes.CDLL("libm.so.6").fegetenv(environment)
+    return environment[7] & ~0x3F
+
+
+def state() -> dict:
+    """What a library has no business changing."""
+    denormal = torch.full((1 << 17,), 1e-40)
+    return {
+        "control word": control_word(),
+        "denormals kept in every thread": bool((denormal * 0.5 > 0).all()),
+        "threads": torch.get_num_threads(),
+        "interop threads": torch.get_num_interop_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "grad mode": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "torch's random numbers": torch.get_rng_state().tolist(),
+        "Python's random numbers": random.getstate(),
+        "warnings": list(warnings.filters),
+        "environment": dict(os.environ),
+        "directory": os.getcwd(),
+        "exception hook": sys.excepthook,
+    }
+
+
+def differences(before: dict) -> list[str]:
+    return [name for name, value in state().items() if value != before[name]]
+
+
+def import_and_call() -> None:
+    torch.set_num_threads(2)
+    before = state()
+    assert before["denormals kept in every thread"]
+    import mnv2_kernels
+
+    print("after import:", differences(before))
+    import cases
+
+    assert sys.modules["mnv2_kernels"] is mnv2_kernels
+    inputs = [(case, *cases.make_inputs(case)) for case in cases.groups()["S1-width1"]]
+    torch.set_rng_state(torch.tensor(before["torch's random numbers"], dtype=torch.uint8))
+    for backend in cases.kernel_backends():
+        for case, x, weights in inputs:
+            cases.run(backend, x, weights, **case.settings)
+        print(f"after calls on {backend}:", differences(before))
+
+
+def selected_kernel() -> None:
+    import cases
+
+    from mnv2_kernels import _C
+
+    print(next(kernel["name"] for kernel in _C.cpu_kernels() if kernel["selected"]))
+    for group in ("S1-width1", "S1-lite0", "S2", "S4"):
+        for case in cases.groups()[group]:
+            x, weights = cases.make_inputs(case)
+            y = cases.run("cpu", x, weights, **case.settings)
+            if reason := cases.why_wrong(y, cases.expect(case, x, weights)):
+                print(case.id, reason)
+
+
+def fork_after_calls() -> None:
+    import cases
+
+    torch.set_num_threads(4)
+    case = cases.groups()["S1-width1"][3]
+    x, weights = cases.make_inputs(case)
+    y = cases.run("cpu", x, weights, **case.settings)
+    child = os.fork()
+    if child == 0:
+        # As torch's own worker processes: threads do not survive a fork.
+        torch.set_num_threads(1)
+        again = cases.run("cpu", x, weights, **case.settings)
+        os._exit(0 if torch.equal(again, y) else 3)
+    _, status = os.waitpid(child, 0)
+    again = cases.run("cpu", x, weights, **case.settings)
+    print(status, torch.equal(again, y))
+
+
+def test_import_and_calls_leave_the_process_alone(python):
+    done = python(__file__, "import_and_call")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) >= 2, done.stderr
+    assert all(line.endswith(": []") for line in lines), lines
+
+
+def test_a_difference_would_be_seen():
+    before = state()
+    torch.rand(1)
+    warnings.simplefilter("ignore")
+    assert differences(before) == ["torch's random numbers", "warnings"]
+    before = state()
+    if torch.set_flush_denormal(True):
+        seen = differences(before)
+        torch.set_flush_denormal(False)
+        assert "denormals kept in every thread" in seen
+        assert before["control word"] is None or "control word" in seen
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_every_instruction_set(python, name):
+    from mnv2_kernels import _C
+
+    kernels = {kernel["name"]: kernel for kernel in _C.cpu_kernels()}
+    assert kernels.keys() <= set(CAPABILITIES)
+    if name not in kernels or not kernels[name]["available"]:
+        pytest.skip(f"no {name} here")
+    done = python(__file__, "selected_kernel", ATEN_CPU_CAPABILITY=name)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [name]
+
+
+def test_the_best_kernel_is_selected_unasked():
+    from mnv2_kernels import _C
+
+    kernels = _C.cpu_kernels()
+    assert [kernel["selected"] for kernel in kernels].count(True) == 1
+    best = torch.backends.cpu.get_cpu_capability().lower()
+    expected = best if best in CAPABILITIES else "default"
+    assert next(kernel["name"] for kernel in kernels if kernel["selected"]) == expected
+    assert next(kernel["name"] for kernel in kernels if kernel["available"]) == expected
+
+
+def test_built_with_openmp():
+    from mnv2_kernels import _C
+
+    assert _C.build_info()["openmp"] is True
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_fork(python):
+    done = python(__file__, "fork_after_calls")
+    assert done.stdout.split() == ["0", "True"], (done.returncode, done.stderr)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
