@@ -52,12 +52,26 @@ BACKENDS = (
 _last: str | None = None
 
 
+def why_no_kernel(x: Tensor) -> str | None:
+    """None where a backend other than the reference can run on x, otherwise all the reasons."""
+    reasons = []
+    for backend in BACKENDS:
+        if backend.name != "reference":
+            reason = backend.why_not(x)
+            if reason is None:
+                return None
+            reasons.append(reason)
+    return "; ".join(reasons)
+
+
 def choose(name: str | None, x: Tensor) -> str:
     """The name of the backend that will run on x; raises where the asked-for one cannot."""
     global _last
     if name is None:
-        _last = next(b.name for b in BACKENDS if b.why_not(x) is None)
-        return _last
+        for backend in BACKENDS:
+            if backend.why_not(x) is None:
+                _last = backend.name
+                return _last
     backend = next((b for b in BACKENDS if b.name == name), None)
     if backend is None:
         names = ", ".join(b.name for b in BACKENDS)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .backends import BACKENDS
 from .fold import FoldedWeights, fold_layers
-from .modules import FusedInvertedResidual, FusedModule
+from .fused import FusedInvertedResidual, FusedModule
 from .recognizers import Declined, check_module, recognize
 
 

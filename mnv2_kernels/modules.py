@@ -1,190 +1,22 @@
-"""Modules: train with the plain layers, infer in one pass.
-
-`FusedModule` holds what every such module shares: when the kernel may run, and the folded weights
-as a cache that follows the parameters. `InvertedResidual` is the block to build networks from,
-`FusedInvertedResidual` the drop-in around somebody else's block, `MobileNetV2` the paper's network.
-"""
+"""The block to build networks from, and MobileNetV2: plain layers to train, one pass to infer."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
-from .backends import BACKENDS
 from .block import (
     LAST_CHANNELS,
     MOBILENET_V2_SETTINGS,
     NO_CLIP,
     RELU6,
     STEM_CHANNELS,
-    BlockConfig,
     Padding,
     inverted_residual_config,
     make_divisible,
 )
-from .fold import BlockLayers, ConvNorm, FoldedWeights, fold_layers
-from .ops import inverted_residual
-
-
-class FusedModule(nn.Module):
-    """A block with plain layers, whose forward runs the fused kernel wherever that is exact.
-
-    Subclasses give `block_layers` (what to fold) and `plain_forward` (the layers one by one).
-    """
-
-    block_layers: BlockLayers
-    backend: str | None = None
-    _folded: tuple[tuple, FoldedWeights, list[Tensor]] | None = None
-
-    def plain_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """The block layer by layer; any further arguments are those of the original module."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, H_out, W_out), channels_last where the kernel ran."""
-        if self.why_plain(x) is not None:
-            return self.plain_forward(x, *args, **kwargs)
-        config = self.config
-        return inverted_residual(
-            x,
-            self.folded_weights(),
-            stride=config.stride,
-            padding=config.padding,
-            dilation=config.dilation,
-            residual=config.residual,
-            backend=self.backend,
-        )
-
-    @property
-    def config(self) -> BlockConfig:
-        """Sizes of the block."""
-        config = self.__dict__.get("_config")
-        if config is None:
-            config = self.__dict__["_config"] = self.block_layers.config
-        return config
-
-    def why_plain(self, x: Tensor | None = None) -> str | None:
-        """Why a forward of x would run the plain layers; None where it would run fused."""
-        layers = self.block_layers
-        for stage in (layers.depthwise, layers.project, layers.expand):
-            norm = None if stage is None else stage.norm
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training:
-                return "batch norm is in training mode and needs the statistics of whole tensors"
-        if self.training:
-            return "the module is in training mode"
-        if not torch.compiler.is_compiling() and (reason := self._why_changed()) is not None:
-            return reason
-        if self.backend is None and x is not None:
-            reasons = [b.why_not(x) for b in BACKENDS if b.name != "reference"]
-            if all(reasons):
-                return "; ".join(reasons)
-        return None
-
-    def folded_weights(self) -> FoldedWeights:
-        """The folded weights of the parameters as they are now.
-
-        Differentiable in the parameters where a gradient could be asked for; otherwise cached
-        until a parameter or buffer changes (PyTorch's version counters see every change but those
-        made through `.data`, for which `train()`, `eval()` and `to()` drop the cache too).
-        """
-        tensors = self.block_layers.parameters_and_buffers()
-        if torch.compiler.is_compiling():
-            return fold_layers(self.block_layers)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            # An optimizer step may follow, and fused optimizers do not count versions.
-            self.__dict__["_folded"] = None
-            return fold_layers(self.block_layers)
-        key = tuple(_identity(t) for t in tensors)
-        if self._folded is None or self._folded[0] != key:
-            # The aliases keep the old storages alive, so that no new tensor gets their address.
-            aliases = [t.detach() for t in tensors]
-            # Not inference tensors: a later call may need gradients of x through them.
-            with torch.inference_mode(False), torch.no_grad():
-                self.__dict__["_folded"] = (key, fold_layers(self.block_layers), aliases)
-        return self._folded[1]
-
-    def _watch(self) -> None:
-        """Remember what the fused forward takes for granted; the end of every constructor."""
-        inner = [m for m in self.modules() if m is not self]
-        stages = (self.block_layers.expand, self.block_layers.depthwise, self.block_layers.project)
-        self.__dict__["_watched"] = (
-            [h for m in inner for h in (m._forward_hooks, m._forward_pre_hooks)],
-            [(m._modules, tuple(m._modules.values())) for m in (self, *inner) if m._modules],
-            [(s.conv, _settings(s.conv)) for s in stages if s is not None],
-        )
-
-    def _why_changed(self) -> str | None:
-        """What happened to the inner layers that only the plain layers follow."""
-        hooks, families, convs = self._watched
-        if any(hooks):
-            return "an inner module has hooks"
-        if any(tuple(modules.values()) != children for modules, children in families):
-            return "inner modules have been replaced: unfuse, then fuse again"
-        if any(_settings(conv) != settings for conv, settings in convs):
-            return "a convolution has been changed: unfuse, then fuse again"
-        return None
-
-    def train(self, mode: bool = True) -> "FusedModule":
-        self.__dict__["_folded"] = None
-        return super().train(mode)
-
-    def _apply(self, *args, **kwargs) -> "FusedModule":
-        self.__dict__["_folded"] = None
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_folded": None}
-
-
-def _settings(conv: nn.Conv2d) -> tuple:
-    return conv.stride, conv.padding, conv.dilation
-
-
-def _identity(tensor: Tensor) -> tuple[int, int]:
-    # Inference tensors have no version counter: what is in them can only be seen to be replaced.
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
-
-
-class FusedInvertedResidual(FusedModule):
-    """A recognised block of another library, with the same children under the same names.
-
-    Attributes that are not found here come from the original module (`stride`, `out_channels`,
-    `use_res_connect`, `has_skip` ...), so that code which reads them goes on working.
-    """
-
-    def __init__(self, original: nn.Module, layers: BlockLayers, backend: str | None = None):
-        super().__init__()
-        # Children, parameters and hooks are shared with the original, not copied: a change on
-        # either side is seen by both.
-        for name, value in list(vars(self).items()):
-            if isinstance(value, dict):
-                self.__dict__[name] = original.__dict__[name]
-        self._is_full_backward_hook = original._is_full_backward_hook
-        self.__dict__["original"] = original
-        self.block_layers = layers
-        self.backend = backend
-        self.training = original.training
-        self._watch()
-
-    def plain_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        # Not a call: the hooks, being shared, have been called already.
-        return self.original.forward(x, *args, **kwargs)
-
-    def train(self, mode: bool = True) -> "FusedInvertedResidual":
-        self.original.training = mode
-        return super().train(mode)
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "original":
-                raise
-            return getattr(self.original, name)
-
-    def extra_repr(self) -> str:
-        return f"fused {self.config.name}, residual={self.config.residual}"
+from .fold import BlockLayers, ConvNorm
+from .fused import FusedModule
 
 
 class InvertedResidual(FusedModule):

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
@@ -37,6 +38,7 @@ _library.define(
     tags=[torch.Tag.pt2_compliant_tag],
 )
 load(_library)
+_op = torch.ops.mnv2.inverted_residual.default
 
 
 def inverted_residual(
@@ -78,7 +80,17 @@ def inverted_residual(
     settings = (stride, padding, dilation, residual, *weights.clips())
     if chosen == "reference":
         return _reference(*tensors, *settings)
-    return torch.ops.mnv2.inverted_residual.default(*tensors, *settings)
+    if torch.compiler.is_compiling() or _may_differentiate(tensors):
+        return _op(*tensors, *settings)
+    # The dispatcher would find out in Python that there is nothing to differentiate, which takes a
+    # tenth of a small block's time.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(*tensors, *settings)
+
+
+def _may_differentiate(tensors: tuple[Tensor | None, ...]) -> bool:
+    forward_mode = forward_ad._current_level >= 0
+    return forward_mode or torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
 def check(
@@ -114,14 +126,18 @@ def check(
         _value(b_expand is None, lambda: "b_expand must be None where w_expand is None")
         _value(
             hidden == in_channels,
-            lambda: f"w_dw must have shape ({kernel}, {kernel}, C_in={in_channels}) where"
-            f" w_expand is None, got {_shape(w_dw)}",
+            lambda: (
+                f"w_dw must have shape ({kernel}, {kernel}, C_in={in_channels}) where"
+                f" w_expand is None, got {_shape(w_dw)}"
+            ),
         )
     else:
         _value(
             w_expand.shape == (in_channels, hidden),
-            lambda: f"w_expand must have shape (C_in={in_channels}, C_hidden={hidden}),"
-            f" got {_shape(w_expand)}",
+            lambda: (
+                f"w_expand must have shape (C_in={in_channels}, C_hidden={hidden}),"
+                f" got {_shape(w_expand)}"
+            ),
         )
     _value(
         w_project.dim() == 2 and w_project.shape[0] == hidden,
@@ -130,8 +146,10 @@ def check(
     out_channels = w_project.shape[1]
     _value(
         in_channels > 0 and hidden > 0 and out_channels > 0,
-        lambda: f"every channel count must be at least 1, got C_in={in_channels},"
-        f" C_hidden={hidden}, C_out={out_channels}",
+        lambda: (
+            f"every channel count must be at least 1, got C_in={in_channels},"
+            f" C_hidden={hidden}, C_out={out_channels}"
+        ),
     )
     biases = (
         ("b_expand", b_expand, "C_hidden", hidden),
@@ -141,37 +159,42 @@ def check(
     for name, bias, letter, channels in biases:
         _value(
             bias is None or bias.shape == (channels,),
-            lambda n=name, b=bias, a=letter, c=channels: f"{n} must have shape ({a}={c},),"
-            f" got {_shape(b)}",
+            lambda n=name, b=bias, a=letter, c=channels: (
+                f"{n} must have shape ({a}={c},), got {_shape(b)}"
+            ),
         )
     _value(stride in (1, 2), lambda: f"stride must be 1 or 2, got {stride}")
     _value(dilation in (1, 2), lambda: f"dilation must be 1 or 2, got {dilation}")
     extent = dilation * (kernel - 1)
     _value(
         len(padding) == 4 and all(0 <= p <= extent for p in padding),
-        lambda: f"padding must be 4 integers (top, left, bottom, right) from 0 to {extent},"
-        f" got {list(padding)}",
+        lambda: (
+            f"padding must be 4 integers (top, left, bottom, right) from 0 to {extent},"
+            f" got {list(padding)}"
+        ),
     )
     top, left, bottom, right = padding
     height_out = output_size(height, kernel, stride, top, bottom, dilation)
     width_out = output_size(width, kernel, stride, left, right, dilation)
     _value(
         height >= 1 and width >= 1 and height_out >= 1 and width_out >= 1,
-        lambda: f"x must be large enough for one output row and column, got {height}x{width}"
-        f" with padding {list(padding)}",
+        lambda: (
+            f"x must be large enough for one output row and column, got {height}x{width}"
+            f" with padding {list(padding)}"
+        ),
     )
     clips = (("clip_expand", clip_expand), ("clip_dw", clip_dw), ("clip_project", clip_project))
     for name, clip in clips:
         _value(
             len(clip) == 2 and clip[0] <= clip[1],
-            lambda n=name, c=clip: f"{n} must be (lower, upper) with lower <= upper,"
-            f" got {list(c)}",
+            lambda n=name, c=clip: f"{n} must be (lower, upper) with lower <= upper, got {list(c)}",
         )
     shape = (batch, out_channels, height_out, width_out)
     _value(
         not residual or shape == x.shape,
-        lambda: f"residual needs x and the result to have one shape, got {_shape(x)}"
-        f" and {tuple(shape)}",
+        lambda: (
+            f"residual needs x and the result to have one shape, got {_shape(x)} and {tuple(shape)}"
+        ),
     )
     return shape
 
@@ -183,14 +206,17 @@ def _check_dtypes(tensors: tuple[Tensor | None, ...]) -> None:
             continue
         torch._check_type(
             tensor.is_floating_point() and tensor.layout == torch.strided,
-            lambda n=name, t=tensor: f"inverted_residual: {n} must be a dense floating-point"
-            f" tensor, got {t.dtype} {t.layout}",
+            lambda n=name, t=tensor: (
+                f"inverted_residual: {n} must be a dense floating-point"
+                f" tensor, got {t.dtype} {t.layout}"
+            ),
         )
         allowed = {x.dtype, torch.float32} if name.startswith("b_") else {x.dtype}
         torch._check_type(
             tensor.dtype in allowed,
-            lambda n=name, t=tensor: f"inverted_residual: {n} must have the dtype of x,"
-            f" {x.dtype}, got {t.dtype}",
+            lambda n=name, t=tensor: (
+                f"inverted_residual: {n} must have the dtype of x, {x.dtype}, got {t.dtype}"
+            ),
         )
         _value(
             tensor.device == x.device,
@@ -287,9 +313,7 @@ _library.impl("inverted_residual_backward", _backward_kernel, "CompositeExplicit
 torch.library.register_autograd(
     "mnv2::inverted_residual", _backward, setup_context=_setup_context, lib=_library
 )
-torch.library.register_autograd(
-    "mnv2::inverted_residual_backward", _double_backward, lib=_library
-)
+torch.library.register_autograd("mnv2::inverted_residual_backward", _double_backward, lib=_library)
 torch.library.register_vmap("mnv2::inverted_residual", _no_vmap, lib=_library)
 # The CPU kernel computes in float32, so autocast brings everything back to it there.
 torch.library.register_autocast("mnv2::inverted_residual", "cpu", torch.float32, lib=_library)

@@ -12,7 +12,7 @@ from torch import nn
 from .backends import BACKENDS
 from .block import BlockConfig
 from .cost import tensor_bytes
-from .modules import FusedInvertedResidual, FusedModule
+from .fused import FusedInvertedResidual, FusedModule
 from .recognizers import Declined, check_module, recognize
 
 State = Literal["fused", "plain", "fusable", "declined"]

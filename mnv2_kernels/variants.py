@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .fuse import fuse
-from .modules import FusedModule
+from .fused import FusedModule
 
 
 def variants(model: nn.Module) -> dict[str, nn.Module]:

@@ -14,7 +14,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 
 import mnv2_kernels as mk
 from mnv2_kernels.backends import last_backend
-from mnv2_kernels.modules import FusedInvertedResidual, FusedModule
+from mnv2_kernels.fused import FusedInvertedResidual, FusedModule
 
 
 @pytest.fixture(autouse=True)

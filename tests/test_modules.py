@@ -14,7 +14,7 @@ from torchvision.models.mnasnet import _InvertedResidual as MnasnetBlock
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 
 import mnv2_kernels as mk
-from mnv2_kernels.modules import FusedInvertedResidual
+from mnv2_kernels.fused import FusedInvertedResidual
 
 
 @pytest.fixture(autouse=True)
