@@ -273,8 +273,8 @@ def test_verify_runs_the_backend_that_was_asked_for(monkeypatch):
     def wrong(x, *args, **kwargs):
         return correct(x, *args, **kwargs) * (1.01 if x.dtype == torch.float32 else 1)
 
-    correct = mk.modules.inverted_residual
-    monkeypatch.setattr(mk.modules, "inverted_residual", wrong)
+    correct = mk.fused.inverted_residual
+    monkeypatch.setattr(mk.fused, "inverted_residual", wrong)
     with pytest.raises(ValueError, match="block 'features.1'"):
         mk.fuse(mobilenet(), backend="reference", verify=True)
 
