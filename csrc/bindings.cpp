@@ -59,7 +59,8 @@ double fma_peak(const std::string& name, int64_t threads, double seconds) {
     const Kernel& kernel = available_kernel(name);
     const int64_t probe = 100000;
     const double probe_seconds = std::min(kernel.time_fma(probe), kernel.time_fma(probe));
-    const int64_t rounds = std::max<int64_t>(1, static_cast<int64_t>(probe * seconds / probe_seconds));
+    const int64_t rounds =
+        std::max<int64_t>(1, static_cast<int64_t>(probe * seconds / probe_seconds));
     std::vector<double> elapsed(threads);
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) elapsed[i] = kernel.time_fma(rounds);

@@ -22,10 +22,9 @@ void check_dtypes(const std::array<at::Tensor, 7>& tensors) {
     for (size_t i = 0; i < tensors.size(); i++) {
         const at::Tensor& t = tensors[i];
         if (!t.defined()) continue;
-        TORCH_CHECK_TYPE(t.is_floating_point() && t.layout() == at::kStrided,
-                         "inverted_residual: ", kNames[i],
-                         " must be a dense floating-point tensor, got ", t.scalar_type(), " ",
-                         t.layout());
+        TORCH_CHECK_TYPE(
+            t.is_floating_point() && t.layout() == at::kStrided, "inverted_residual: ", kNames[i],
+            " must be a dense floating-point tensor, got ", t.scalar_type(), " ", t.layout());
         const bool is_bias = kNames[i][0] == 'b';
         TORCH_CHECK_TYPE(
             t.scalar_type() == x.scalar_type() || (is_bias && t.scalar_type() == at::kFloat),
@@ -56,11 +55,11 @@ void check_bias(const char* name, const at::Tensor& bias, const char* letter, in
 }  // namespace
 
 Call make_call(const at::Tensor& x_, const OptionalTensor& w_expand_,
-               const OptionalTensor& b_expand_, const at::Tensor& w_dw_, const OptionalTensor& b_dw_,
-               const at::Tensor& w_project_, const OptionalTensor& b_project_, int64_t stride,
-               at::IntArrayRef padding, int64_t dilation, bool residual,
-               at::ArrayRef<double> clip_expand, at::ArrayRef<double> clip_dw,
-               at::ArrayRef<double> clip_project) {
+               const OptionalTensor& b_expand_, const at::Tensor& w_dw_,
+               const OptionalTensor& b_dw_, const at::Tensor& w_project_,
+               const OptionalTensor& b_project_, int64_t stride, at::IntArrayRef padding,
+               int64_t dilation, bool residual, at::ArrayRef<double> clip_expand,
+               at::ArrayRef<double> clip_dw, at::ArrayRef<double> clip_project) {
     const auto or_undefined = [](const OptionalTensor& t) { return t ? *t : at::Tensor(); };
     Call call{{x_, or_undefined(w_expand_), or_undefined(b_expand_), w_dw_, or_undefined(b_dw_),
                w_project_, or_undefined(b_project_)},
@@ -73,10 +72,10 @@ Call make_call(const at::Tensor& x_, const OptionalTensor& w_expand_,
     TORCH_CHECK_VALUE(x.dim() == 4, "inverted_residual: x must have shape (N, C_in, H, W), got ",
                       shape(x));
     args.N = x.size(0), args.in_channels = x.size(1), args.H = x.size(2), args.W = x.size(3);
-    TORCH_CHECK_VALUE(w_dw.dim() == 3 && w_dw.size(0) == w_dw.size(1) &&
-                          (w_dw.size(0) == 3 || w_dw.size(0) == 5),
-                      "inverted_residual: w_dw must have shape (k, k, C_hidden) with k 3 or 5, got ",
-                      shape(w_dw));
+    TORCH_CHECK_VALUE(
+        w_dw.dim() == 3 && w_dw.size(0) == w_dw.size(1) && (w_dw.size(0) == 3 || w_dw.size(0) == 5),
+        "inverted_residual: w_dw must have shape (k, k, C_hidden) with k 3 or 5, got ",
+        shape(w_dw));
     args.kernel = w_dw.size(0), args.hidden_channels = w_dw.size(2);
     if (!w_expand.defined()) {
         TORCH_CHECK_VALUE(!b_expand.defined(),
@@ -95,15 +94,15 @@ Call make_call(const at::Tensor& x_, const OptionalTensor& w_expand_,
                       "inverted_residual: w_project must have shape (C_hidden=",
                       args.hidden_channels, ", C_out), got ", shape(w_project));
     args.out_channels = w_project.size(1);
-    TORCH_CHECK_VALUE(args.in_channels > 0 && args.hidden_channels > 0 && args.out_channels > 0,
-                      "inverted_residual: every channel count must be at least 1, got C_in=",
-                      args.in_channels, ", C_hidden=", args.hidden_channels,
-                      ", C_out=", args.out_channels);
+    TORCH_CHECK_VALUE(
+        args.in_channels > 0 && args.hidden_channels > 0 && args.out_channels > 0,
+        "inverted_residual: every channel count must be at least 1, got C_in=", args.in_channels,
+        ", C_hidden=", args.hidden_channels, ", C_out=", args.out_channels);
     check_bias("b_expand", b_expand, "C_hidden", args.hidden_channels);
     check_bias("b_dw", b_dw, "C_hidden", args.hidden_channels);
     check_bias("b_project", b_project, "C_out", args.out_channels);
-    TORCH_CHECK_VALUE(stride == 1 || stride == 2,
-                      "inverted_residual: stride must be 1 or 2, got ", stride);
+    TORCH_CHECK_VALUE(stride == 1 || stride == 2, "inverted_residual: stride must be 1 or 2, got ",
+                      stride);
     TORCH_CHECK_VALUE(dilation == 1 || dilation == 2,
                       "inverted_residual: dilation must be 1 or 2, got ", dilation);
     args.stride = stride, args.dilation = dilation;
@@ -124,11 +123,11 @@ Call make_call(const at::Tensor& x_, const OptionalTensor& w_expand_,
     args.clip_expand = checked_clip("clip_expand", clip_expand);
     args.clip_dw = checked_clip("clip_dw", clip_dw);
     args.clip_project = checked_clip("clip_project", clip_project);
-    TORCH_CHECK_VALUE(!residual || (args.out_channels == args.in_channels &&
-                                    args.H_out == args.H && args.W_out == args.W),
-                      "inverted_residual: residual needs x and the result to have one shape, got ",
-                      shape(x), " and (", args.N, ", ", args.out_channels, ", ", args.H_out, ", ",
-                      args.W_out, ")");
+    TORCH_CHECK_VALUE(
+        !residual ||
+            (args.out_channels == args.in_channels && args.H_out == args.H && args.W_out == args.W),
+        "inverted_residual: residual needs x and the result to have one shape, got ", shape(x),
+        " and (", args.N, ", ", args.out_channels, ", ", args.H_out, ", ", args.W_out, ")");
     args.residual = residual;
 
     x = x.contiguous(at::MemoryFormat::ChannelsLast);

@@ -24,8 +24,8 @@ struct Tile {
 using TileFn = void (*)(const BlockArgs&, const Schedule&, const Tile&, float* scratch);
 
 // y = clip(y + partial) + residual over rows [row_begin, row_end) of an image; partial as y.
-using CombineFn = void (*)(const BlockArgs&, const float* partial, int64_t image,
-                           int64_t row_begin, int64_t row_end);
+using CombineFn = void (*)(const BlockArgs&, const float* partial, int64_t image, int64_t row_begin,
+                           int64_t row_end);
 
 // Seconds that `rounds` rounds of independent multiply-adds in registers take on this core; each
 // is flops_per_round floating-point operations.

@@ -46,8 +46,7 @@ ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, in
         end += round_up(floats, kAlignFloats);
         return begin;
     };
-    layout.chunk_weights_stride =
-        round_up((args.kernel * args.kernel + 2) * chunk, kAlignFloats);
+    layout.chunk_weights_stride = round_up((args.kernel * args.kernel + 2) * chunk, kAlignFloats);
     layout.chunk_weights = piece(copies * layout.chunk_weights_stride);
     const int64_t slots = ring_of(args, schedule.rows_per_step).slots;
     const int64_t ring =
@@ -106,12 +105,12 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
 std::string to_string(const BlockArgs& args, const Schedule& schedule, int64_t lanes) {
     const auto n = [](int64_t value) { return std::to_string(value); };
     const int64_t bytes = 4 * scratch_layout(args, schedule, lanes).total;
-    return n(args.H) + "x" + n(args.W) + " " + n(args.in_channels) + "-" +
-           n(args.hidden_channels) + "-" + n(args.out_channels) + " k" + n(args.kernel) + " s" +
-           n(args.stride) + ": " + (schedule.rows_outside ? "rows" : "chunks") +
-           " outside, hidden_chunk " + n(schedule.hidden_chunk) + ", rows_per_step " +
-           n(schedule.rows_per_step) + ", strip_cols " + n(schedule.strip_cols) +
-           ", hidden_groups " + n(schedule.hidden_groups) + ", scratch " + n(bytes) + " bytes";
+    return n(args.H) + "x" + n(args.W) + " " + n(args.in_channels) + "-" + n(args.hidden_channels) +
+           "-" + n(args.out_channels) + " k" + n(args.kernel) + " s" + n(args.stride) + ": " +
+           (schedule.rows_outside ? "rows" : "chunks") + " outside, hidden_chunk " +
+           n(schedule.hidden_chunk) + ", rows_per_step " + n(schedule.rows_per_step) +
+           ", strip_cols " + n(schedule.strip_cols) + ", hidden_groups " +
+           n(schedule.hidden_groups) + ", scratch " + n(bytes) + " bytes";
 }
 
 }  // namespace mnv2::cpu

@@ -3,6 +3,7 @@
 //
 // load(p, n), store(p, n, v): the first n lanes only, memory behind them is not touched.
 // clip keeps NaN: x86 min and max return their second operand where one is NaN.
+#pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12's own AVX-512 header starts from a register it leaves undefined on purpose.
@@ -40,8 +41,8 @@ inline Vec broadcast_halves(const float* low, const float* high) {
     return {_mm512_mask_broadcastss_ps(_mm512_set1_ps(*low), 0xff00, _mm_load_ss(high))};
 }
 inline Vec load_halves(const float* low, const float* high) {
-    return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high),
-                               1)};
+    return {
+        _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1)};
 }
 inline void store_halves(float* low, float* high, Vec a) {
     _mm256_storeu_ps(low, _mm512_castps512_ps256(a.v));
