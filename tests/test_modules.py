@@ -75,7 +75,9 @@ def test_copy_is_complete_and_independent(pair, again):
         block = copy.deepcopy(block)
     with torch.no_grad():
         fused(image())
+        assert fused._folded is not None
         other = again(fused)
+        assert other._folded is None
         assert_same(block, other)
         change_all(other, lambda p, i: p.mul_(1.5))
         assert_same(block, fused)
@@ -190,11 +192,12 @@ def test_new_data_is_seen(pair):
     """Every time, also if the allocator gives a new tensor the address of an old one."""
     block, fused = pair
     with torch.no_grad():
-        for factor in (0.5, 2.0, 3.0):
+        for factor in (0.7, 1.3, 1.1):
             fused(image())
             for module in (block, fused):
                 for parameter in module.parameters():
-                    parameter.data = parameter.data * factor
+                    for _ in range(2):  # The second often gets the address of the first.
+                        parameter.data = parameter.data * factor
             assert_same(block, fused)
 
 
