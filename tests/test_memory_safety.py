@@ -1,19 +1,25 @@
 """No access outside the tensors given: canaries around them, then pages that cannot be touched.
 
-A guard page is hit by SIGSEGV, so those calls run in a child process:
-`python test_memory_safety.py run_guarded BACKEND S1` names every case before it runs it.
+A guard page is hit by SIGSEGV, so those calls run in a child process, which names every case
+before it runs it: `python test_memory_safety.py run_guarded BACKEND S1`. Inputs are put before and
+behind guard pages one by one; guard_malloc.c does so with whatever torch allocates in a call.
 """
 
 import ctypes
 import mmap
+import platform
+import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import cases
 import pytest
 import torch
-from cases import Case, expect, make_inputs, run, why_wrong
+from cases import LAYOUTS, Case, expect, make_inputs, run, why_wrong
 from torch import Tensor
 
 from mnv2_kernels import FoldedWeights
@@ -137,6 +143,22 @@ def run_guarded(backend: str, part: str) -> None:
             assert (reason := why_wrong(y, expected)) is None, reason
 
 
+def run_on_guarded_heap(backend: str, part: str) -> None:
+    torch.set_num_threads(3)
+    for case in cases_of(part):
+        x, weights = make_inputs(case)
+        for layout, memory_format in LAYOUTS.items():
+            print(case.id, layout, flush=True)
+            y = run(backend, x.contiguous(memory_format=memory_format), weights, **case.settings)
+            assert y.numel() == 0 or (y.data_ptr() + y.nbytes) % mmap.PAGESIZE == 0, "unguarded"
+
+
+def write_past_a_result() -> None:
+    result = torch.ones(1001)
+    print("writing one element more", flush=True)
+    ctypes.memset(result.data_ptr() + result.nbytes, 0, 4)
+
+
 def read_past_the_end() -> None:
     tensor = torch.ones(1000)
     assert Guarded(True).place(tensor, 1000).sum() == 1000
@@ -149,19 +171,45 @@ def write_to_an_input() -> None:
     Guarded(True)(torch.ones(1000)).zero_()
 
 
+def check_child(done: subprocess.CompletedProcess, part: str) -> None:
+    printed = done.stdout.splitlines()
+    assert done.returncode == 0, f"exit {done.returncode} in {printed[-1:]}\n{done.stderr[-2000:]}"
+    assert len(printed) == 2 * len(cases_of(part))
+
+
+def check_caught(done: subprocess.CompletedProcess) -> None:
+    assert len(done.stdout.splitlines()) == 1, done.stderr
+    assert done.returncode == -signal.SIGSEGV, f"exit {done.returncode}: {done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def guarded_heap(tmp_path_factory):
+    """The variables of a process whose heap is guard_malloc.c."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if platform.libc_ver()[0] != "glibc" or compiler is None:
+        pytest.skip("needs glibc and a C compiler")
+    library = tmp_path_factory.mktemp("heap") / "guard_malloc.so"
+    source = Path(__file__).with_name("guard_malloc.c")
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
+    return {"LD_PRELOAD": str(library)}
+
+
 @pytest.mark.parametrize("part", ["S1", "S2", "S3", "S4"])
-def test_guard_pages(python, kernel_backend, part):
-    done = python(__file__, "run_guarded", kernel_backend, part)
-    last = done.stdout.strip().splitlines()[-1:]
-    assert done.returncode == 0, f"exit {done.returncode} in {last}\n{done.stderr[-2000:]}"
-    assert len(done.stdout.splitlines()) == 2 * len(cases_of(part))
+def test_guard_pages_around_the_inputs(python, kernel_backend, part):
+    check_child(python(__file__, "run_guarded", kernel_backend, part), part)
 
 
 @pytest.mark.parametrize("fault", ["read_past_the_end", "write_to_an_input"])
 def test_guard_pages_catch(python, fault):
-    done = python(__file__, fault)
-    assert done.stdout.strip() in ("reading one element more", "writing"), done.stderr
-    assert done.returncode == -11, f"exit {done.returncode}: {done.stderr}"
+    check_caught(python(__file__, fault))
+
+
+def test_guard_pages_behind_everything_allocated(python, kernel_backend, guarded_heap):
+    check_child(python(__file__, "run_on_guarded_heap", kernel_backend, "S", **guarded_heap), "S")
+
+
+def test_the_guarded_heap_catches(python, guarded_heap):
+    check_caught(python(__file__, "write_past_a_result", **guarded_heap))
 
 
 if __name__ == "__main__":
