@@ -1,11 +1,14 @@
 """The same bits every time, at any number of threads, at any place in a batch."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import cases
 import pytest
 import torch
 from cases import Case, make_inputs, run
+
+from mnv2_kernels import inverted_residual
 
 THREADS = (1, 2, 3, 4, 7)
 REPEATS = 100
@@ -62,6 +65,28 @@ def test_places_in_a_batch(kernel_backend, batch, threads, set_threads):
         alone = run(kernel_backend, image, weights, **case.settings)
         together = run(kernel_backend, x, weights, **case.settings)
         assert all(torch.equal(together[i], alone[0]) for i in places), case.id
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_calls_at_the_same_time(kernel_backend, threads, set_threads):
+    set_threads(threads)
+    prepared = []
+    for case in ten_cases():
+        x, weights = make_inputs(case)
+        prepared.append((case, x, weights, run(kernel_backend, x, weights, **case.settings)))
+
+    def differing(_) -> list[str]:
+        torch.set_num_threads(threads)
+        return [
+            case.id
+            for case, x, weights, y in prepared * 20
+            if not torch.equal(
+                inverted_residual(x, weights, backend=kernel_backend, **case.settings), y
+            )
+        ]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert [ids for ids in pool.map(differing, range(8)) if ids] == []
 
 
 def test_gradients(kernel_backend):

@@ -69,11 +69,11 @@ def test_other_dtypes_run_on_the_reference_unasked(dtype):
     assert why_wrong(y, expect(case, x, weights)) is None
 
 
-def test_float32_runs_on_the_first_backend_unasked():
+def test_float32_runs_on_the_first_kernel_unasked(kernel_backend):
     case = cases.groups()["S4"][-1]
     x, weights = make_inputs(case)
     inverted_residual(x, weights, **case.settings)
-    assert cases.last_backend() == cases.backends()[0]
+    assert cases.last_backend() == cases.kernel_backends()[0]
 
 
 def test_padding_left_out_keeps_the_size(backend):
