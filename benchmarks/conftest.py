@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mnv2_kernels.timing import _C
+from mnv2_kernels.extension import module as _C
 
 from . import harness, summary
 

@@ -9,16 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-try:
-    from . import _C
-
-    _missing = None
-except ImportError as error:
-    _C = None
-    _missing = (
-        f"the compiled extension is not available ({error});"
-        " reinstall with a C++17 compiler to build it"
-    )
+from .extension import missing
+from .extension import module as _C
 
 
 @dataclass(frozen=True)
@@ -33,8 +25,8 @@ class Backend:
 
 
 def _why_not_cpu(x: Tensor | None) -> str | None:
-    if _missing is not None:
-        return _missing
+    if missing is not None:
+        return missing
     if x is None:
         return None
     if x.device.type != "cpu":
@@ -110,9 +102,9 @@ def load(library: torch.library.Library) -> None:
 
     Importing the extension has registered its kernels with the dispatcher already.
     """
-    if _missing is not None:
+    if missing is not None:
 
         def unavailable(*args):
-            raise RuntimeError(f"inverted_residual: {_missing}")
+            raise RuntimeError(f"inverted_residual: {missing}")
 
         library.impl("inverted_residual", unavailable, "CPU")

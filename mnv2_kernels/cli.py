@@ -20,17 +20,13 @@ from . import demo as demonstration
 from . import verify as verification
 from .backends import backends
 from .block import mobilenet_v2_block_inputs
+from .extension import module as _C
 from .fuse import fuse
 from .memory import peak_bytes
 from .modules import mobilenet_v2
 from .pretrained import MissingPackage, WrongWeights, efficientnet_lite0, require
 from .timing import num_threads
 from .variants import block_calls, fused_blocks, plain, variants
-
-try:
-    from . import _C
-except ImportError:
-    _C = None
 
 # Decoders of formats that photographs come in; among the others is one that runs PostScript.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")

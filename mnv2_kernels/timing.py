@@ -12,10 +12,7 @@ from time import perf_counter
 
 import torch
 
-try:
-    from . import _C
-except ImportError:
-    _C = None
+from .extension import module as _C
 
 
 def interleave(

@@ -32,6 +32,23 @@ def _seed():
 
 
 @pytest.fixture
+def one_thread():
+    """For so little work that waiting for a second thread costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["own", "torchvision", "timm", "mnasnet", "lukemelas"])
+def pair(request):
+    """(a plain block, the same block fused) of one family."""
+    import fused_pairs
+
+    return fused_pairs.make_pair(request.param)
+
+
+@pytest.fixture
 def python():
     """Runs a child Python, which finds the same modules, with these arguments and variables."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import setuptools
 
-from mnv2_kernels.backends import _C
+from mnv2_kernels.extension import module as _C
 
 pytestmark = pytest.mark.serial
 

@@ -35,14 +35,7 @@ from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleNetBlock
 import mnv2_kernels as mk
 from mnv2_kernels.recognizers import Declined, recognize
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """So little work that waiting for a second thread costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Scale(nn.Conv2d):

@@ -16,14 +16,7 @@ import mnv2_kernels as mk
 from mnv2_kernels.backends import last_backend
 from mnv2_kernels.fused import FusedInvertedResidual, FusedModule
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """So little work that waiting for a second thread costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def mobilenet(width=0.35):

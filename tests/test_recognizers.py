@@ -32,14 +32,7 @@ from mnv2_kernels import reference
 from mnv2_kernels.fold import fold_layers
 from mnv2_kernels.recognizers import recognize
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """So little work that waiting for a second thread costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def torchvision_t1():
