@@ -77,7 +77,9 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     schedule.hidden_groups = small && args.hidden_channels >= 256 ? 2 : 1;
 
     // The widest chunks whose rows in flight stay well inside L2, in even parts: wide chunks touch
-    // y less often.
+    // y less often. A small image gets by with less than the tensors that are to be saved.
+    const int64_t expanded_bytes = 4 * args.H * args.W * args.hidden_channels;
+    const int64_t chunk_bytes = std::min(kChunkBytes, expanded_bytes / 4);
     const auto set_chunks = [&](int64_t count) {
         const int64_t group = ceil_div(args.hidden_channels, schedule.hidden_groups);
         schedule.hidden_chunk = round_up(ceil_div(group, count), kChunkMultiple);
@@ -85,7 +87,10 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     const auto scratch_bytes = [&] { return 4 * scratch_layout(args, schedule, lanes).total; };
     int64_t chunks = 1;
     set_chunks(chunks);
-    while (scratch_bytes() > kChunkBytes && schedule.hidden_chunk > kChunkMultiple)
+    const auto in_flight_bytes = [&] {
+        return 4 * scratch_layout(args, schedule, lanes).partial;  // all pieces before it
+    };
+    while (in_flight_bytes() > chunk_bytes && schedule.hidden_chunk > kChunkMultiple)
         set_chunks(++chunks);
 
     // Images larger than L2 are walked through once, if the rows in flight of all chunks fit.
