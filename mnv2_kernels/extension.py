@@ -13,5 +13,5 @@ except ImportError as error:
     module = None
     missing = (
         f"the compiled extension is not available ({error});"
-        " reinstall with a C++17 compiler to build it"
+        " install it with a C++ compiler and pip's --no-build-isolation"
     )
