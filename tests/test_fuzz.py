@@ -1,0 +1,76 @@
+"""Random calls of the op against the float64 reference: shapes, strides, offsets, clips."""
+
+import cases
+import torch
+from cases import Case, expect, why_wrong
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from mnv2_kernels.block import NO_CLIP, RELU, RELU6, BlockConfig
+
+CHANNELS = st.one_of(st.integers(1, 40), st.sampled_from((48, 64, 80, 96, 144, 208)))
+SIZES = st.integers(1, 23)
+CLIPS = st.one_of(
+    st.sampled_from((NO_CLIP, RELU, RELU6)),
+    st.tuples(st.floats(-2, 0, width=32), st.floats(0, 3, width=32)),
+)
+
+
+@st.composite
+def calls(draw) -> Case:
+    kernel, dilation = draw(st.sampled_from((3, 5))), draw(st.sampled_from((1, 2)))
+    expansion = draw(st.booleans())
+    in_channels = draw(CHANNELS)
+    extent = dilation * (kernel - 1)
+    config = BlockConfig(
+        in_channels=in_channels,
+        hidden_channels=draw(CHANNELS) if expansion else in_channels,
+        out_channels=draw(CHANNELS),
+        stride=draw(st.sampled_from((1, 2))),
+        expansion=expansion,
+        kernel_size=kernel,
+        dilation=dilation,
+        padding=draw(st.tuples(*[st.integers(0, extent)] * 4)),
+    )
+    height, width = draw(SIZES), draw(SIZES)
+    assume(min(config.output_hw(height, width)) >= 1)
+    return Case(
+        config,
+        height,
+        width,
+        batch=draw(st.integers(0, 3)),
+        clips=draw(st.tuples(CLIPS, CLIPS, CLIPS)),
+        biases=draw(st.tuples(*[st.booleans()] * 3)),
+    )
+
+
+@st.composite
+def layouts(draw):
+    """Puts a tensor into storage of another order, with gaps and an offset."""
+    order = draw(st.permutations(range(4)))
+    gaps = draw(st.tuples(*[st.integers(1, 2)] * 4))
+    offset = draw(st.integers(0, 7))
+
+    def place(x: torch.Tensor) -> torch.Tensor:
+        sizes = [x.shape[i] * gaps[i] for i in order]
+        storage = torch.full([offset + torch.Size(sizes).numel()], torch.nan)
+        strided = storage[offset:].view(sizes)[tuple(slice(None, None, gaps[i]) for i in order)]
+        placed = strided.permute([order.index(i) for i in range(4)])
+        return placed.copy_(x)
+
+    return place
+
+
+@settings(
+    max_examples=300,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(case=calls(), layout=layouts())
+def test_random_calls(kernel_backend, case, layout):
+    x, weights = cases.make_inputs(case)
+    x = layout(x)
+    y = cases.run(kernel_backend, x, weights, **case.settings)
+    assert why_wrong(y, expect(case, x, weights)) is None, case
