@@ -62,7 +62,7 @@ def layouts(draw):
 
 
 @settings(
-    max_examples=300,
+    max_examples=2000,
     derandomize=True,
     database=None,
     deadline=None,
