@@ -44,18 +44,6 @@ BACKENDS = (
 _last: str | None = None
 
 
-def why_no_kernel(x: Tensor) -> str | None:
-    """None where a backend other than the reference can run on x, otherwise all the reasons."""
-    reasons = []
-    for backend in BACKENDS:
-        if backend.name != "reference":
-            reason = backend.why_not(x)
-            if reason is None:
-                return None
-            reasons.append(reason)
-    return "; ".join(reasons)
-
-
 def choose(name: str | None, x: Tensor) -> str:
     """The name of the backend that will run on x; raises where the asked-for one cannot."""
     global _last
@@ -73,6 +61,12 @@ def choose(name: str | None, x: Tensor) -> str:
         raise RuntimeError(f"inverted_residual: backend {name!r} cannot run here: {reason}")
     _last = name
     return name
+
+
+def why_no_kernel(x: Tensor) -> str | None:
+    """None where a backend other than the reference can run on x, otherwise all the reasons."""
+    reasons = [b.why_not(x) for b in BACKENDS if b.name != "reference"]
+    return "; ".join(reasons) if all(reasons) else None
 
 
 def last_backend() -> str | None:

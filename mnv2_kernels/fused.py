@@ -5,15 +5,17 @@ cache that follows the parameters. `FusedInvertedResidual` is the drop-in around
 library.
 """
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .backends import why_no_kernel
+from .backends import choose, why_no_kernel
 from .block import BlockConfig
-from .fold import BlockLayers, FoldedWeights, fold_layers
-from .ops import inverted_residual
+from .fold import BlockLayers, fold_layers
+from .ops import op_arguments, run
 
 
 class FusedModule(nn.Module):
@@ -24,7 +26,7 @@ class FusedModule(nn.Module):
 
     block_layers: BlockLayers
     backend: str | None = None
-    _folded: tuple[list, FoldedWeights, list[Tensor]] | None = None
+    _folded: tuple[list, tuple, list[Tensor]] | None = None
 
     def plain_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The block layer by layer; any further arguments are those of the original module."""
@@ -32,21 +34,18 @@ class FusedModule(nn.Module):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H_out, W_out), channels_last where the kernel ran."""
-        if self.why_plain(x) is not None:
+        backend = self._backend_for(x)
+        if backend is None:
             return self.plain_forward(x, *args, **kwargs)
         if torch.compiler.is_compiling():
-            return self.run(x, fold_layers(self.block_layers))
+            return run(backend, x, self._fold_arguments())
         if torch.is_grad_enabled():
             tensors = self._watched.tensors()
             if any(t.requires_grad for t in tensors):
-                if self.backend == "reference":
-                    return self.run(x, fold_layers(self.block_layers))
-                return _FromParameters.apply(self, x, *tensors)
-        return self.run(x, self.folded_weights())
-
-    def run(self, x: Tensor, weights: FoldedWeights) -> Tensor:
-        """The op with this block's settings."""
-        return inverted_residual(x, weights, **self._watched.settings, backend=self.backend)
+                if backend == "reference":
+                    return run(backend, x, self._fold_arguments())
+                return _FromParameters.apply(self, backend, x, *tensors)
+        return run(backend, x, self.folded_arguments())
 
     @property
     def config(self) -> BlockConfig:
@@ -55,20 +54,30 @@ class FusedModule(nn.Module):
 
     def why_plain(self, x: Tensor | None = None) -> str | None:
         """Why a forward of x would run the plain layers; None where it would run fused."""
+        reason = self._why_layers_needed()
+        if reason is None and self.backend is None and x is not None:
+            return why_no_kernel(x)
+        return reason
+
+    def _why_layers_needed(self) -> str | None:
         watched = self._watched
         for norm in watched.batch_norms:
             if norm.training:
                 return "batch norm is in training mode and needs the statistics of whole tensors"
         if self.training:
             return "the module is in training mode"
-        if not torch.compiler.is_compiling() and (reason := watched.why_changed()) is not None:
-            return reason
-        if self.backend is None and x is not None:
-            return why_no_kernel(x)
-        return None
+        return None if torch.compiler.is_compiling() else watched.why_changed()
 
-    def folded_weights(self) -> FoldedWeights:
-        """The folded weights of the parameters as they are now, without a graph to them.
+    def _backend_for(self, x: Tensor) -> str | None:
+        """What a forward of x runs on; None for the plain layers."""
+        if self._why_layers_needed() is not None:
+            return None
+        backend = choose(self.backend, x)
+        # The layers themselves are as good as the reference, which has to be asked for.
+        return None if backend == "reference" != self.backend else backend
+
+    def folded_arguments(self) -> tuple:
+        """The op's arguments behind x for the parameters as they are now, without a graph to them.
 
         Cached until a parameter or buffer changes. PyTorch's version counters see every change but
         those of fused optimizers, whose steps are counted, and those made through `.data`, for
@@ -80,8 +89,11 @@ class FusedModule(nn.Module):
             aliases = [t.detach() for t in self._watched.tensors()]
             # Not inference tensors: a later call may need gradients of x through them.
             with torch.inference_mode(False), torch.no_grad():
-                self.__dict__["_folded"] = (state, fold_layers(self.block_layers), aliases)
+                self.__dict__["_folded"] = (state, self._fold_arguments(), aliases)
         return self._folded[1]
+
+    def _fold_arguments(self) -> tuple:
+        return op_arguments(fold_layers(self.block_layers), **self._watched.settings)
 
     def _watch(self) -> None:
         """Remember what the fused forward takes for granted; the end of every constructor."""
@@ -115,8 +127,10 @@ class _Watched:
         }
         self.batch_norms = [n for n in norms if isinstance(n, nn.modules.batchnorm._BatchNorm)]
         self.hooks = [h for m in inner for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self.children = [(m._modules, list(m._modules.values())) for m in (block, *inner)]
-        self.convs = [(s.conv, _geometry(s.conv)) for s in stages]
+        self.families = [m._modules for m in (block, *inner) if m._modules]
+        self.children = self.current_children()
+        self.convs = [s.conv for s in stages]
+        self.geometry = self.current_geometry()
         # Where the tensors are looked up: a parameter may be replaced by another.
         self.places = [
             (tensors, name)
@@ -128,33 +142,36 @@ class _Watched:
 
     def why_changed(self) -> str | None:
         """What happened to the inner layers that only the plain layers follow."""
-        for hooks in self.hooks:
-            if hooks:
-                return "an inner module has hooks"
-        for modules, children in self.children:
-            if list(modules.values()) != children:
-                return "inner modules have been replaced: unfuse, then fuse again"
-        for conv, geometry in self.convs:
-            if _geometry(conv) != geometry:
-                return "a convolution has been changed: unfuse, then fuse again"
+        if any(self.hooks):
+            return "an inner module has hooks"
+        if self.current_children() != self.children:
+            return "inner modules have been replaced: unfuse, then fuse again"
+        if self.current_geometry() != self.geometry:
+            return "a convolution has been changed: unfuse, then fuse again"
         return None
+
+    def current_children(self) -> list[nn.Module]:
+        return list(chain.from_iterable(map(dict.values, self.families)))
+
+    def current_geometry(self) -> list:
+        return [(c.stride, c.padding, c.dilation) for c in self.convs]
 
     def tensors(self) -> list[Tensor]:
         """Every parameter and buffer that the folded weights are computed from."""
         return [t for tensors, name in self.places if (t := tensors[name]) is not None]
 
-    def state(self) -> list:
+    def state(self) -> list[int]:
         """Equal for two calls exactly if the tensors hold the same values."""
+        tensors = self.tensors()
+        addresses = map(Tensor.data_ptr, tensors)
         try:
-            return [_optimizer_steps, *((t.data_ptr(), t._version) for t in self.tensors())]
+            return [_optimizer_steps, *addresses, *map(_version_of, tensors)]
         except RuntimeError:
             # Inference tensors count no versions: only that one is replaced can be seen.
-            return [t.data_ptr() for t in self.tensors()]
+            return [t.data_ptr() for t in tensors]
 
 
-def _geometry(conv: nn.Conv2d) -> tuple:
-    return conv.stride, conv.padding, conv.dilation
-
+_version_of = Tensor._version.__get__
 
 # Fused optimizers change parameters without counting it in their versions.
 _optimizer_steps = 0
@@ -175,24 +192,25 @@ class _FromParameters(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, block: FusedModule, x: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.block = block
+    def forward(ctx, block: FusedModule, backend: str, x: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.block, ctx.backend = block, backend
         ctx.save_for_backward(x, *tensors)
-        return block.run(x, block.folded_weights())
+        return run(backend, x, block.folded_arguments())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
-        _, x_needs_grad, *tensors_need_grad = ctx.needs_input_grad
+        _, _, x_needs_grad, *tensors_need_grad = ctx.needs_input_grad
         with torch.enable_grad():
             x = x.detach().requires_grad_(x_needs_grad)
-            y = ctx.block.run(x, fold_layers(ctx.block.block_layers))
+            y = run(ctx.backend, x, ctx.block._fold_arguments())
         wanted = [t for t, needed in zip(tensors, tensors_need_grad, strict=True) if needed]
         if x_needs_grad:
             wanted.insert(0, x)
         grads = iter(torch.autograd.grad(y, wanted, grad_y))
-        return None, *(next(grads) if needed else None for needed in ctx.needs_input_grad[1:])
+        needed = (x_needs_grad, *tensors_need_grad)
+        return None, None, *(next(grads) if n else None for n in needed)
 
 
 class FusedInvertedResidual(FusedModule):

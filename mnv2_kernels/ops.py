@@ -75,22 +75,33 @@ def inverted_residual(
     """
     if padding is None:
         padding = same_padding(weights.w_dw.shape[0], dilation)
-    chosen = choose(backend, x)
-    tensors = (x, *weights.tensors())
-    settings = (stride, padding, dilation, residual, *weights.clips())
-    if chosen == "reference":
-        return _reference(*tensors, *settings)
-    if torch.compiler.is_compiling() or _may_differentiate(tensors):
-        return _op(*tensors, *settings)
+    arguments = op_arguments(weights, stride, padding, dilation, residual)
+    return run(choose(backend, x), x, arguments)
+
+
+def op_arguments(
+    weights: FoldedWeights, stride: int, padding: Padding, dilation: int, residual: bool
+) -> tuple:
+    """All arguments of the op but x."""
+    return (*weights.tensors(), stride, padding, dilation, residual, *weights.clips())
+
+
+def run(backend: str, x: Tensor, arguments: tuple) -> Tensor:
+    """The op on a backend that `choose` has named."""
+    if backend == "reference":
+        return _reference(x, *arguments)
+    if torch.compiler.is_compiling() or _may_differentiate(x, arguments):
+        return _op(x, *arguments)
     # The dispatcher would find out in Python that there is nothing to differentiate, which takes a
     # tenth of a small block's time.
     with torch._C._AutoDispatchBelowAutograd():
-        return _op(*tensors, *settings)
+        return _op(x, *arguments)
 
 
-def _may_differentiate(tensors: tuple[Tensor | None, ...]) -> bool:
-    forward_mode = forward_ad._current_level >= 0
-    return forward_mode or torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+def _may_differentiate(x: Tensor, arguments: tuple) -> bool:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *arguments):
+        return True
+    return forward_ad._current_level >= 0
 
 
 def check(

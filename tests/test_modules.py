@@ -27,7 +27,7 @@ def change_all(block, change):
 def test_cached_weights_are_used_again(pair):
     _, fused = pair
     with torch.no_grad():
-        assert fused.folded_weights() is fused.folded_weights()
+        assert fused.folded_arguments() is fused.folded_arguments()
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -89,7 +89,7 @@ def test_change_of_dtype(pair, dtype):
         x = image(dtype)
         block.to(dtype), fused.to(dtype)
         y = fused(x)
-        assert y.dtype == fused.folded_weights().w_dw.dtype == dtype
+        assert y.dtype == fused.folded_arguments()[2].dtype == dtype
         assert largest_difference(y.double(), block(x).double()) < 30 * torch.finfo(dtype).eps
         # Back in float64 with the rounded values.
         block.double(), fused.double()
@@ -259,7 +259,7 @@ def test_frozen_parameters(pair):
         module.requires_grad_(False)
     x = image().requires_grad_()
     y = fused(x)
-    assert fused.folded_weights() is fused.folded_weights()
+    assert fused.folded_arguments() is fused.folded_arguments()
     (ours,) = torch.autograd.grad(y.sum(), x)
     (theirs,) = torch.autograd.grad(block(x).sum(), x)
     torch.testing.assert_close(ours, theirs)

@@ -87,7 +87,7 @@ def test_blocks_with_trained_weights_and_real_activations(name, backend):
     for block_name, (_, x) in calls.items():
         block = blocks[block_name]
         case = cases.Case(block.config, *x.shape[2:])
-        weights = block.folded_weights()
+        weights = mk.fold(block)
         y = cases.run(backend, x, weights, **case.settings)
         wrong = cases.why_wrong(y, cases.expect(case, x, weights))
         assert wrong is None, f"{block_name}: {wrong}"
