@@ -12,8 +12,12 @@ int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 constexpr int64_t kAlignFloats = 16;    // 64 bytes
 constexpr int64_t kChunkMultiple = 16;  // hidden channels: whole cache lines, whole vectors
 constexpr int64_t kChunkBytes = 112 * 1024;
+constexpr int64_t kInPlaceChunkBytes = 160 * 1024;  // depthwise rows alone
 constexpr int64_t kImageBytes = 512 * 1024;
+constexpr int64_t kWeightBytes = 64 * 1024;
 constexpr int64_t kPartialFloats = 64 * 320;
+constexpr int64_t kMinStripCols = 32;  // narrower ones expand too much of their margins twice
+constexpr int64_t kGoodChunk = 48;  // three vectors: what register tiles of products are full with
 
 int64_t input_cols(const BlockArgs& args, int64_t strip_cols) {
     const int64_t reach = (strip_cols - 1) * args.stride + (args.kernel - 1) * args.dilation + 1;
@@ -76,33 +80,47 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     const bool small = pixels_out <= 64 && pixels_out * args.out_channels <= kPartialFloats;
     schedule.hidden_groups = small && args.hidden_channels >= 256 ? 2 : 1;
 
-    // The widest chunks whose rows in flight stay well inside L2, in even parts: wide chunks touch
-    // y less often. A small image gets by with less than the tensors that are to be saved.
-    const int64_t expanded_bytes = 4 * args.H * args.W * args.hidden_channels;
-    const int64_t chunk_bytes = std::min(kChunkBytes, expanded_bytes / 4);
+    const auto scratch = [&] { return 4 * scratch_layout(args, schedule, lanes).total; };
     const auto set_chunks = [&](int64_t count) {
         const int64_t group = ceil_div(args.hidden_channels, schedule.hidden_groups);
         schedule.hidden_chunk = round_up(ceil_div(group, count), kChunkMultiple);
     };
-    const auto scratch_bytes = [&] { return 4 * scratch_layout(args, schedule, lanes).total; };
-    int64_t chunks = 1;
-    set_chunks(chunks);
-    const auto in_flight_bytes = [&] {
-        return 4 * scratch_layout(args, schedule, lanes).partial;  // all pieces before it
+    // The widest chunks whose rows in flight stay well inside L2, in even parts: wide chunks touch
+    // y less often. A small image gets by with less than the tensors that are to be saved.
+    const int64_t expanded_bytes = 4 * args.H * args.W * args.hidden_channels;
+    const int64_t limit = reads_x_in_place(args, lanes) ? kInPlaceChunkBytes : kChunkBytes;
+    const int64_t chunk_bytes = std::min(limit, expanded_bytes / 4);
+    const auto choose_chunks = [&] {
+        schedule.rows_outside = false;
+        set_chunks(1);
+        for (int64_t count = 2; schedule.hidden_chunk > kChunkMultiple; count++) {
+            // All pieces before the partial sums, which do not depend on the chunk.
+            if (4 * scratch_layout(args, schedule, lanes).partial <= chunk_bytes) return;
+            set_chunks(count);
+        }
     };
-    while (in_flight_bytes() > chunk_bytes && schedule.hidden_chunk > kChunkMultiple)
-        set_chunks(++chunks);
 
-    // Images larger than L2 are walked through once, if the rows in flight of all chunks fit.
+    // Images larger than L2 with weights that stay in it are walked through once, in strips of
+    // columns narrow enough for the rows in flight of all chunks.
     const int64_t image_bytes =
         4 * (args.H * args.W * args.in_channels + pixels_out * args.out_channels);
-    schedule.rows_outside = image_bytes > kImageBytes;
-    if (scratch_bytes() > kScratchBytes) schedule.rows_outside = false;
+    const int64_t weight_bytes = 4 * args.hidden_channels * (args.in_channels + args.out_channels);
+    if (image_bytes > kImageBytes && weight_bytes <= kWeightBytes) {
+        for (; schedule.strip_cols >= kMinStripCols;
+             schedule.strip_cols = ceil_div(schedule.strip_cols, 2)) {
+            choose_chunks();
+            schedule.rows_outside = true;
+            const bool wide = schedule.hidden_chunk >= std::min(kGoodChunk, args.hidden_channels);
+            if (wide && scratch() <= kScratchBytes) return schedule;
+        }
+        schedule.strip_cols = args.W_out;
+    }
 
-    // Extreme widths: fewer rows, then strips of columns.
-    while (scratch_bytes() > kScratchBytes && schedule.rows_per_step > 1)
+    // Otherwise chunk by chunk; extreme widths with fewer rows at a time, then in strips.
+    choose_chunks();
+    while (scratch() > kScratchBytes && schedule.rows_per_step > 1)
         schedule.rows_per_step = ceil_div(schedule.rows_per_step, 2);
-    while (scratch_bytes() > kScratchBytes && schedule.strip_cols > 1)
+    while (scratch() > kScratchBytes && schedule.strip_cols > 1)
         schedule.strip_cols = ceil_div(schedule.strip_cols, 2);
     return schedule;
 }
