@@ -76,6 +76,7 @@ def extension() -> dict:
         "mnv2_kernels._C",
         CPU_SOURCES,
         include_dirs=[str(GENERATED.resolve())],
+        depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inc")],
         extra_compile_args=[*optimise, "-fopenmp", "-fvisibility=hidden", "-Wall"],
         extra_link_args=["-fopenmp"],
     )

@@ -96,17 +96,20 @@ struct Job {
         });
     }
 
-    // Two hidden groups: by one thread one after the other while there are images for all threads,
-    // side by side for the images that are left over. The same sums in the same order either way.
+    // Two hidden groups: by one thread one after the other while there are images for most threads,
+    // side by side for the few images that are left over. The same sums in the same order either
+    // way.
     void run_two_groups() const {
-        const int64_t shared = args.N % at::get_num_threads();
+        const int64_t threads = at::get_num_threads();
+        const int64_t left_over = args.N % threads;
+        const int64_t shared = 2 * left_over <= threads ? left_over : 0;
         const int64_t whole = args.N - shared;
         at::parallel_for(0, whole, 1, [&](int64_t begin, int64_t end) {
             float* const own = scratch_of(at::get_thread_num());
             for (int64_t image = begin; image < end; image++) {
                 run_rows(image, 0, 0, args.H_out, y_of(image), own);
                 run_rows(image, 1, 0, args.H_out, own + layout.partial, own);
-                kernel().combine(args, own + layout.partial, image, 0, args.H_out);
+                kernel().combine(args, own + layout.partial, image);
             }
         });
         float* const partial = scratch + layout.partial;
@@ -116,7 +119,7 @@ struct Job {
                     run_rows(image, group, 0, args.H_out, group == 0 ? y_of(image) : partial,
                              scratch_of(at::get_thread_num()));
             });
-            kernel().combine(args, partial, image, 0, args.H_out);
+            kernel().combine(args, partial, image);
         }
     }
 };

@@ -70,14 +70,6 @@ class ConvNorm:
     norm: nn.Module | None
     clip: Clip = NO_CLIP
 
-    def parameters_and_buffers(self) -> tuple[Tensor, ...]:
-        """Every tensor that the folded weights are computed from."""
-        tensors = [self.conv.weight, self.conv.bias]
-        if self.norm is not None:
-            norm = self.norm
-            tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-        return tuple(t for t in tensors if t is not None)
-
 
 @dataclass(frozen=True)
 class BlockLayers:
@@ -108,11 +100,6 @@ class BlockLayers:
             padding=self.padding,
             residual=self.residual,
         )
-
-    def parameters_and_buffers(self) -> tuple[Tensor, ...]:
-        """Every tensor that the folded weights depend on."""
-        stages = (self.expand, self.depthwise, self.project)
-        return tuple(t for s in stages if s is not None for t in s.parameters_and_buffers())
 
 
 def fold_layers(layers: BlockLayers) -> FoldedWeights:

@@ -5,7 +5,9 @@ cache that follows the parameters. `FusedInvertedResidual` is the drop-in around
 library.
 """
 
+from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .backends import choose, why_no_kernel
 from .block import BlockConfig
-from .fold import BlockLayers, fold_layers
+from .fold import BlockLayers, ConvNorm, fold_layers
 from .ops import op_arguments, run
 
 
@@ -84,13 +86,15 @@ class FusedModule(nn.Module):
         which `train()`, `eval()` and `to()` drop the cache too.
         """
         state = self._watched.state()
-        if self._folded is None or self._folded[0] != state:
+        folded = self._folded  # Read once: another thread may drop it.
+        if folded is None or folded[0] != state:
             # The aliases keep the old storages alive, so that no new tensor gets their address.
             aliases = [t.detach() for t in self._watched.tensors()]
             # Not inference tensors: a later call may need gradients of x through them.
             with torch.inference_mode(False), torch.no_grad():
-                self.__dict__["_folded"] = (state, self._fold_arguments(), aliases)
-        return self._folded[1]
+                folded = (state, self._fold_arguments(), aliases)
+            self.__dict__["_folded"] = folded
+        return folded[1]
 
     def _fold_arguments(self) -> tuple:
         return op_arguments(fold_layers(self.block_layers), **self._watched.settings)
@@ -126,15 +130,17 @@ class _Watched:
             "residual": config.residual,
         }
         self.batch_norms = [n for n in norms if isinstance(n, nn.modules.batchnorm._BatchNorm)]
-        self.hooks = [h for m in inner for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self.families = [m._modules for m in (block, *inner) if m._modules]
+        self.hooks = [getattr(m, kind) for m in inner for kind in _HOOKS]
+        # Those without children too: a parametrization would become their first.
+        self.families = [m._modules for m in (block, *inner)]
         self.children = self.current_children()
         self.convs = [s.conv for s in stages]
         self.geometry = self.current_geometry()
+        self.norms = norms
         # Where the tensors are looked up: a parameter may be replaced by another.
         self.places = [
-            (tensors, name)
-            for module in (*(s.conv for s in stages), *norms)
+            (tensors, name, module)
+            for module in (*self.convs, *norms)
             for tensors in (module._parameters, module._buffers)
             for name in tensors
             if name != "num_batches_tracked"
@@ -158,19 +164,27 @@ class _Watched:
 
     def tensors(self) -> list[Tensor]:
         """Every parameter and buffer that the folded weights are computed from."""
-        return [t for tensors, name in self.places if (t := tensors[name]) is not None]
+        return [t for tensors, name, _ in self.places if (t := tensors[name]) is not None]
 
-    def state(self) -> list[int]:
-        """Equal for two calls exactly if the tensors hold the same values."""
+    def owners(self) -> list[tuple[nn.Module, str]]:
+        """Module and name of every one of `tensors()`."""
+        return [
+            (module, name) for tensors, name, module in self.places if tensors[name] is not None
+        ]
+
+    def state(self) -> list:
+        """What changes whenever the folded weights would, as far as PyTorch counts changes."""
         tensors = self.tensors()
+        eps = [norm.eps for norm in self.norms]
         addresses = map(Tensor.data_ptr, tensors)
         try:
-            return [_optimizer_steps, *addresses, *map(_version_of, tensors)]
+            return [_optimizer_steps, *eps, *addresses, *map(_version_of, tensors)]
         except RuntimeError:
             # Inference tensors count no versions: only that one is replaced can be seen.
-            return [t.data_ptr() for t in tensors]
+            return [*eps, *(t.data_ptr() for t in tensors)]
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _version_of = Tensor._version.__get__
 
 # Fused optimizers change parameters without counting it in their versions.
@@ -188,12 +202,14 @@ register_optimizer_step_post_hook(_count_step)
 class _FromParameters(torch.autograd.Function):
     """y of x and the unfolded parameters: the forward pass uses the cached folded weights.
 
-    The backward pass folds again, with a graph, and recomputes the block.
+    The backward pass folds again, with a graph and from the very tensors of the forward pass, and
+    recomputes the block.
     """
 
     @staticmethod
     def forward(ctx, block: FusedModule, backend: str, x: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.block, ctx.backend = block, backend
+        ctx.layers, ctx.settings = block.block_layers, block._watched.settings
+        ctx.owners, ctx.backend = block._watched.owners(), backend
         ctx.save_for_backward(x, *tensors)
         return run(backend, x, block.folded_arguments())
 
@@ -202,15 +218,38 @@ class _FromParameters(torch.autograd.Function):
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         _, _, x_needs_grad, *tensors_need_grad = ctx.needs_input_grad
-        with torch.enable_grad():
-            x = x.detach().requires_grad_(x_needs_grad)
-            y = run(ctx.backend, x, ctx.block._fold_arguments())
-        wanted = [t for t, needed in zip(tensors, tensors_need_grad, strict=True) if needed]
-        if x_needs_grad:
-            wanted.insert(0, x)
-        grads = iter(torch.autograd.grad(y, wanted, grad_y))
         needed = (x_needs_grad, *tensors_need_grad)
+        leaves = [t.detach().requires_grad_(n) for t, n in zip((x, *tensors), needed, strict=True)]
+        with torch.enable_grad():
+            layers = _with_tensors(ctx.layers, ctx.owners, leaves[1:])
+            y = run(ctx.backend, leaves[0], op_arguments(fold_layers(layers), **ctx.settings))
+        wanted = [t for t in leaves if t.requires_grad]
+        grads = iter(torch.autograd.grad(y, wanted, grad_y))
         return None, None, *(next(grads) if n else None for n in needed)
+
+
+def _with_tensors(
+    layers: BlockLayers, owners: list[tuple[nn.Module, str]], tensors: list[Tensor]
+) -> BlockLayers:
+    """The layers to fold, with these tensors in place of those that the modules hold now."""
+    stand_ins = {
+        module: SimpleNamespace(weight=None, bias=None, eps=getattr(module, "eps", None))
+        for module, _ in owners
+    }
+    for (module, name), tensor in zip(owners, tensors, strict=True):
+        setattr(stand_ins[module], name, tensor)
+
+    def stage(found: ConvNorm | None) -> ConvNorm | None:
+        if found is None:
+            return None
+        return replace(found, conv=stand_ins[found.conv], norm=stand_ins.get(found.norm))
+
+    return replace(
+        layers,
+        expand=stage(layers.expand),
+        depthwise=stage(layers.depthwise),
+        project=stage(layers.project),
+    )
 
 
 class FusedInvertedResidual(FusedModule):
@@ -241,6 +280,14 @@ class FusedInvertedResidual(FusedModule):
     def train(self, mode: bool = True) -> "FusedInvertedResidual":
         self.original.training = mode
         return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> "FusedInvertedResidual":
+        replica = super()._replicate_for_data_parallel()
+        original = self.original._replicate_for_data_parallel()
+        for name in ("_modules", "_parameters", "_buffers"):
+            original.__dict__[name] = replica.__dict__[name]
+        replica.__dict__["original"] = original
+        return replica
 
     def __getattr__(self, name: str):
         try:

@@ -11,6 +11,7 @@ from .block import (
     NO_CLIP,
     RELU6,
     STEM_CHANNELS,
+    BlockConfig,
     Padding,
     inverted_residual_config,
     make_divisible,
@@ -58,6 +59,7 @@ class InvertedResidual(FusedModule):
         )
         if padding is not None:
             config = replace(config, padding=padding)
+            _check_padding(config)
         hidden = config.hidden_channels
         stages = [_conv_norm_clip(in_channels, hidden, norm_layer)] if config.expansion else []
         depthwise = PaddedConv2d(hidden, kernel_size, stride, config.padding)
@@ -85,6 +87,22 @@ class InvertedResidual(FusedModule):
 
     def extra_repr(self) -> str:
         return f"{self.config.name}, residual={self.config.residual}"
+
+
+def _check_padding(config: BlockConfig) -> None:
+    extent = config.kernel_size - 1
+    padding = tuple(config.padding)
+    if len(padding) != 4 or not all(0 <= p <= extent for p in padding):
+        raise ValueError(
+            "InvertedResidual: padding must be 4 integers (top, left, bottom, right) from 0 to"
+            f" {extent}, got {padding}"
+        )
+    top, left, bottom, right = padding
+    if config.residual and (top + bottom, left + right) != (extent, extent):
+        raise ValueError(
+            "InvertedResidual: padding must keep the size of a block with a residual,"
+            f" {extent} in both directions, got {padding}"
+        )
 
 
 class PaddedConv2d(nn.Conv2d):

@@ -88,20 +88,16 @@ def op_arguments(
 
 def run(backend: str, x: Tensor, arguments: tuple) -> Tensor:
     """The op on a backend that `choose` has named."""
-    if backend == "reference":
+    # The op has no forward-mode derivative; the reference has.
+    if backend == "reference" or forward_ad._current_level >= 0:
         return _reference(x, *arguments)
-    if torch.compiler.is_compiling() or _may_differentiate(x, arguments):
+    recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *arguments)
+    if recorded or torch.compiler.is_compiling():
         return _op(x, *arguments)
     # The dispatcher would find out in Python that there is nothing to differentiate, which takes a
     # tenth of a small block's time.
     with torch._C._AutoDispatchBelowAutograd():
         return _op(x, *arguments)
-
-
-def _may_differentiate(x: Tensor, arguments: tuple) -> bool:
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *arguments):
-        return True
-    return forward_ad._current_level >= 0
 
 
 def check(
@@ -122,7 +118,7 @@ def check(
 ) -> tuple[int, int, int, int]:
     """The op's contract. Returns the shape of the result; raises with a sentence otherwise.
 
-    csrc/host.h makes the same checks, in the same words, before it hands pointers to a kernel.
+    csrc/host.cpp makes the same checks in the same sentences, before a kernel gets pointers.
     """
     tensors = (x, w_expand, b_expand, w_dw, b_dw, w_project, b_project)
     _check_dtypes(tensors)
@@ -277,7 +273,9 @@ def _backward_kernel(grad_y, *args):
             t if t is None else t.detach().requires_grad_(needed)
             for t, needed in zip(tensors, needs_grad, strict=True)
         ]
-        y = _reference(*leaves, *settings)
+        # As the forward pass did: autocast would compute in less.
+        with torch.autocast(grad_y.device.type, enabled=False):
+            y = _reference(*leaves, *settings)
     wanted = [t for t, needed in zip(leaves, needs_grad, strict=True) if needed]
     return [g.contiguous() for g in torch.autograd.grad(y, wanted, grad_y)]
 

@@ -55,9 +55,11 @@ def block_calls(
         model.get_submodule(name).register_forward_pre_hook(remember(name), with_kwargs=True)
         for name in names
     ]
-    model(x)
-    for handle in handles:
-        handle.remove()
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
     return calls
 
 

@@ -23,9 +23,8 @@ struct Tile {
 // The block over one tile. scratch: scratch_layout().total floats, 64-byte aligned.
 using TileFn = void (*)(const BlockArgs&, const Schedule&, const Tile&, float* scratch);
 
-// y = clip(y + partial) + residual over rows [row_begin, row_end) of an image; partial as y.
-using CombineFn = void (*)(const BlockArgs&, const float* partial, int64_t image, int64_t row_begin,
-                           int64_t row_end);
+// y = clip(y + partial) + residual over one image; partial has the layout of that image of y.
+using CombineFn = void (*)(const BlockArgs&, const float* partial, int64_t image);
 
 // Seconds that `rounds` rounds of independent multiply-adds in registers take on this core; each
 // is flops_per_round floating-point operations.

@@ -13,8 +13,8 @@ constexpr int64_t kAlignFloats = 16;    // 64 bytes
 constexpr int64_t kChunkMultiple = 16;  // hidden channels: whole cache lines, whole vectors
 constexpr int64_t kChunkBytes = 112 * 1024;
 constexpr int64_t kInPlaceChunkBytes = 160 * 1024;  // depthwise rows alone
-constexpr int64_t kImageBytes = 512 * 1024;
-constexpr int64_t kWeightBytes = 64 * 1024;
+constexpr int64_t kImageBytes = 512 * 1024;  // x and y of more than this are walked through once
+constexpr int64_t kWeightBytes = 64 * 1024;  // provided that the weights are no more than this
 constexpr int64_t kPartialFloats = 64 * 320;
 constexpr int64_t kMinStripCols = 32;  // narrower ones expand too much of their margins twice
 constexpr int64_t kGoodChunk = 48;  // three vectors: what register tiles of products are full with
@@ -71,7 +71,7 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     // Two rows share the input of a stride-1 depthwise. Narrow images take more rows, to fill the
     // register tiles of the products and to use each weight more often once it is in L1.
     const bool one_row = args.stride == 2 && args.W_out >= 28;
-    const int64_t rows = args.W_out <= 8 ? 8 : args.W_out <= 16 ? 4 : one_row ? 1 : 2;
+    const int64_t rows = args.W_out <= 8 ? kMaxRowsPerStep : args.W_out <= 16 ? 4 : one_row ? 1 : 2;
     schedule.rows_per_step = std::min(rows, args.H_out);
 
     // A small image cannot be cut into bands without expanding much of it twice; two groups of
@@ -100,8 +100,8 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
         }
     };
 
-    // Images larger than L2 with weights that stay in it are walked through once, in strips of
-    // columns narrow enough for the rows in flight of all chunks.
+    // Large images with small weights are walked through once, in strips of columns narrow enough
+    // for the rows in flight of all chunks.
     const int64_t image_bytes =
         4 * (args.H * args.W * args.in_channels + pixels_out * args.out_channels);
     const int64_t weight_bytes = 4 * args.hidden_channels * (args.in_channels + args.out_channels);

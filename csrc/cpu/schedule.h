@@ -8,18 +8,20 @@
 namespace mnv2::cpu {
 
 constexpr int64_t kScratchBytes = 256 * 1024;  // upper bound of a thread's scratch
-constexpr int64_t kMaxRowsPerStep = 16;
+constexpr int64_t kMaxRowsPerStep = 8;
 constexpr int64_t kMaxWindow = (kMaxRowsPerStep - 1) * 2 + 4 * 2 + 1;  // stride 2, 5 taps 2 apart
 
 struct Schedule {
-    // Rows outside: all hidden channels of a few rows, then the next rows. Each x and y is touched
-    // once; the expanded rows in flight of every chunk are kept.
+    // Rows outside: all hidden channels of a few rows, then the next rows. x and y come from memory
+    // once, but for the margins of strips; the expanded rows in flight of every chunk are kept.
     // Chunks outside: all rows of one chunk of hidden channels, then the next chunk. Each weight
     // is touched once; y is summed up chunk by chunk.
     bool rows_outside;
     int64_t hidden_chunk;   // hidden channels at a time, a multiple of the lanes
     int64_t rows_per_step;  // output rows between two loads of the chunk's weights
-    int64_t strip_cols;     // output columns of a strip; all of them but for very wide images
+    // Output columns of a strip: fewer than all where the rows in flight of a large image would not
+    // fit the scratch.
+    int64_t strip_cols;
     // Parts of the hidden channels whose sums are kept apart and added at the end, so that threads
     // can share one small image. Depends on the block alone: the result is the same bits at any
     // number of threads.
@@ -30,7 +32,8 @@ struct Schedule {
 struct Ring {
     int64_t window;    // input rows that one step reads
     int64_t new_rows;  // input rows that the next step adds
-    int64_t slots;     // rows of memory: a multiple of new_rows, so that no addition wraps around
+    int64_t slots;     // rows of memory: the window if one step covers the image, otherwise a
+                       // multiple of new_rows, so that no addition wraps around
 };
 
 Ring ring_of(const BlockArgs& args, int64_t rows_per_step);
