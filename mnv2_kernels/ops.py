@@ -88,11 +88,14 @@ def op_arguments(
 
 def run(backend: str, x: Tensor, arguments: tuple) -> Tensor:
     """The op on a backend that `choose` has named."""
-    # The op has no forward-mode derivative; the reference has.
-    if backend == "reference" or forward_ad._current_level >= 0:
+    if backend == "reference":
         return _reference(x, *arguments)
-    recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *arguments)
-    if recorded or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return _op(x, *arguments)
+    # The op has no forward-mode derivative; the reference has.
+    if forward_ad._current_level >= 0:
+        return _reference(x, *arguments)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *arguments):
         return _op(x, *arguments)
     # The dispatcher would find out in Python that there is nothing to differentiate, which takes a
     # tenth of a small block's time.
