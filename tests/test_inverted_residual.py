@@ -10,6 +10,7 @@ from cases import LAYOUTS, Case, expect, make_inputs, run, why_wrong
 
 from mnv2_kernels import inverted_residual
 from mnv2_kernels.block import RELU6, BlockConfig
+from mnv2_kernels.timing import num_threads
 
 
 @pytest.mark.parametrize("group", cases.groups())
@@ -85,3 +86,24 @@ def test_padding_left_out_keeps_the_size(backend):
             x, weights = make_inputs(case)
             y = run(backend, x, weights, dilation=dilation, residual=True)
             assert why_wrong(y, expect(case, x, weights)) is None, case.id
+
+
+LARGE = [
+    # Large images with small weights go in strips of columns, all chunks in one walk.
+    Case(BlockConfig(24, 144, 24, residual=True), 36, 261),
+    Case(BlockConfig(16, 96, 24, stride=2), 31, 403),
+    Case(BlockConfig(17, 100, 21, kernel_size=5, dilation=2, padding=(3, 4, 2, 1)), 50, 205),
+    Case(BlockConfig(32, 32, 16, expansion=False), 40, 1201),
+    # Large weights: chunk by chunk, in strips where not even one row fits.
+    Case(BlockConfig(128, 768, 128), 3, 1501),
+]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.id)
+def test_large_images(kernel_backend, case):
+    x, weights = make_inputs(case)
+    y = run(kernel_backend, x, weights, **case.settings)
+    assert why_wrong(y, expect(case, x, weights)) is None
+    for threads in (1, 3):
+        with num_threads(threads):
+            assert torch.equal(y, run(kernel_backend, x, weights, **case.settings))
