@@ -1,10 +1,12 @@
 """THE op, `torch.ops.mnv2.inverted_residual`: schema, contract, fake kernel, gradients, FLOPs.
 
 Kernels register themselves for their device under this one schema (csrc/ops_cpu.cpp for CPU);
-everything that PyTorch needs to know beyond the kernel is here, once for all of them.
+everything that PyTorch needs to know beyond the kernel is here, once for all of them. The Triton
+kernel has a twin of the op, `inverted_residual_triton`, into which torch.compile can look.
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
+from . import reference, triton_kernels
 from .backends import choose, load
 from .block import Clip, Padding, output_size, same_padding
 from .fold import FoldedWeights
@@ -37,8 +39,45 @@ _library.define(
     " -> Tensor[]",
     tags=[torch.Tag.pt2_compliant_tag],
 )
+# What the Triton op runs on CPU tensors; tracing stops there.
+_library.define(
+    f"inverted_residual_interpreted({_TENSORS}, {_SETTINGS}) -> Tensor",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
+_library.impl(
+    "inverted_residual_interpreted", lambda *args: triton_kernels.inverted_residual(*args), "CPU"
+)
 load(_library)
 _op = torch.ops.mnv2.inverted_residual.default
+
+
+@torch.library.triton_op("mnv2::inverted_residual_triton", mutates_args=())
+def _triton_op(
+    x: Tensor,
+    w_expand: Tensor | None,
+    b_expand: Tensor | None,
+    w_dw: Tensor,
+    b_dw: Tensor | None,
+    w_project: Tensor,
+    b_project: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    dilation: int,
+    residual: bool,
+    clip_expand: Sequence[float],
+    clip_dw: Sequence[float],
+    clip_project: Sequence[float],
+) -> Tensor:
+    settings = (stride, padding, dilation, residual, clip_expand, clip_dw, clip_project)
+    arguments = (x, w_expand, b_expand, w_dw, b_dw, w_project, b_project, *settings)
+    check(*arguments)
+    if x.is_cuda:
+        return triton_kernels.inverted_residual(*arguments)
+    return torch.ops.mnv2.inverted_residual_interpreted(*arguments)
+
+
+_library.impl("inverted_residual", lambda *args: _triton_op(*args), "CUDA")
+_ops = {"cpu": _op, "triton": torch.ops.mnv2.inverted_residual_triton.default}
 
 
 def inverted_residual(
@@ -90,17 +129,18 @@ def run(backend: str, x: Tensor, arguments: tuple) -> Tensor:
     """The op on a backend that `choose` has named."""
     if backend == "reference":
         return _reference(x, *arguments)
+    op = _ops[backend]
     if torch.compiler.is_compiling():
-        return _op(x, *arguments)
+        return op(x, *arguments)
     # The op has no forward-mode derivative; the reference has.
     if forward_ad._current_level >= 0:
         return _reference(x, *arguments)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *arguments):
-        return _op(x, *arguments)
+        return op(x, *arguments)
     # The dispatcher would find out in Python that there is nothing to differentiate, which takes a
     # tenth of a small block's time.
     with torch._C._AutoDispatchBelowAutograd():
-        return _op(x, *arguments)
+        return op(x, *arguments)
 
 
 def check(
@@ -255,6 +295,8 @@ def _reference(*args) -> Tensor:
     )
 
 
+@_triton_op.register_fake
+@torch.library.register_fake("mnv2::inverted_residual_interpreted", lib=_library)
 @torch.library.register_fake("mnv2::inverted_residual", lib=_library)
 def _fake(x, *args):
     shape = check(x, *args)
@@ -322,17 +364,16 @@ def _no_vmap(info, in_dims, *args):
 
 
 _library.impl("inverted_residual_backward", _backward_kernel, "CompositeExplicitAutograd")
-torch.library.register_autograd(
-    "mnv2::inverted_residual", _backward, setup_context=_setup_context, lib=_library
-)
 torch.library.register_autograd("mnv2::inverted_residual_backward", _double_backward, lib=_library)
-torch.library.register_vmap("mnv2::inverted_residual", _no_vmap, lib=_library)
-# The CPU kernel computes in float32, so autocast brings everything back to it there.
-torch.library.register_autocast("mnv2::inverted_residual", "cpu", torch.float32, lib=_library)
-torch.library.register_autocast("mnv2::inverted_residual", "cuda", torch.float16, lib=_library)
+for _name in ("mnv2::inverted_residual", "mnv2::inverted_residual_triton"):
+    torch.library.register_autograd(_name, _backward, setup_context=_setup_context, lib=_library)
+    torch.library.register_vmap(_name, _no_vmap, lib=_library)
+    # The CPU kernel computes in float32, so autocast brings everything back to it there.
+    torch.library.register_autocast(_name, "cpu", torch.float32, lib=_library)
+    torch.library.register_autocast(_name, "cuda", torch.float16, lib=_library)
 
 
-@register_flop_formula(torch.ops.mnv2.inverted_residual)
+@register_flop_formula([torch.ops.mnv2.inverted_residual, torch.ops.mnv2.inverted_residual_triton])
 def _flops(x_shape, w_expand_shape, b_expand, w_dw_shape, *args, out_shape, **kwargs) -> int:
     """Two per multiply-add, as torch's own formulas; halo recomputation is not counted."""
     batch, in_channels, height, width = x_shape

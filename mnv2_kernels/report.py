@@ -98,9 +98,9 @@ def _row(name: str, state: State, block: FusedModule, size: tuple[int, int] | No
     # A backend looks at device and dtype alone, and those of the input are those of the weight.
     reason, backend = block.why_plain(weight), None
     if reason is None:
-        reasons = {b.name: b.why_not(weight) for b in BACKENDS}
-        backend = block.backend or next(n for n, why in reasons.items() if why is None)
-        reason = reasons[backend]
+        asked = next((b for b in BACKENDS if b.name == block.backend), None)
+        chosen = asked or next(b for b in BACKENDS if b.why_not(weight) is None)
+        backend, reason = chosen.name, chosen.why_refused(weight)
     elif state == "fused":
         state = "plain"
     saved = None

@@ -45,7 +45,7 @@ def backends() -> list[str]:
     return [
         b.name
         for b in BACKENDS
-        if (not without_cpp if b.name == "cpu" else b.why_not(None) is None)
+        if (not without_cpp if b.name == "cpu" else b.why_not(torch.empty(0)) is None)
     ]
 
 

@@ -1,0 +1,367 @@
+"""The block as one Triton kernel in which every row of a tile is one patch of the output.
+
+A program owns PATCHES patches of PATCH_H x PATCH_W output pixels. The pixels of x under a patch and
+its halo are its slots; slot (i, j) of all patches together is one matrix, PATCHES x C_in, so that
+
+    expansion    one matrix product a slot and chunk of hidden channels,
+    depthwise    plain arithmetic between matrices of one shape, PATCHES x CHUNK,
+    projection   one matrix product an output pixel, summed over the chunks in registers
+
+need neither shuffles nor an expanded tensor in memory of any kind. The halo's expansion is computed
+again by each neighbour. Addresses are 64-bit, and the grid has one dimension.
+
+Hidden values are fp32, or fp16 with HALF, where two share a register and an instruction.
+"""
+
+import triton
+import triton.language as tl
+
+# The interpreter knows neither PTX nor products of bfloat16.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.constexpr_function
+def slots(patch, kernel, stride, dilation):
+    """Rows (or columns) of input under a patch of `patch` rows (or columns)."""
+    return (patch - 1) * stride + dilation * (kernel - 1) + 1
+
+
+@triton.constexpr_function
+def tap(i, j, p, q, kernel, stride, dilation):
+    """The depthwise tap through which output (p, q) of a patch reads slot (i, j); -1 for none."""
+    down, right = i - p * stride, j - q * stride
+    reach = dilation * (kernel - 1)
+    if not (0 <= down <= reach and 0 <= right <= reach) or down % dilation or right % dilation:
+        return -1
+    return down // dilation * kernel + right // dilation
+
+
+@triton.constexpr_function
+def is_read(slot, patch, kernel, stride, dilation):
+    """Whether any output row of a patch reads this slot row; columns likewise."""
+    offsets = [slot - output * stride for output in range(patch)]
+    return any(0 <= o <= dilation * (kernel - 1) and o % dilation == 0 for o in offsets)
+
+
+@triton.constexpr_function
+def tiles(channels, tile):
+    return (channels + tile - 1) // tile
+
+
+@triton.jit
+def _clip(v, lower, upper):
+    """NaN stays NaN, as in PyTorch."""
+    v = tl.maximum(v, lower, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(v, upper, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _clip_half(v, lower, upper, ZERO: tl.constexpr):
+    """fp32 -> clipped fp16; ZERO where lower is 0. Three (two) instructions for two values."""
+    if INTERPRETED:
+        v = _clip(v.to(tl.float16), lower, upper)
+    elif ZERO:
+        v = tl.inline_asm_elementwise(
+            "cvt.rn.relu.f16x2.f32 $0, $2, $1; min.NaN.f16x2 $0, $0, $3;",
+            "=r,r,r,r",
+            [v, upper],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        v = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1; max.NaN.f16x2 $0, $0, $3; min.NaN.f16x2 $0, $0, $4;",
+            "=r,r,r,r,r",
+            [v, lower, upper],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    return v
+
+
+@triton.jit
+def _keep_half(v, rows, columns):
+    """v where both masks are -1, +0 where one of them is 0: a single three-way `and`."""
+    if INTERPRETED:
+        v = tl.where((rows & columns) != 0, v, 0.0)
+    else:
+        v = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, $2; and.b32 $0, $0, $4;",
+            "=r,r,r,r,r,r",
+            [v, rows, columns],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    return v
+
+
+@triton.jit
+def _last_tap_half(d, e, w, lower, upper, ZERO: tl.constexpr):
+    """clip(d + e * w) on fp16."""
+    if INTERPRETED:
+        d = _clip(tl.fma(e, w, d), lower, upper)
+    elif ZERO:
+        d = tl.inline_asm_elementwise(
+            "fma.rn.relu.f16x2 $0, $1, $2, $3; min.NaN.f16x2 $0, $0, $4;",
+            "=r,r,r,r,r",
+            [e, w, d, upper],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        d = tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3; max.NaN.f16x2 $0, $0, $4; min.NaN.f16x2 $0, $0, $5;",
+            "=r,r,r,r,r,r",
+            [e, w, d, lower, upper],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    return d
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _bias(pointer, channels, valid, PRESENT: tl.constexpr):
+    """fp32 biases of these channels, 0 where there are none."""
+    if PRESENT:
+        return tl.load(pointer + channels, mask=valid, other=0.0).to(tl.float32)
+    return tl.full(channels.shape, 0.0, tl.float32)
+
+
+@triton.jit
+def _matrix(pointer, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """These rows and columns of a contiguous ROWS x COLUMNS matrix, 0 beyond its edges."""
+    mask = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
+    return tl.load(pointer + rows[:, None] * COLUMNS + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _pixels(x, pixel, inside, channels, C_IN: tl.constexpr):
+    """These channels of one pixel of x for every patch, 0 where it lies outside the image."""
+    mask = (inside != 0)[:, None] & (channels < C_IN)[None, :]
+    return tl.load(x + pixel[:, None] * C_IN + channels[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def inverted_residual_patch(
+    x,
+    w_expand,
+    b_expand,
+    w_dw,
+    b_dw,
+    w_project,
+    b_project,
+    y,
+    patches,
+    H,
+    W,
+    H_out,
+    W_out,
+    patch_rows,
+    patch_columns,
+    lower_expand,
+    upper_expand,
+    lower_dw,
+    upper_dw,
+    lower_project,
+    upper_project,
+    C_IN: tl.constexpr,
+    C_HIDDEN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    PAD_TOP: tl.constexpr,
+    PAD_LEFT: tl.constexpr,
+    EXPANSION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    B_EXPAND: tl.constexpr,
+    B_DW: tl.constexpr,
+    B_PROJECT: tl.constexpr,
+    ZERO_EXPAND: tl.constexpr,
+    ZERO_DW: tl.constexpr,
+    # Slot rows from PAD_TOP up to SAFE_ROWS lie inside the image whatever the patch, and columns.
+    SAFE_ROWS: tl.constexpr,
+    SAFE_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HALF: tl.constexpr,
+    PATCHES: tl.constexpr,
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    OUT_TILE: tl.constexpr,
+    OUT_TILES: tl.constexpr,
+    KEEP_X: tl.constexpr,
+):
+    """y (N, H_out, W_out, C_out) of x (N, H, W, C_in), both channels_last, int64 addressed."""
+    SLOT_ROWS: tl.constexpr = slots(PATCH_H, KERNEL, STRIDE, DILATION)
+    SLOT_COLUMNS: tl.constexpr = slots(PATCH_W, KERNEL, STRIDE, DILATION)
+    IN_TILES: tl.constexpr = tiles(C_IN, IN_TILE)
+    OUT_GROUPS: tl.constexpr = tiles(C_OUT, OUT_TILE * OUT_TILES)
+    LAST_TAP: tl.constexpr = KERNEL * KERNEL - 1
+    dtype = x.dtype.element_ty
+
+    program = tl.program_id(0)
+    patch = (program // OUT_GROUPS).to(tl.int64) * PATCHES + tl.arange(0, PATCHES)
+    exists = patch < patches
+    patch_column = (patch % patch_columns).to(tl.int32)
+    patch_row = (patch // patch_columns % patch_rows).to(tl.int32)
+    image = patch // patch_columns // patch_rows
+    row0 = patch_row * (PATCH_H * STRIDE) - PAD_TOP
+    column0 = patch_column * (PATCH_W * STRIDE) - PAD_LEFT
+    first_out = program % OUT_GROUPS * (OUT_TILE * OUT_TILES)
+    in_lanes = tl.arange(0, IN_TILE)
+    out_lanes = tl.arange(0, OUT_TILE)
+
+    # Masks are -1 inside the image and 0 outside, so that an `and` applies them.
+    row_masks = ()
+    for i in tl.static_range(SLOT_ROWS):
+        row_masks = row_masks + (-(exists & (row0 + i >= 0) & (row0 + i < H)).to(tl.int32),)
+    column_masks = ()
+    for j in tl.static_range(SLOT_COLUMNS):
+        column_masks = column_masks + (-((column0 + j >= 0) & (column0 + j < W)).to(tl.int32),)
+
+    # The pixel of every patch that its slot (0, 0) lies on, as an index into x.
+    pixel0 = (image * H + row0) * W + column0
+    kept = ()
+    if EXPANSION and KEEP_X:
+        for i in tl.static_range(SLOT_ROWS):
+            for j in tl.static_range(SLOT_COLUMNS):
+                for k in tl.static_range(IN_TILES):
+                    pixel = pixel0 + (i * W + j)
+                    inside = row_masks[i] & column_masks[j]
+                    tile = _pixels(x, pixel, inside, k * IN_TILE + in_lanes, C_IN)
+                    kept = kept + (tile,)
+
+    sums = ()
+    for _ in tl.static_range(PATCH_H * PATCH_W * OUT_TILES):
+        sums = sums + (tl.full((PATCHES, OUT_TILE), 0.0, tl.float32),)
+
+    if HALF:
+        hidden_type: tl.constexpr = tl.float16
+    else:
+        hidden_type: tl.constexpr = tl.float32
+    lower_e = tl.full((PATCHES, CHUNK), lower_expand, hidden_type)
+    upper_e = tl.full((PATCHES, CHUNK), upper_expand, hidden_type)
+    lower_d = tl.full((PATCHES, CHUNK), lower_dw, hidden_type)
+    upper_d = tl.full((PATCHES, CHUNK), upper_dw, hidden_type)
+
+    for first_hidden in tl.range(0, C_HIDDEN, CHUNK):
+        hidden = first_hidden + tl.arange(0, CHUNK)
+        exists_hidden = hidden < C_HIDDEN
+        expand_tiles = ()
+        if EXPANSION:
+            bias_e = _bias(b_expand, hidden, exists_hidden, B_EXPAND)
+            bias_e = tl.broadcast_to(bias_e[None, :], (PATCHES, CHUNK))
+            if KEEP_X:
+                for k in tl.static_range(IN_TILES):
+                    w = _matrix(w_expand, k * IN_TILE + in_lanes, hidden, C_IN, C_HIDDEN)
+                    expand_tiles = expand_tiles + (w,)
+        taps = ()
+        for k in tl.static_range(KERNEL * KERNEL):
+            weight = tl.load(w_dw + k * C_HIDDEN + hidden, mask=exists_hidden, other=0.0)
+            taps = taps + (weight.to(hidden_type)[None, :],)
+        bias_d = _bias(b_dw, hidden, exists_hidden, B_DW).to(hidden_type)
+        depthwise = ()
+        for _ in tl.static_range(PATCH_H * PATCH_W):
+            depthwise = depthwise + (tl.broadcast_to(bias_d[None, :], (PATCHES, CHUNK)),)
+
+        for i in tl.static_range(SLOT_ROWS):
+            for j in tl.static_range(SLOT_COLUMNS):
+                if is_read(i, PATCH_H, KERNEL, STRIDE, DILATION) and is_read(
+                    j, PATCH_W, KERNEL, STRIDE, DILATION
+                ):
+                    if EXPANSION:
+                        e = bias_e
+                        if KEEP_X:
+                            for k in tl.static_range(IN_TILES):
+                                tile = kept[(i * SLOT_COLUMNS + j) * IN_TILES + k]
+                                e = _dot(tile, expand_tiles[k], e, PRECISION)
+                        else:
+                            pixel = pixel0 + (i * W + j)
+                            inside = row_masks[i] & column_masks[j]
+                            for first_in in tl.range(0, C_IN, IN_TILE):
+                                tile = _pixels(x, pixel, inside, first_in + in_lanes, C_IN)
+                                w = _matrix(w_expand, first_in + in_lanes, hidden, C_IN, C_HIDDEN)
+                                e = _dot(tile, w, e, PRECISION)
+                        if HALF:
+                            e = _clip_half(e, lower_e, upper_e, ZERO_EXPAND)
+                        else:
+                            e = _clip(e, lower_e, upper_e)
+                        # Padding belongs to the clipped expansion: what lies outside is 0.
+                        if (i < PAD_TOP or i >= SAFE_ROWS) or (j < PAD_LEFT or j >= SAFE_COLUMNS):
+                            if i >= PAD_TOP and i < SAFE_ROWS:
+                                rows = column_masks[j][:, None]
+                            else:
+                                rows = row_masks[i][:, None]
+                            if j >= PAD_LEFT and j < SAFE_COLUMNS:
+                                columns = row_masks[i][:, None]
+                            else:
+                                columns = column_masks[j][:, None]
+                            if HALF:
+                                e = _keep_half(e, rows, columns)
+                            else:
+                                e = tl.where((rows & columns) != 0, e, 0.0)
+                    else:
+                        pixel = pixel0 + (i * W + j)
+                        inside = row_masks[i] & column_masks[j]
+                        e = _pixels(x, pixel, inside, hidden, C_IN).to(hidden_type)
+
+                    updated = ()
+                    for p in tl.static_range(PATCH_H):
+                        for q in tl.static_range(PATCH_W):
+                            d = depthwise[p * PATCH_W + q]
+                            if tap(i, j, p, q, KERNEL, STRIDE, DILATION) >= 0:
+                                w = taps[tap(i, j, p, q, KERNEL, STRIDE, DILATION)]
+                                if HALF and tap(i, j, p, q, KERNEL, STRIDE, DILATION) == LAST_TAP:
+                                    d = _last_tap_half(d, e, w, lower_d, upper_d, ZERO_DW)
+                                else:
+                                    d = tl.fma(e, w, d)
+                            updated = updated + (d,)
+                    depthwise = updated
+
+        project_tiles = ()
+        for o in tl.static_range(OUT_TILES):
+            out = first_out + o * OUT_TILE + out_lanes
+            project_tiles = project_tiles + (_matrix(w_project, hidden, out, C_HIDDEN, C_OUT),)
+        updated = ()
+        for p in tl.static_range(PATCH_H * PATCH_W):
+            d = depthwise[p]
+            if not HALF:
+                d = _clip(d, lower_d, upper_d)
+            if C_HIDDEN % CHUNK != 0:
+                # A clip need not keep 0, and 0 times an infinite bound would be NaN.
+                d = tl.where(exists_hidden[None, :], d, 0.0)
+            for o in tl.static_range(OUT_TILES):
+                total = _dot(d.to(dtype), project_tiles[o], sums[p * OUT_TILES + o], PRECISION)
+                updated = updated + (total,)
+        sums = updated
+
+    for o in tl.static_range(OUT_TILES):
+        channels = first_out + o * OUT_TILE + out_lanes
+        exists_out = channels < C_OUT
+        bias = _bias(b_project, channels, exists_out, B_PROJECT)
+        for p in tl.static_range(PATCH_H):
+            for q in tl.static_range(PATCH_W):
+                row, column = patch_row * PATCH_H + p, patch_column * PATCH_W + q
+                inside = exists & (row < H_out) & (column < W_out)
+                mask = inside[:, None] & exists_out[None, :]
+                pixel = (image * H_out + row) * W_out + column
+                offsets = pixel[:, None] * C_OUT + channels[None, :]
+                v = sums[(p * PATCH_W + q) * OUT_TILES + o] + bias[None, :]
+                v = _clip(v, lower_project, upper_project)
+                if RESIDUAL:
+                    v += tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+                tl.store(y + offsets, v.to(dtype), mask=mask)
