@@ -50,7 +50,14 @@ def _why_not_triton(x: Tensor | None) -> str | None:
             "x must be on a GPU, got cpu; there Triton's slow interpreter runs the kernel if"
             " backend='triton' asks for it"
         )
-    return _why_not_triton_asked(x)
+    reason = _why_not_triton_asked(x)
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if reason is None and x is not None and x.dtype == torch.float32 and not tf32:
+        return (
+            "x is float32, for which the kernel has no tensor cores until"
+            " torch.backends.cuda.matmul.fp32_precision is 'tf32'; backend='triton' runs it anyway"
+        )
+    return reason
 
 
 def _why_not_triton_asked(x: Tensor | None) -> str | None:

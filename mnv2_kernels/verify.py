@@ -50,7 +50,7 @@ def verify(backends: list[str], device: torch.device | str = "cpu") -> Iterator[
     """Run the 17 blocks of MobileNetV2 at 224x224 and the odd shapes on each backend, float32."""
     shapes = [(b, 1, size, size) for b, size in mobilenet_v2_block_inputs()]
     for i, (block, *batch_hw) in enumerate((*shapes, *ODD_SHAPES)):
-        x, weights = _example(block, *batch_hw, seed=i)
+        x, weights = example(block, *batch_hw, seed=i)
         settings = {
             name: getattr(block, name) for name in ("stride", "padding", "dilation", "residual")
         }
@@ -97,10 +97,19 @@ def _errors(y: Tensor, truth: Tensor) -> tuple[float, float]:
     return error.max().item(), error.mean().item()
 
 
-def _example(
-    block: BlockConfig, batch: int, height: int, width: int, *, seed: int
+def example(
+    block: BlockConfig,
+    batch: int,
+    height: int,
+    width: int,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, FoldedWeights]:
-    """x and weights that make both clips of both hidden tensors work."""
+    """x (batch, C_in, height, width) and weights that make both clips of both hidden tensors work.
+
+    Biases are float32 whatever the dtype of the rest.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -108,11 +117,11 @@ def _example(
 
     c_in, hidden, kernel = block.in_channels, block.hidden_channels, block.kernel_size
     weights = FoldedWeights(
-        w_expand=randn(c_in, hidden) * 3 / c_in**0.5,
+        w_expand=(randn(c_in, hidden) * 3 / c_in**0.5).to(dtype),
         b_expand=randn(hidden) + 1,
-        w_dw=randn(kernel, kernel, hidden) * 3 / kernel,
+        w_dw=(randn(kernel, kernel, hidden) * 3 / kernel).to(dtype),
         b_dw=randn(hidden) + 1,
-        w_project=randn(hidden, block.out_channels) / hidden**0.5,
+        w_project=(randn(hidden, block.out_channels) / hidden**0.5).to(dtype),
         b_project=randn(block.out_channels),
         clip_expand=RELU6,
         clip_dw=RELU6,
@@ -120,4 +129,4 @@ def _example(
     )
     if not block.expansion:
         weights = replace(weights, w_expand=None, b_expand=None, clip_expand=NO_CLIP)
-    return randn(batch, c_in, height, width), weights
+    return randn(batch, c_in, height, width).to(dtype), weights

@@ -14,7 +14,8 @@ import torch
 
 from ..block import BlockConfig
 
-_TABLES = Path(__file__).parent / "configs"
+# One JSON file a GPU or architecture, written by benchmarks/tune_triton.py.
+TABLES = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,25 @@ def choose(block: BlockConfig, dtype: torch.dtype, device: torch.device) -> Choi
     return fallback(block, dtype)
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How products of matrices are computed: as IEEE says, or in TF32 where PyTorch allows it."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
 def key(block: BlockConfig, dtype: torch.dtype) -> str:
     """What a table is looked up by: all that a configuration depends on, and no image size."""
     parts = [block.name if block.expansion else f"t1-{block.name}"]
     if block.dilation != 1:
         parts.append(f"d{block.dilation}")
-    return "-".join([*parts, str(dtype).removeprefix("torch.")])
+    parts.append("tf32" if precision(dtype) == "tf32" else str(dtype).removeprefix("torch."))
+    return "-".join(parts)
 
 
 @cache
 def load(table: str) -> dict[str, PatchConfig]:
     """A committed table by name; empty where there is none."""
-    path = _TABLES / f"{table}.json"
+    path = TABLES / f"{table}.json"
     if not path.exists():
         return {}
     rows = json.loads(path.read_text())["configs"]
@@ -78,16 +86,19 @@ def load(table: str) -> dict[str, PatchConfig]:
 
 def table_names() -> list[str]:
     """The committed tables."""
-    return sorted(path.stem for path in _TABLES.glob("*.json"))
+    return sorted(path.stem for path in TABLES.glob("*.json"))
 
 
 @cache
 def _table_names(device: torch.device) -> tuple[str, ...]:
     if device.type != "cuda" or not torch.cuda.is_available():
         return ("sm_90",)
-    name = torch.cuda.get_device_name(device).replace(" ", "_")
-    major, _ = torch.cuda.get_device_capability(device)
-    return name, "sm_80" if major == 8 else "sm_90"
+    return gpu_name(device), "sm_90"
+
+
+def gpu_name(device: torch.device) -> str:
+    """What the table of a GPU is called."""
+    return torch.cuda.get_device_name(device).replace(" ", "_")
 
 
 def fallback(block: BlockConfig, dtype: torch.dtype) -> Choice:
@@ -101,7 +112,7 @@ def fallback(block: BlockConfig, dtype: torch.dtype) -> Choice:
     out_tile = _tile(block.out_channels, smallest=8, largest=64)
     # The largest patch first: it expands the fewest halo pixels again.
     for patch_h, patch_w in ((2, 2), (1, 2), (1, 1)):
-        slots = _extent(block, patch_h) * _extent(block, patch_w)
+        slots = extent(block, patch_h) * extent(block, patch_w)
         # Tensor cores take 16 rows; more patches a tile would share weights, not registers.
         held = 16 * slots * in_tile * -(-block.in_channels // in_tile) * itemsize
         if held <= _SHARED_BYTES:
@@ -137,6 +148,6 @@ def _tile(channels: int, smallest: int, largest: int) -> int:
     return min(largest, rounded & -rounded)
 
 
-def _extent(block: BlockConfig, patch: int) -> int:
+def extent(block: BlockConfig, patch: int) -> int:
     """Rows (or columns) of input under a patch and its halo."""
     return (patch - 1) * block.stride + block.dilation * (block.kernel_size - 1) + 1

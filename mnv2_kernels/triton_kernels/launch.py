@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from ..block import BlockConfig, Clip, Padding
+from ..block import NO_CLIP, BlockConfig, Clip, Padding
 from . import configs, interpreter
 from .configs import PatchConfig
 from .patch import inverted_residual_patch, slots
@@ -65,9 +65,11 @@ def plan_launch(
         "B_PROJECT": biases[2],
         "ZERO_EXPAND": clips[0][0] == 0,
         "ZERO_DW": clips[1][0] == 0,
+        "CLIP_PROJECT": clips[2] != NO_CLIP,
         "SAFE_ROWS": safe(height, top, patch_rows, config.patch_h),
         "SAFE_COLUMNS": safe(width, left, patch_columns, config.patch_w),
-        "PRECISION": "tf32" if _tf32_allowed(dtype) else "ieee",
+        "WIDE": patches >= 2**31 - config.patches,
+        "PRECISION": configs.precision(dtype),
         "HALF": config.half,
         "PATCHES": config.patches,
         "PATCH_H": config.patch_h,
@@ -84,11 +86,6 @@ def plan_launch(
         bounds=tuple(bound for clip in clips for bound in clip),
         constants=constants,
     )
-
-
-def _tf32_allowed(dtype: torch.dtype) -> bool:
-    """The expansion and the projection are matrix products: PyTorch's switch for those decides."""
-    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def inverted_residual(

@@ -147,13 +147,15 @@ def _matrix(pointer, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _pixels(x, pixel, inside, channels, C_IN: tl.constexpr):
-    """These channels of one pixel of x for every patch, 0 where it lies outside the image."""
+def _pixels(pointers, offset, inside, channels, C_IN: tl.constexpr):
+    """These channels of one slot of every patch, 0 where it lies outside the image."""
     mask = (inside != 0)[:, None] & (channels < C_IN)[None, :]
-    return tl.load(x + pixel[:, None] * C_IN + channels[None, :], mask=mask, other=0.0)
+    return tl.load(pointers + offset, mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["patches", "H", "W", "H_out", "W_out", "patch_rows", "patch_columns"]
+)
 def inverted_residual_patch(
     x,
     w_expand,
@@ -191,9 +193,12 @@ def inverted_residual_patch(
     B_PROJECT: tl.constexpr,
     ZERO_EXPAND: tl.constexpr,
     ZERO_DW: tl.constexpr,
+    CLIP_PROJECT: tl.constexpr,
     # Slot rows from PAD_TOP up to SAFE_ROWS lie inside the image whatever the patch, and columns.
     SAFE_ROWS: tl.constexpr,
     SAFE_COLUMNS: tl.constexpr,
+    # Patches are counted in 64 bits, as addresses always are.
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     HALF: tl.constexpr,
     PATCHES: tl.constexpr,
@@ -214,11 +219,13 @@ def inverted_residual_patch(
     dtype = x.dtype.element_ty
 
     program = tl.program_id(0)
-    patch = (program // OUT_GROUPS).to(tl.int64) * PATCHES + tl.arange(0, PATCHES)
+    patch = program // OUT_GROUPS * PATCHES + tl.arange(0, PATCHES)
+    if WIDE:
+        patch = (program // OUT_GROUPS).to(tl.int64) * PATCHES + tl.arange(0, PATCHES)
     exists = patch < patches
     patch_column = (patch % patch_columns).to(tl.int32)
     patch_row = (patch // patch_columns % patch_rows).to(tl.int32)
-    image = patch // patch_columns // patch_rows
+    image = (patch // patch_columns // patch_rows).to(tl.int64)
     row0 = patch_row * (PATCH_H * STRIDE) - PAD_TOP
     column0 = patch_column * (PATCH_W * STRIDE) - PAD_LEFT
     first_out = program % OUT_GROUPS * (OUT_TILE * OUT_TILES)
@@ -233,21 +240,25 @@ def inverted_residual_patch(
     for j in tl.static_range(SLOT_COLUMNS):
         column_masks = column_masks + (-((column0 + j >= 0) & (column0 + j < W)).to(tl.int32),)
 
-    # The pixel of every patch that its slot (0, 0) lies on, as an index into x.
-    pixel0 = (image * H + row0) * W + column0
+    # Where slot (0, 0) of every patch lies in x, inside the image or not.
+    first_slot = (x + ((image * H + row0) * W + column0) * C_IN)[:, None]
     kept = ()
     if EXPANSION and KEEP_X:
         for i in tl.static_range(SLOT_ROWS):
             for j in tl.static_range(SLOT_COLUMNS):
                 for k in tl.static_range(IN_TILES):
-                    pixel = pixel0 + (i * W + j)
                     inside = row_masks[i] & column_masks[j]
-                    tile = _pixels(x, pixel, inside, k * IN_TILE + in_lanes, C_IN)
-                    kept = kept + (tile,)
+                    offset = (i * W + j) * C_IN + k * IN_TILE
+                    pointers = first_slot + in_lanes[None, :]
+                    slot = _pixels(pointers, offset, inside, k * IN_TILE + in_lanes, C_IN)
+                    kept = kept + (slot,)
 
     sums = ()
-    for _ in tl.static_range(PATCH_H * PATCH_W * OUT_TILES):
-        sums = sums + (tl.full((PATCHES, OUT_TILE), 0.0, tl.float32),)
+    for _ in tl.static_range(PATCH_H * PATCH_W):
+        for o in tl.static_range(OUT_TILES):
+            out = first_out + o * OUT_TILE + out_lanes
+            bias_p = _bias(b_project, out, out < C_OUT, B_PROJECT)
+            sums = sums + (tl.broadcast_to(bias_p[None, :], (PATCHES, OUT_TILE)),)
 
     if HALF:
         hidden_type: tl.constexpr = tl.float16
@@ -267,8 +278,8 @@ def inverted_residual_patch(
             bias_e = tl.broadcast_to(bias_e[None, :], (PATCHES, CHUNK))
             if KEEP_X:
                 for k in tl.static_range(IN_TILES):
-                    w = _matrix(w_expand, k * IN_TILE + in_lanes, hidden, C_IN, C_HIDDEN)
-                    expand_tiles = expand_tiles + (w,)
+                    tile = _matrix(w_expand, k * IN_TILE + in_lanes, hidden, C_IN, C_HIDDEN)
+                    expand_tiles = expand_tiles + (tile,)
         taps = ()
         for k in tl.static_range(KERNEL * KERNEL):
             weight = tl.load(w_dw + k * C_HIDDEN + hidden, mask=exists_hidden, other=0.0)
@@ -287,15 +298,17 @@ def inverted_residual_patch(
                         e = bias_e
                         if KEEP_X:
                             for k in tl.static_range(IN_TILES):
-                                tile = kept[(i * SLOT_COLUMNS + j) * IN_TILES + k]
-                                e = _dot(tile, expand_tiles[k], e, PRECISION)
+                                slot = kept[(i * SLOT_COLUMNS + j) * IN_TILES + k]
+                                e = _dot(slot, expand_tiles[k], e, PRECISION)
                         else:
-                            pixel = pixel0 + (i * W + j)
                             inside = row_masks[i] & column_masks[j]
                             for first_in in tl.range(0, C_IN, IN_TILE):
-                                tile = _pixels(x, pixel, inside, first_in + in_lanes, C_IN)
-                                w = _matrix(w_expand, first_in + in_lanes, hidden, C_IN, C_HIDDEN)
-                                e = _dot(tile, w, e, PRECISION)
+                                offset = (i * W + j) * C_IN + first_in
+                                pointers = first_slot + in_lanes[None, :]
+                                slot = _pixels(pointers, offset, inside, first_in + in_lanes, C_IN)
+                                in_channels = first_in + in_lanes
+                                weights = _matrix(w_expand, in_channels, hidden, C_IN, C_HIDDEN)
+                                e = _dot(slot, weights, e, PRECISION)
                         if HALF:
                             e = _clip_half(e, lower_e, upper_e, ZERO_EXPAND)
                         else:
@@ -315,9 +328,10 @@ def inverted_residual_patch(
                             else:
                                 e = tl.where((rows & columns) != 0, e, 0.0)
                     else:
-                        pixel = pixel0 + (i * W + j)
                         inside = row_masks[i] & column_masks[j]
-                        e = _pixels(x, pixel, inside, hidden, C_IN).to(hidden_type)
+                        pointers = first_slot + hidden[None, :]
+                        e = _pixels(pointers, (i * W + j) * C_IN, inside, hidden, C_IN)
+                        e = e.to(hidden_type)
 
                     updated = ()
                     for p in tl.static_range(PATCH_H):
@@ -352,7 +366,6 @@ def inverted_residual_patch(
     for o in tl.static_range(OUT_TILES):
         channels = first_out + o * OUT_TILE + out_lanes
         exists_out = channels < C_OUT
-        bias = _bias(b_project, channels, exists_out, B_PROJECT)
         for p in tl.static_range(PATCH_H):
             for q in tl.static_range(PATCH_W):
                 row, column = patch_row * PATCH_H + p, patch_column * PATCH_W + q
@@ -360,8 +373,9 @@ def inverted_residual_patch(
                 mask = inside[:, None] & exists_out[None, :]
                 pixel = (image * H_out + row) * W_out + column
                 offsets = pixel[:, None] * C_OUT + channels[None, :]
-                v = sums[(p * PATCH_W + q) * OUT_TILES + o] + bias[None, :]
-                v = _clip(v, lower_project, upper_project)
+                v = sums[(p * PATCH_W + q) * OUT_TILES + o]
+                if CLIP_PROJECT:
+                    v = _clip(v, lower_project, upper_project)
                 if RESIDUAL:
                     v += tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
                 tl.store(y + offsets, v.to(dtype), mask=mask)

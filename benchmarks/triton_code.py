@@ -1,0 +1,194 @@
+"""The machine code of the patch kernel, compiled here for any architecture: no GPU is needed.
+
+`python -m benchmarks.triton_code` prints registers, spills, shared memory and the instructions of
+the hidden loop for each hidden output (an element of the depthwise's result) of the 17 blocks.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mnv2_kernels.block import NO_CLIP, RELU6, BlockConfig, mobilenet_v2_block_inputs
+from mnv2_kernels.triton_kernels import configs
+from mnv2_kernels.triton_kernels.configs import PatchConfig
+from mnv2_kernels.triton_kernels.launch import plan_launch
+from mnv2_kernels.triton_kernels.patch import inverted_residual_patch
+
+ARCHITECTURES = (80, 90)
+# What the matrix products of the tables are computed in; float32 means IEEE's.
+ARITHMETIC = ("float16", "bfloat16", "tf32")
+WARP = 32
+
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_FP32_POINTERS = ("b_expand", "b_dw", "b_project")
+_ACTIVATIONS = ("x", "w_expand", "w_dw", "w_project", "y")
+
+
+@dataclass(frozen=True)
+class Code:
+    """What one configuration was compiled to.
+
+    `hidden_loop` counts the instructions of the loop over hidden channels by opcode, as one warp
+    executes them in one iteration; `per_hidden_output` is their sum over the hidden outputs of a
+    thread. `outside` counts the instructions before and after that loop.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    hidden_loop: Counter
+    per_hidden_output: float
+    outside: int
+
+
+@contextmanager
+def arithmetic(name: str) -> Iterator[torch.dtype]:
+    """The dtype of x for a kind of arithmetic, with PyTorch's switch for TF32 set accordingly."""
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32" if name == "tf32" else "ieee"
+    try:
+        yield torch.float32 if name == "tf32" else getattr(torch, name)
+    finally:
+        products.fp32_precision = before
+
+
+def compile_block(
+    block: BlockConfig, size: int, dtype: torch.dtype, config: PatchConfig, architecture: int
+) -> Code:
+    """The code for x of size x size, with ReLU6, all biases and aligned tensors.
+
+    Raises:
+        triton.CompilationError: the configuration needs more than a GPU can have.
+    """
+    clips = (RELU6 if block.expansion else NO_CLIP, RELU6, NO_CLIP)
+    biases = (block.expansion, True, True)
+    launch = plan_launch(block, biases, clips, (1, size, size), config, dtype)
+
+    def kind(name: str) -> str:
+        if name in launch.constants:
+            return "constexpr"
+        if name in _FP32_POINTERS:
+            return "*fp32"
+        if name in _ACTIVATIONS:
+            return "*" + _TRITON_TYPES[dtype]
+        return "fp32" if name.startswith(("lower", "upper")) else "i32"
+
+    names = inverted_residual_patch.arg_names
+    signature = {name: kind(name) for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
+    }
+    compiled = triton.compile(
+        ASTSource(inverted_residual_patch, signature, launch.constants, aligned),
+        target=GPUTarget("cuda", architecture, WARP),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+    registers, spill_bytes, listing = _disassemble(compiled.asm["cubin"])
+    start, end, instructions = _longest_loop(listing)
+    threads = config.num_warps * WARP
+    hidden_outputs = config.patches * config.patch_h * config.patch_w * config.chunk / threads
+    return Code(
+        registers=registers,
+        spill_bytes=spill_bytes,
+        shared_bytes=compiled.metadata.shared,
+        hidden_loop=Counter(_opcode(i) for i in instructions[start:end]),
+        per_hidden_output=(end - start) / hidden_outputs,
+        outside=len(instructions) - (end - start),
+    )
+
+
+def _disassemble(cubin: bytes) -> tuple[int, int, str]:
+    """(registers a thread, bytes of stack a thread, listing)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        listing = _tool("nvdisasm", "-c", file.name)
+    registers, stack = (int(re.search(rf"{n}:(\d+)", usage)[1]) for n in ("REG", "STACK"))
+    return registers, stack, listing
+
+
+def _tool(name: str, *arguments: str) -> str:
+    command = [str(_TOOLS / name), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _longest_loop(listing: str) -> tuple[int, int, list[str]]:
+    """(first instruction, one past the last, all) of the longest loop; of all without any loop."""
+    labels, instructions = {}, []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L\S+):", line):
+            labels[label[1]] = len(instructions)
+        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(code[1].strip())
+    # What follows the exit is padding and a branch to itself.
+    last_exit = max(i for i, text in enumerate(instructions) if _opcode(text) == "EXIT")
+    instructions = instructions[: last_exit + 1]
+    loops = []
+    for i, text in enumerate(instructions):
+        target = re.search(r"BRA.*`\((\.L\S+)\)", text)
+        if target and labels.get(target[1], i + 1) <= i:
+            loops.append((labels[target[1]], i + 1))
+    start, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, len(instructions)))
+    return start, end, instructions
+
+
+def _opcode(instruction: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
+
+
+@cache
+def distinct_blocks() -> tuple[tuple[BlockConfig, int], ...]:
+    """The different ones of MobileNetV2's 17 blocks, with the size of their input at 224x224."""
+    return tuple(dict.fromkeys(mobilenet_v2_block_inputs()))
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, default=90)
+    parser.add_argument("--arithmetic", choices=(*ARITHMETIC, "float32"))
+    options = parser.parse_args(arguments)
+    print(
+        f"{'block':28} {'configuration':34} registers spilled   shared  loop  outside"
+        "  instructions a hidden output"
+    )
+    for name in [options.arithmetic] if options.arithmetic else ARITHMETIC:
+        with arithmetic(name) as dtype:
+            for block, size in distinct_blocks():
+                print(_line(block, size, dtype, options.architecture), flush=True)
+
+
+def _line(block: BlockConfig, size: int, dtype: torch.dtype, architecture: int) -> str:
+    config = configs.choose(block, dtype, torch.device("cpu")).config
+    code = compile_block(block, size, dtype, config, architecture)
+    return (
+        f"{configs.key(block, dtype):28} {describe(config):34} {code.registers:9}"
+        f" {code.spill_bytes:7} {code.shared_bytes:8} {code.hidden_loop.total():5}"
+        f" {code.outside:8}  {code.per_hidden_output:.1f}"
+    )
+
+
+def describe(config: PatchConfig) -> str:
+    """A configuration in one short line."""
+    return (
+        f"{config.patches}x({config.patch_h}x{config.patch_w}) chunk {config.chunk}"
+        f" warps {config.num_warps}" + " half" * config.half + " reread" * (not config.keep_x)
+    )
+
+
+if __name__ == "__main__":
+    main()

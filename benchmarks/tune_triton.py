@@ -1,0 +1,271 @@
+"""Choose the configurations of the patch kernel and write them to a table.
+
+    python -m benchmarks.tune_triton             on a GPU: the fastest of the most promising
+    python -m benchmarks.tune_triton --estimate  anywhere: from machine code for sm_90 alone
+
+A table holds the 17 blocks of MobileNetV2 in all three dtypes; `configs.fallback` knows the rest.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from math import inf
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.testing import do_bench
+
+from mnv2_kernels import reference
+from mnv2_kernels.block import BlockConfig
+from mnv2_kernels.ops import op_arguments
+from mnv2_kernels.triton_kernels import configs, launch
+from mnv2_kernels.triton_kernels.configs import PatchConfig
+from mnv2_kernels.verify import example, why_wrong
+
+from .triton_code import (
+    ARITHMETIC,
+    WARP,
+    Code,
+    arithmetic,
+    compile_block,
+    describe,
+    distinct_blocks,
+)
+
+# No table holds a configuration that spills more.
+MOST_SPILL_BYTES = 64
+BATCH = 256
+
+PATCHES = ((2, 2), (2, 4), (1, 4), (2, 7), (1, 7), (1, 2))
+# One streaming multiprocessor of compute capability 9.0: registers, bytes of shared memory, and
+# cycles a warp's instruction occupies what it needs most. A matrix product of 16x8x16 takes what
+# mma.sync reaches, 62 % of the peak.
+REGISTERS, SHARED_BYTES, MOST_PROGRAMS = 65536, 227 * 1024, 32
+MULTIPROCESSORS, CYCLES_A_MICROSECOND = 132, 1755
+PRODUCT_CYCLES = 1.5
+SHARED_CYCLES = {"LDSM": 4, "LDS": 2, "STS": 3}
+HALF_RATE = ("F2FP", "FMNMX", "HMNMX2", "ISETP", "LOP3", "MOV", "PLOP3", "PRMT", "SEL", "SHF")
+# Fewer warps than this leave latencies in the open.
+ENOUGH_WARPS = 10
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration of a block (x of size x size) and the time expected of it."""
+
+    block: BlockConfig
+    size: int
+    arithmetic: str
+    config: PatchConfig
+    code: Code
+    microseconds: float
+
+
+def candidates(block: BlockConfig, size: int, dtype: torch.dtype) -> Iterator[PatchConfig]:
+    """Configurations that can be expected to fit the registers and shared memory of a GPU."""
+    height_out, width_out = block.output_hw(size, size)
+    half = dtype == torch.float16
+    base = configs.fallback(block, dtype).config
+    in_channels = base.in_tile * -(-block.in_channels // base.in_tile)
+    out_tiles = -(-block.out_channels // base.out_tile)
+    for (patch_h, patch_w), patches, chunk, warps in product(
+        PATCHES, (16, 32), (16, 32, 64), (1, 2, 4, 8)
+    ):
+        if patch_w > width_out or patch_h > height_out or block.hidden_channels % chunk:
+            continue
+        # Long rows pay where nothing is left over.
+        if patch_w == 7 and width_out not in (7, 14):
+            continue
+        threads = warps * WARP
+        slots = configs.extent(block, patch_h) * configs.extent(block, patch_w)
+        shared = patches * slots * in_channels * dtype.itemsize if block.expansion else 0
+        pixels, tile = patch_h * patch_w, patches * chunk / threads
+        sums = pixels * patches * base.out_tile * out_tiles / threads
+        registers = sums + pixels * tile / (2 if half else 1) + 2 * tile
+        # Larger tiles spill, smaller ones load more than they compute.
+        if 8 <= tile <= 16 and shared <= 160 * 1024 and registers <= 200:
+            yield PatchConfig(
+                patches=patches,
+                patch_h=patch_h,
+                patch_w=patch_w,
+                chunk=chunk,
+                in_tile=base.in_tile,
+                out_tile=base.out_tile,
+                out_tiles=out_tiles,
+                keep_x=True,
+                half=half,
+                num_warps=warps,
+            )
+
+
+def estimate(block: BlockConfig, size: int, config: PatchConfig, code: Code) -> float:
+    """Microseconds an image: the busiest resource of a multiprocessor, and some of the others."""
+    loop, warps = code.hidden_loop, config.num_warps
+    busy = (
+        loop.total() / 4,
+        loop["HMMA"] * PRODUCT_CYCLES,
+        sum(loop[name] * cycles for name, cycles in SHARED_CYCLES.items()),
+        sum(loop[name] for name in HALF_RATE) / 2,
+    )
+    an_iteration = max(busy) + (sum(busy) - max(busy)) / 4
+    iterations = -(-block.hidden_channels // config.chunk)
+    # Outside the loop are the waits for x and for y.
+    a_program = warps * (iterations * an_iteration + 1.5 * code.outside / 4)
+    height_out, width_out = block.output_hw(size, size)
+    tiles = -(-height_out // config.patch_h) * -(-width_out // config.patch_w) / config.patches
+    groups = -(-block.out_channels // (config.out_tile * config.out_tiles))
+    resident = warps * min(
+        REGISTERS // (-(-code.registers // 8) * 8 * warps * WARP),
+        SHARED_BYTES // (code.shared_bytes + 1024),
+        MOST_PROGRAMS,
+    )
+    exposed = max(1, ENOUGH_WARPS / max(resident, 1)) ** 0.5
+    return a_program * tiles * groups * exposed / MULTIPROCESSORS / CYCLES_A_MICROSECOND
+
+
+def compiled(work: tuple[BlockConfig, int, str, PatchConfig]) -> Candidate | None:
+    """The candidate with its code for sm_90; None where it fits no GPU or spills."""
+    block, size, name, config = work
+    try:
+        with arithmetic(name) as dtype:
+            code = compile_block(block, size, dtype, config, 90)
+    except triton.CompilationError:
+        return None
+    if code.spill_bytes > MOST_SPILL_BYTES:
+        return None
+    return Candidate(block, size, name, config, code, estimate(block, size, config, code))
+
+
+def ranked(name: str, workers: int) -> Iterator[list[Candidate]]:
+    """For every block: the candidates in this arithmetic, the most promising first."""
+    with (
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+        arithmetic(name) as dtype,
+    ):
+        for block, size in distinct_blocks():
+            work = [(block, size, name, c) for c in candidates(block, size, dtype)]
+            found = [c for c in pool.map(compiled, work) if c is not None]
+            yield sorted(found, key=lambda c: c.microseconds)
+
+
+def prepared(candidate: Candidate) -> bool:
+    """Compile the candidate for this GPU, into Triton's cache on disk."""
+    with arithmetic(candidate.arithmetic) as dtype:
+        run, _ = call(candidate, dtype, batch=1)
+        run()
+    return True
+
+
+def call(
+    candidate: Candidate, dtype: torch.dtype, batch: int
+) -> tuple[Callable[[], Tensor], Callable[[], str | None]]:
+    """(the call on the GPU, what is wrong with its result)."""
+    block, size = candidate.block, candidate.size
+    settings = (block.stride, block.padding, block.dilation, block.residual)
+    x, weights = example(block, batch, size, size, seed=0, dtype=dtype)
+    on_gpu = x.to("cuda", memory_format=torch.channels_last)
+    arguments = op_arguments(weights.to("cuda"), *settings)
+
+    def run() -> Tensor:
+        return launch.inverted_residual(on_gpu, *arguments, config=candidate.config)
+
+    def wrong() -> str | None:
+        named = dict(zip(("stride", "padding", "dilation", "residual"), settings, strict=True))
+        truth = reference.inverted_residual(x.double(), weights.to(torch.float64), **named)
+        plain = reference.inverted_residual(x, weights, **named)
+        return why_wrong(run().cpu(), plain, truth)
+
+    return run, wrong
+
+
+def fastest(
+    promising: list[Candidate], dtype: torch.dtype, workers: int
+) -> tuple[Candidate, float]:
+    """(the fastest of these on the GPU, its microseconds an image); all must be right."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        assert all(pool.map(prepared, promising))
+    times = {}
+    for candidate in promising:
+        _, wrong = call(candidate, dtype, batch=2)
+        if (sentence := wrong()) is not None:
+            raise AssertionError(f"{describe(candidate.config)}: {sentence}")
+        run, _ = call(candidate, dtype, BATCH)
+        times[candidate] = do_bench(run, return_mode="median") * 1e3 / BATCH
+    best = min(times, key=times.get)
+    return best, times[best]
+
+
+def tune(
+    out: Path,
+    *,
+    minutes: float = inf,
+    workers: int = os.cpu_count() or 1,
+    tried: int = 6,
+) -> Path:
+    """Write the table of this GPU into `out`, as far as the minutes go; returns its path.
+
+    Blocks that were not reached are left to the architecture's table.
+    """
+    gpu, deadline = configs.gpu_name(torch.device("cuda")), time.monotonic() + 60 * minutes
+    rows = {}
+    for name in ARITHMETIC:
+        for promising in ranked(name, workers):
+            if time.monotonic() > deadline:
+                break
+            with arithmetic(name) as dtype:
+                best, microseconds = fastest(promising[:tried], dtype, workers)
+                key = configs.key(best.block, dtype)
+            rows[key] = asdict(best.config)
+            print(line(key, best, microseconds), flush=True)
+    return write(out / f"{gpu}.json", f"the fastest at batch {BATCH} on {gpu}", rows)
+
+
+def estimate_table(out: Path, workers: int = 1) -> Path:
+    """Write the table of sm_90 into `out`; returns its path."""
+    rows = {}
+    for name in ARITHMETIC:
+        for best, *_ in ranked(name, workers):
+            with arithmetic(name) as dtype:
+                key = configs.key(best.block, dtype)
+            rows[key] = asdict(best.config)
+            print(line(key, best, best.microseconds), flush=True)
+    return write(out / "sm_90.json", "estimated from machine code for sm_90, not measured", rows)
+
+
+def line(key: str, candidate: Candidate, microseconds: float) -> str:
+    """What was chosen for a block, and its time an image."""
+    return f"{key:30} {describe(candidate.config):36} {microseconds:.3f} us an image"
+
+
+def write(path: Path, how: str, rows: dict[str, dict]) -> Path:
+    """A table as `configs.load` reads it."""
+    table = {"how": how, "triton": triton.__version__, "configs": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=1) + "\n")
+    return path
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--estimate", action="store_true", help="needs no GPU")
+    parser.add_argument("--out", type=Path, default=configs.TABLES)
+    parser.add_argument("--minutes", type=float, default=inf)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args(arguments)
+    if options.estimate:
+        path = estimate_table(options.out, options.workers)
+    else:
+        path = tune(options.out, minutes=options.minutes, workers=options.workers)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
