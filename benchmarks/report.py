@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from . import plot
+from .gpu_tables import gpu_tables, latest_on_gpu
 from .harness import RESULTS, Row, geometric_mean, load
 from .machine import ROOT
+from .tables import MIB, markdown, percent
 
-MIB = 2**20
 SUITES = ("block", "scaling", "network", "memory", "acceptance")
 KEY = ("suite", "name", "instruction_set", "threads", "batch", "block", "model", "provider")
 
@@ -165,19 +166,6 @@ def machine_sentence(rows: list[Row]) -> str:
     )
 
 
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
-
-
-def markdown(head: list[str], body: list[list[str]]) -> str:
-    """A table with numbers to the right; empty without rows."""
-    if not body:
-        return ""
-    numbers = [re.fullmatch(r"-|[\d.]+[%x]?", cell) for cell in body[0]]
-    ruler = ["---:" if number else "---" for number in numbers]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ruler, *body])
-
-
 def fill(text: str, contents: Mapping[str, str]) -> str:
     """`text` with the lines between the markers of every name replaced.
 
@@ -202,8 +190,10 @@ def main() -> None:
     options = parser.parse_args()
     results = latest(options.results)
     text = options.readme.read_text()
-    options.readme.write_text(fill(text, tables(results)))
-    for path in plot.figures(results, options.results):
+    on_gpu = latest_on_gpu(options.results)
+    options.readme.write_text(fill(text, tables(results) | gpu_tables(on_gpu)))
+    written = [*plot.figures(results, options.results), *plot.gpu_figures(on_gpu, options.results)]
+    for path in written:
         print(f"wrote {path}")
 
 

@@ -17,7 +17,7 @@ from mnv2_kernels.block import (
 )
 from mnv2_kernels.cost import EXECUTIONS, Execution, operators, tensor_bytes
 
-from .report import markdown
+from .tables import markdown
 
 CLASSES = 1000
 

@@ -1,0 +1,195 @@
+"""Parts `tests` and `sanitizer` of the GPU suite, which cannot pass by running nothing."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+
+from .gpu_part import Context, Failed
+from .machine import ROOT
+from .sanitized import SHAPES
+
+# What each tool prints when all is well.
+SUMMARIES = {
+    "memcheck": r"ERROR SUMMARY: 0 errors",
+    "racecheck": r"RACECHECK SUMMARY: 0 hazards displayed \(0 errors, 0 warnings\)",
+    "initcheck": r"ERROR SUMMARY: 0 errors",
+    "synccheck": r"ERROR SUMMARY: 0 errors",
+}
+OPTIONS = {"memcheck": ["--padding", "2048"]}
+TAIL = 3000
+
+
+def child(command: list[str], seconds: float, **variables: str) -> tuple[int | None, str]:
+    """(exit code, output) of a command with its whole family ended after that time.
+
+    The exit code is None where time ran out. Triton's own interpreter switch is taken away.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), **variables}
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(max(seconds, 0.1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = None
+        output.seek(0)
+        return code, output.read()
+
+
+def run_tests(context: Context) -> None:
+    """Suite `gpu_tests`: tests/test_triton*.py on the device; a dry run collects them alone.
+
+    Raises:
+        Failed: a test failed, none ran, the kernel never ran on the device, or the interpreter ran
+            in a test whose name does not say so.
+    """
+    files = sorted(str(path) for path in ROOT.glob("tests/test_triton*.py"))
+    if not files:
+        raise Failed("tests: there is no tests/test_triton*.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    if context.dry_run:
+        code, output = child([*command, "--collect-only"], context.left())
+        context.keep([{"suite": "gpu_tests", "exit_code": code, "output": output[-TAIL:]}])
+        return
+    command += ["-p", "benchmarks.device_tests"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "8"]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "junit.xml")
+        code, output = child(
+            [*command, f"--junitxml={report}"],
+            context.left() - 5,
+            MNV2_DEVICE_TESTS=folder,
+            # The device machine need not have a compiler for the CPU's kernels.
+            MNV2_KERNELS_SKIP_CPP="1",
+        )
+        counts, failures = outcomes(report)
+        launches = Counter()
+        for path in Path(folder).glob("*.json"):
+            launches.update(json.loads(path.read_text()))
+    wrong = complaints(code, counts, launches)
+    row = {"suite": "gpu_tests", "exit_code": code, **counts, "failures": failures[:20]}
+    row |= {"device_launches": launches["device"], "complaints": wrong}
+    context.keep([row | ({"output": output[-TAIL:]} if wrong else {})])
+    print(f"tests: {counts}, {launches['device']} launches on the device", flush=True)
+    if wrong:
+        raise Failed("tests: " + "; ".join(wrong))
+
+
+def outcomes(report: Path) -> tuple[dict[str, int], list[str]]:
+    """(tests by outcome, ids of those that failed) of a junit file; all 0 where there is none."""
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    failures = []
+    if not report.exists():
+        return counts, failures
+    for case in ET.parse(report).getroot().iter("testcase"):
+        children = {element.tag for element in case}
+        if children & {"failure", "error"}:
+            counts["failed"] += 1
+            failures.append(f"{case.get('classname')}::{case.get('name')}")
+        else:
+            counts["skipped" if "skipped" in children else "passed"] += 1
+    return counts, failures
+
+
+def complaints(code: int | None, counts: dict[str, int], launches: Counter) -> list[str]:
+    """Why a run of the tests proves nothing, or the opposite of what it should."""
+    interpreted = [
+        name
+        for name in launches
+        if name.startswith("interpreted: ") and "interpret" not in name.partition(": ")[2]
+    ]
+    found = {
+        "they did not end in time": code is None,
+        f"pytest ended with {code}": code not in (0, None),
+        f"{counts['failed']} failed": counts["failed"] > 0,
+        "none passed": counts["passed"] == 0,
+        "no kernel ran on the device": launches["device"] == 0,
+        f"the interpreter ran in {interpreted[:3]}": bool(interpreted),
+    }
+    return [sentence for sentence, wrong in found.items() if wrong]
+
+
+def run_sanitizer(context: Context) -> None:
+    """Suite `gpu_sanitizer`: a seeded bug that must be found, then our kernels under every tool.
+
+    Raises:
+        Failed: the tool is missing, misses the seeded bug, or finds something in ours.
+    """
+    if context.dry_run:
+        context.skip("gpu_sanitizer", "no GPU")
+        return
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        context.skip("gpu_sanitizer", "no compute-sanitizer on this machine")
+        raise Failed("sanitizer: compute-sanitizer must be on PATH or in /usr/local/cuda/bin")
+    script = [sys.executable, "-m", "benchmarks.sanitized"]
+    # Compiles the kernels, so that no tool has to wait for that.
+    code, output = child(script, context.left())
+    if code != 0:
+        context.keep([{"suite": "gpu_sanitizer", "tool": None, "output": output[-TAIL:]}])
+        raise Failed(f"sanitizer: the script must pass without one, it ended with {code}")
+    wrong = []
+    for name, command, judge in [
+        ("memcheck", [*script, "--seeded-bug"], found_the_bug),
+        *((name, script, found_nothing) for name in SUMMARIES),
+    ]:
+        seeded = judge is found_the_bug
+        if context.left() < 10:
+            context.skip("gpu_sanitizer", "no time left", tool=name, seeded_bug=seeded)
+            wrong.append(f"{name}: no time left")
+            continue
+        watched = [tool, "--tool", name, "--error-exitcode", "1", *OPTIONS.get(name, [])]
+        code, output = child(
+            [*watched, *command], context.left(), PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+        )
+        reason = judge(name, code, output)
+        row = {"suite": "gpu_sanitizer", "tool": name, "seeded_bug": seeded, "exit_code": code}
+        row |= {"passed": reason is None, "calls": 1 if seeded else len(SHAPES)}
+        context.keep(
+            [row | ({} if reason is None else {"reason": reason, "output": output[-TAIL:]})]
+        )
+        print(f"{name}{' of the seeded bug' if seeded else ''}: {reason or 'as it must be'}")
+        if reason is not None:
+            wrong.append(f"{name}: {reason}")
+            if seeded:
+                break
+    if wrong:
+        raise Failed("sanitizer: " + "; ".join(wrong))
+
+
+def found_nothing(tool: str, code: int | None, output: str) -> str | None:
+    """None where a tool ran over every call and found nothing, otherwise what is amiss."""
+    if code is None:
+        return "it did not end in time"
+    if code != 0:
+        return f"it ended with {code}"
+    if f"{len(SHAPES)} calls" not in output:
+        return "not every call was made"
+    return None if re.search(SUMMARIES[tool], output) else "its summary of 0 errors is missing"
+
+
+def found_the_bug(tool: str, code: int | None, output: str) -> str | None:
+    """None where a tool has reported the store out of bounds, otherwise what is amiss."""
+    if code in (0, None):
+        return f"the seeded bug must give an exit code, got {code}"
+    seen = re.search(r"Invalid __global__ write", output)
+    return None if seen else "the seeded bug must be reported as a write out of bounds"
