@@ -28,10 +28,13 @@ OPTIONS = {"memcheck": ["--padding", "2048"]}
 TAIL = 3000
 
 
-def child(command: list[str], seconds: float, **variables: str) -> tuple[int | None, str]:
+def child(
+    command: list[str], seconds: float, *, stream: bool = False, **variables: str
+) -> tuple[int | None, str]:
     """(exit code, output) of a command with its whole family ended after that time.
 
-    The exit code is None where time ran out. Triton's own interpreter switch is taken away.
+    The exit code is None where time ran out; the output of `stream` goes where ours goes. Triton's
+    own interpreter switch is taken away.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), **variables}
@@ -40,7 +43,7 @@ def child(command: list[str], seconds: float, **variables: str) -> tuple[int | N
             command,
             cwd=ROOT,
             env=environment,
-            stdout=output,
+            stdout=None if stream else output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
@@ -148,10 +151,9 @@ def run_sanitizer(context: Context) -> None:
         context.keep([{"suite": "gpu_sanitizer", "tool": None, "output": output[-TAIL:]}])
         raise Failed(f"sanitizer: the script must pass without one, it ended with {code}")
     wrong = []
-    for name, command, judge in [
-        ("memcheck", [*script, "--seeded-bug"], found_the_bug),
-        *((name, script, found_nothing) for name in SUMMARIES),
-    ]:
+    runs = [("memcheck", [*script, "--seeded-bug"], found_the_bug)]
+    runs += [(name, script, found_nothing) for name in SUMMARIES]
+    for i, (name, command, judge) in enumerate(runs):
         seeded = judge is found_the_bug
         if context.left() < 10:
             context.skip("gpu_sanitizer", "no time left", tool=name, seeded_bug=seeded)
@@ -159,7 +161,9 @@ def run_sanitizer(context: Context) -> None:
             continue
         watched = [tool, "--tool", name, "--error-exitcode", "1", *OPTIONS.get(name, [])]
         code, output = child(
-            [*watched, *command], context.left(), PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+            [*watched, *command],
+            context.left() / (len(runs) - i),
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )
         reason = judge(name, code, output)
         row = {"suite": "gpu_sanitizer", "tool": name, "seeded_bug": seeded, "exit_code": code}
