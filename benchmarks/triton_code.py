@@ -173,7 +173,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
 
 
 def _line(block: BlockConfig, size: int, dtype: torch.dtype, architecture: int) -> str:
-    config = configs.choose(block, dtype, torch.device("cpu")).config
+    width_out = block.output_hw(size, size)[1]
+    config = configs.choose(block, dtype, torch.device("cpu"), width_out).config
     code = compile_block(block, size, dtype, config, architecture)
     return (
         f"{configs.key(block, dtype):28} {describe(config):34} {code.registers:9}"

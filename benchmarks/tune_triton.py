@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import inf
 from multiprocessing import get_context
@@ -43,12 +43,17 @@ from .triton_code import (
 # No table holds a configuration that spills more.
 MOST_SPILL_BYTES = 64
 BATCH = 256
+# Of 255, for sums and hidden values.
+MOST_REGISTERS = 200
 
-PATCHES = ((2, 2), (2, 4), (1, 4), (2, 7), (1, 7), (1, 2))
-# One streaming multiprocessor of compute capability 9.0: registers, bytes of shared memory, and
+# (patch_h, patch_w), and (patches, chunk, num_warps): few output channels are no work for many
+# warps, and many too much for one.
+FEW = ((2, 2), (2, 4), (1, 4)), ((16, 16, 1), (32, 16, 1), (32, 16, 2), (32, 32, 2))
+MANY = ((2, 2), (1, 2), (1, 4), (1, 7), (2, 7)), ((16, 64, 4), (16, 64, 8), (32, 64, 8))
+# One streaming multiprocessor of compute capability 9.0: registers and programs it holds, and
 # cycles a warp's instruction occupies what it needs most. A matrix product of 16x8x16 takes what
 # mma.sync reaches, 62 % of the peak.
-REGISTERS, SHARED_BYTES, MOST_PROGRAMS = 65536, 227 * 1024, 32
+REGISTERS, MOST_PROGRAMS = 65536, 32
 MULTIPROCESSORS, CYCLES_A_MICROSECOND = 132, 1755
 PRODUCT_CYCLES = 1.5
 SHARED_CYCLES = {"LDSM": 4, "LDS": 2, "STS": 3}
@@ -74,36 +79,27 @@ def candidates(block: BlockConfig, size: int, dtype: torch.dtype) -> Iterator[Pa
     height_out, width_out = block.output_hw(size, size)
     half = dtype == torch.float16
     base = configs.fallback(block, dtype).config
-    in_channels = base.in_tile * -(-block.in_channels // base.in_tile)
-    out_tiles = -(-block.out_channels // base.out_tile)
-    for (patch_h, patch_w), patches, chunk, warps in product(
-        PATCHES, (16, 32), (16, 32, 64), (1, 2, 4, 8)
-    ):
+    shapes = FEW if block.out_channels <= 32 else MANY
+    for (patch_h, patch_w), (patches, chunk, warps) in product(*shapes):
         if patch_w > width_out or patch_h > height_out or block.hidden_channels % chunk:
             continue
-        # Long rows pay where nothing is left over.
+        # Whole rows pay where nothing is left over.
         if patch_w == 7 and width_out not in (7, 14):
             continue
-        threads = warps * WARP
-        slots = configs.extent(block, patch_h) * configs.extent(block, patch_w)
-        shared = patches * slots * in_channels * dtype.itemsize if block.expansion else 0
-        pixels, tile = patch_h * patch_w, patches * chunk / threads
-        sums = pixels * patches * base.out_tile * out_tiles / threads
-        registers = sums + pixels * tile / (2 if half else 1) + 2 * tile
-        # Larger tiles spill, smaller ones load more than they compute.
-        if 8 <= tile <= 16 and shared <= 160 * 1024 and registers <= 200:
-            yield PatchConfig(
-                patches=patches,
-                patch_h=patch_h,
-                patch_w=patch_w,
-                chunk=chunk,
-                in_tile=base.in_tile,
-                out_tile=base.out_tile,
-                out_tiles=out_tiles,
-                keep_x=True,
-                half=half,
-                num_warps=warps,
-            )
+        config = replace(
+            base,
+            patches=patches,
+            patch_h=patch_h,
+            patch_w=patch_w,
+            chunk=chunk,
+            keep_x=True,
+            out_tiles=-(-block.out_channels // base.out_tile),
+            half=half,
+            num_warps=warps,
+        )
+        fits = configs.shared_bytes(block, config, dtype) <= configs.SHARED_BYTES
+        if fits and configs.registers(config) <= MOST_REGISTERS:
+            yield config
 
 
 def estimate(block: BlockConfig, size: int, config: PatchConfig, code: Code) -> float:
@@ -124,7 +120,7 @@ def estimate(block: BlockConfig, size: int, config: PatchConfig, code: Code) -> 
     groups = -(-block.out_channels // (config.out_tile * config.out_tiles))
     resident = warps * min(
         REGISTERS // (-(-code.registers // 8) * 8 * warps * WARP),
-        SHARED_BYTES // (code.shared_bytes + 1024),
+        configs.SHARED_BYTES // (code.shared_bytes + 1024),
         MOST_PROGRAMS,
     )
     exposed = max(1, ENOUGH_WARPS / max(resident, 1)) ** 0.5
@@ -186,21 +182,33 @@ def call(
     return run, wrong
 
 
-def fastest(
-    promising: list[Candidate], dtype: torch.dtype, workers: int
-) -> tuple[Candidate, float]:
-    """(the fastest of these on the GPU, its microseconds an image); all must be right."""
+def measured(promising: list[Candidate], workers: int) -> dict[Candidate, float]:
+    """Microseconds an image on the GPU; raises where one of the candidates gives wrong results."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         assert all(pool.map(prepared, promising))
     times = {}
     for candidate in promising:
-        _, wrong = call(candidate, dtype, batch=2)
-        if (sentence := wrong()) is not None:
-            raise AssertionError(f"{describe(candidate.config)}: {sentence}")
-        run, _ = call(candidate, dtype, BATCH)
-        times[candidate] = do_bench(run, return_mode="median") * 1e3 / BATCH
-    best = min(times, key=times.get)
-    return best, times[best]
+        with arithmetic(candidate.arithmetic) as dtype:
+            _, wrong = call(candidate, dtype, batch=2)
+            if (sentence := wrong()) is not None:
+                raise AssertionError(f"{describe(candidate.config)}: {sentence}")
+            run, _ = call(candidate, dtype, BATCH)
+            times[candidate] = do_bench(run, return_mode="median") * 1e3 / BATCH
+    return times
+
+
+def by_width(
+    promising: list[Candidate], time_of: Callable[[Candidate], float]
+) -> Iterator[tuple[str, Candidate]]:
+    """(key, best): the best for any width, and the best of all where it needs this very one."""
+    any_width = [c for c in promising if c.config.patch_w <= 4]
+    for chosen, suffix in ((any_width, ""), (promising, "@{}")):
+        best = min(chosen, key=time_of, default=None)
+        if best is None or (suffix and best in any_width):
+            continue
+        with arithmetic(best.arithmetic) as dtype:
+            key = configs.key(best.block, dtype)
+        yield key + suffix.format(best.block.output_hw(best.size, best.size)[1]), best
 
 
 def tune(
@@ -220,11 +228,10 @@ def tune(
         for promising in ranked(name, workers):
             if time.monotonic() > deadline:
                 break
-            with arithmetic(name) as dtype:
-                best, microseconds = fastest(promising[:tried], dtype, workers)
-                key = configs.key(best.block, dtype)
-            rows[key] = asdict(best.config)
-            print(line(key, best, microseconds), flush=True)
+            times = measured(promising[:tried], workers)
+            for key, best in by_width(list(times), times.get):
+                rows[key] = asdict(best.config)
+                print(line(key, best, times[best]), flush=True)
     return write(out / f"{gpu}.json", f"the fastest at batch {BATCH} on {gpu}", rows)
 
 
@@ -232,11 +239,10 @@ def estimate_table(out: Path, workers: int = 1) -> Path:
     """Write the table of sm_90 into `out`; returns its path."""
     rows = {}
     for name in ARITHMETIC:
-        for best, *_ in ranked(name, workers):
-            with arithmetic(name) as dtype:
-                key = configs.key(best.block, dtype)
-            rows[key] = asdict(best.config)
-            print(line(key, best, best.microseconds), flush=True)
+        for promising in ranked(name, workers):
+            for key, best in by_width(promising, lambda c: c.microseconds):
+                rows[key] = asdict(best.config)
+                print(line(key, best, best.microseconds), flush=True)
     return write(out / "sm_90.json", "estimated from machine code for sm_90, not measured", rows)
 
 

@@ -6,8 +6,9 @@ image gives the same bits in any.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -16,6 +17,12 @@ from ..block import BlockConfig
 
 # One JSON file a GPU or architecture, written by benchmarks/tune_triton.py.
 TABLES = Path(__file__).parent / "configs"
+
+# A program of compute capability 9.0 can have this much shared memory.
+SHARED_BYTES = 227 * 1024
+# Of the 255 registers of a thread, what `registers` counts may take; the rest is for addresses,
+# masks and the operands of products.
+_REGISTERS = 160
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,22 @@ class Choice:
     source: str
 
 
-def choose(block: BlockConfig, dtype: torch.dtype, device: torch.device) -> Choice:
-    """The configuration for a block on a device; pure but for asking the device its name."""
+def choose(
+    block: BlockConfig, dtype: torch.dtype, device: torch.device, width_out: int | None = None
+) -> Choice:
+    """The configuration for a block on a device; pure but for asking the device what it is.
+
+    `width_out` is that of the output where it is known: short rows have configurations of their
+    own.
+    """
+    shared_bytes_limit = _shared_bytes_limit(device)
+    name = key(block, dtype)
     for table in _table_names(device):
-        config = load(table).get(key(block, dtype))
-        if config is not None:
+        rows = load(table)
+        config = rows.get(f"{name}@{width_out}") or rows.get(name)
+        if config is not None and shared_bytes(block, config, dtype) <= shared_bytes_limit:
             return Choice(config, f"table {table}")
-    return fallback(block, dtype)
+    return fallback(block, dtype, width_out, shared_bytes_limit)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -66,7 +82,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def key(block: BlockConfig, dtype: torch.dtype) -> str:
-    """What a table is looked up by: all that a configuration depends on, and no image size."""
+    """What a table is looked up by, followed by `@width_out` where a row is for one width."""
     parts = [block.name if block.expansion else f"t1-{block.name}"]
     if block.dilation != 1:
         parts.append(f"d{block.dilation}")
@@ -96,58 +112,91 @@ def _table_names(device: torch.device) -> tuple[str, ...]:
     return gpu_name(device), "sm_90"
 
 
+@cache
+def _shared_bytes_limit(device: torch.device) -> int:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return SHARED_BYTES
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def gpu_name(device: torch.device) -> str:
     """What the table of a GPU is called."""
     return torch.cuda.get_device_name(device).replace(" ", "_")
 
 
-def fallback(block: BlockConfig, dtype: torch.dtype) -> Choice:
-    """A configuration for any block, from its sizes alone; every rule says why.
-
-    Rules are for GPUs with 255 registers a thread and 99 KiB of shared memory a program, the least
-    of compute capability 8.0 and later.
-    """
-    itemsize = dtype.itemsize
-    in_tile = _tile(block.in_channels, smallest=16, largest=64)
-    out_tile = _tile(block.out_channels, smallest=8, largest=64)
-    # The largest patch first: it expands the fewest halo pixels again.
-    for patch_h, patch_w in ((2, 2), (1, 2), (1, 1)):
-        slots = extent(block, patch_h) * extent(block, patch_w)
-        # Tensor cores take 16 rows; more patches a tile would share weights, not registers.
-        held = 16 * slots * in_tile * -(-block.in_channels // in_tile) * itemsize
-        if held <= _SHARED_BYTES:
+def fallback(
+    block: BlockConfig,
+    dtype: torch.dtype,
+    width_out: int | None = None,
+    shared_bytes_limit: int = SHARED_BYTES,
+) -> Choice:
+    """A configuration for any block, from its sizes alone; every rule says why."""
+    tensor_cores = dtype != torch.float32 or precision(dtype) == "tf32"
+    few = block.out_channels <= 32
+    # Four warps side by side along the output channels need 8 of them each.
+    out_tile = _tile(block.out_channels, smallest=8 if few else 32)
+    # The fewest halo pixels expanded twice first; a row without any where it is short enough.
+    patches = ((2, 2), (1, 2), (1, 1))
+    if width_out == 7 and not few:
+        patches = ((1, 7), *patches)
+    # Few output channels leave a warp room for all of its sums; many are shared out.
+    shapes = ((32, 16, 2), (16, 16, 1)) if few else ((16, 64, 4), (16, 64, 8))
+    if not tensor_cores:
+        shapes = ((16, 16, 1), (16, 32, 4), (16, 32, 8))
+    for (patch_h, patch_w), (count, chunk, num_warps) in product(patches, shapes):
+        config = PatchConfig(
+            patches=count,
+            patch_h=patch_h,
+            patch_w=patch_w,
+            chunk=chunk,
+            in_tile=_tile(block.in_channels, smallest=16),
+            out_tile=out_tile,
+            out_tiles=-(-block.out_channels // out_tile),
+            keep_x=True,
+            # Nine products of small numbers are near enough to eager's fp16, 25 are not.
+            half=dtype == torch.float16 and block.kernel_size == 3,
+            num_warps=num_warps,
+        )
+        # Without tensor cores, a thread holds the operands of its products too.
+        most_registers = _REGISTERS if tensor_cores else _REGISTERS // 3
+        fits_shared = shared_bytes(block, config, dtype) <= shared_bytes_limit
+        if fits_shared and registers(config) <= most_registers:
+            return Choice(config, "rules: the largest patch that fits")
+    # Too many channels for one program: x is read again for every chunk, and each group of output
+    # channels expands for itself.
+    config = replace(config, patches=16, chunk=32, num_warps=4, keep_x=False, out_tiles=1)
+    while config.out_tiles * out_tile < block.out_channels:
+        wider = replace(config, out_tiles=2 * config.out_tiles)
+        if registers(wider) > _REGISTERS // 2:
             break
-    keep_x = held <= _SHARED_BYTES
-    # fp32 sums of the projection: 64 registers a thread at 4 warps leave room for the depthwise.
-    sums = patch_h * patch_w * out_tile
-    out_tiles = max(1, min(-(-block.out_channels // out_tile), _SUMS // sums))
-    wide = block.out_channels > 32
-    config = PatchConfig(
-        patches=16,
-        patch_h=patch_h,
-        patch_w=patch_w,
-        # One warp holds 16 channels of every pixel of a patch in registers.
-        chunk=64 if wide else 16,
-        in_tile=in_tile,
-        out_tile=out_tile,
-        out_tiles=out_tiles,
-        keep_x=keep_x,
-        half=dtype == torch.float16 and block.kernel_size == 3,
-        num_warps=4 if wide else 1,
-    )
-    return Choice(config, "rules for any shape")
+        config = wider
+    return Choice(config, "rules: more channels than a program can keep")
 
 
-_SHARED_BYTES = 80 * 1024
-_SUMS = 1024
+def registers(config: PatchConfig) -> float:
+    """Registers a thread for what lives across the whole of a chunk: sums and hidden values."""
+    pixels, threads = config.patch_h * config.patch_w, 32 * config.num_warps
+    sums = pixels * config.patches * config.out_tile * config.out_tiles / threads
+    tile = config.patches * config.chunk / threads
+    return sums + pixels * tile / (2 if config.half else 1) + 2 * tile
 
 
-def _tile(channels: int, smallest: int, largest: int) -> int:
-    """The largest power of two that cuts the channels, rounded up to `smallest`, without waste."""
-    rounded = -(-channels // smallest) * smallest
-    return min(largest, rounded & -rounded)
+def shared_bytes(block: BlockConfig, config: PatchConfig, dtype: torch.dtype) -> int:
+    """Most shared memory that a program can need: x, if kept, and a chunk of weights and values."""
+    in_channels = -(-block.in_channels // config.in_tile) * config.in_tile
+    slots = extent(block, config.patch_h) * extent(block, config.patch_w)
+    kept = config.patches * slots * in_channels
+    products = config.in_tile if not config.keep_x else in_channels
+    staged = config.chunk * (products + config.out_tile * config.out_tiles + config.patches)
+    return ((kept if block.expansion and config.keep_x else 0) + staged) * dtype.itemsize
 
 
 def extent(block: BlockConfig, patch: int) -> int:
     """Rows (or columns) of input under a patch and its halo."""
     return (patch - 1) * block.stride + block.dilation * (block.kernel_size - 1) + 1
+
+
+def _tile(channels: int, smallest: int) -> int:
+    """The largest power of two up to 64 that cuts the channels evenly, rounded to `smallest`."""
+    rounded = -(-channels // smallest) * smallest
+    return min(64, rounded & -rounded)

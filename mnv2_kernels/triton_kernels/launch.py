@@ -68,6 +68,7 @@ def plan_launch(
         "CLIP_PROJECT": clips[2] != NO_CLIP,
         "SAFE_ROWS": safe(height, top, patch_rows, config.patch_h),
         "SAFE_COLUMNS": safe(width, left, patch_columns, config.patch_w),
+        "WHOLE_ROW": width if isinstance(width, int) and width_out <= config.patch_w else 0,
         "WIDE": patches >= 2**31 - config.patches,
         "PRECISION": configs.precision(dtype),
         "HALF": config.half,
@@ -131,7 +132,8 @@ def inverted_residual(
     if batch == 0:
         return y
     if config is None:
-        config = configs.choose(block, x.dtype, x.device).config
+        width_out = y.shape[3] if isinstance(y.shape[3], int) else None
+        config = configs.choose(block, x.dtype, x.device, width_out).config
     biases = (b_expand, b_dw, b_project)
     launch = plan_launch(
         block,

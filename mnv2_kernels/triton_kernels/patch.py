@@ -37,8 +37,14 @@ def tap(i, j, p, q, kernel, stride, dilation):
 
 
 @triton.constexpr_function
-def is_read(slot, patch, kernel, stride, dilation):
-    """Whether any output row of a patch reads this slot row; columns likewise."""
+def is_read(slot, patch, kernel, stride, dilation, pad=0, size=0):
+    """Whether any output row of a patch reads this slot row; columns likewise.
+
+    `size`, where it is not 0, is that of the image that one patch covers from end to end: slots
+    beyond `pad` and `size` then lie outside whatever the patch, and are never needed.
+    """
+    if size and not pad <= slot < pad + size:
+        return False
     offsets = [slot - output * stride for output in range(patch)]
     return any(0 <= o <= dilation * (kernel - 1) and o % dilation == 0 for o in offsets)
 
@@ -147,10 +153,51 @@ def _matrix(pointer, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _pixels(pointers, offset, inside, channels, C_IN: tl.constexpr):
+def _pixels(pointers, inside, channels, C_IN: tl.constexpr):
     """These channels of one slot of every patch, 0 where it lies outside the image."""
     mask = (inside != 0)[:, None] & (channels < C_IN)[None, :]
-    return tl.load(pointers + offset, mask=mask, other=0.0)
+    return tl.load(pointers + channels[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _expand_from_memory(
+    pointers,
+    inside,
+    w_expand,
+    hidden,
+    bias,
+    C_IN: tl.constexpr,
+    C_HIDDEN: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The expansion of one slot before its clip, for more input channels than can be kept."""
+    e = bias
+    for first_in in tl.range(0, C_IN, IN_TILE):
+        channels = first_in + tl.arange(0, IN_TILE)
+        slot = _pixels(pointers, inside, channels, C_IN)
+        e = _dot(slot, _matrix(w_expand, channels, hidden, C_IN, C_HIDDEN), e, PRECISION)
+    return e
+
+
+@triton.jit
+def _pad(
+    e,
+    row_mask,
+    column_mask,
+    ROW_SAFE: tl.constexpr,
+    COLUMN_SAFE: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Zero padding belongs to the clipped expansion: 0 where the slot lies outside the image."""
+    if not (ROW_SAFE and COLUMN_SAFE):
+        rows = column_mask if ROW_SAFE else row_mask
+        columns = row_mask if COLUMN_SAFE else column_mask
+        if HALF:
+            e = _keep_half(e, rows[:, None], columns[:, None])
+        else:
+            e = tl.where((rows & columns)[:, None] != 0, e, 0.0)
+    return e
 
 
 @triton.jit(
@@ -197,6 +244,8 @@ def inverted_residual_patch(
     # Slot rows from PAD_TOP up to SAFE_ROWS lie inside the image whatever the patch, and columns.
     SAFE_ROWS: tl.constexpr,
     SAFE_COLUMNS: tl.constexpr,
+    # W where a patch covers all of it, else 0.
+    WHOLE_ROW: tl.constexpr,
     # Patches are counted in 64 bits, as addresses always are.
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -240,6 +289,7 @@ def inverted_residual_patch(
     for j in tl.static_range(SLOT_COLUMNS):
         column_masks = column_masks + (-((column0 + j >= 0) & (column0 + j < W)).to(tl.int32),)
 
+    row_step = tl.full((), W, tl.int64) * C_IN
     # Where slot (0, 0) of every patch lies in x, inside the image or not.
     first_slot = (x + ((image * H + row0) * W + column0) * C_IN)[:, None]
     kept = ()
@@ -248,10 +298,12 @@ def inverted_residual_patch(
             for j in tl.static_range(SLOT_COLUMNS):
                 for k in tl.static_range(IN_TILES):
                     inside = row_masks[i] & column_masks[j]
-                    offset = (i * W + j) * C_IN + k * IN_TILE
-                    pointers = first_slot + in_lanes[None, :]
-                    slot = _pixels(pointers, offset, inside, k * IN_TILE + in_lanes, C_IN)
-                    kept = kept + (slot,)
+                    pointers = first_slot + (i * row_step + j * C_IN)
+                    if is_read(j, PATCH_W, KERNEL, STRIDE, DILATION, PAD_LEFT, WHOLE_ROW):
+                        slot = _pixels(pointers, inside, k * IN_TILE + in_lanes, C_IN)
+                        kept = kept + (slot,)
+                    else:
+                        kept = kept + (in_lanes,)  # Never used: later ones keep their places.
 
     sums = ()
     for _ in tl.static_range(PATCH_H * PATCH_W):
@@ -292,46 +344,42 @@ def inverted_residual_patch(
         for i in tl.static_range(SLOT_ROWS):
             for j in tl.static_range(SLOT_COLUMNS):
                 if is_read(i, PATCH_H, KERNEL, STRIDE, DILATION) and is_read(
-                    j, PATCH_W, KERNEL, STRIDE, DILATION
+                    j, PATCH_W, KERNEL, STRIDE, DILATION, PAD_LEFT, WHOLE_ROW
                 ):
+                    inside = row_masks[i] & column_masks[j]
+                    offset = i * row_step + j * C_IN
                     if EXPANSION:
-                        e = bias_e
                         if KEEP_X:
+                            e = bias_e
                             for k in tl.static_range(IN_TILES):
                                 slot = kept[(i * SLOT_COLUMNS + j) * IN_TILES + k]
                                 e = _dot(slot, expand_tiles[k], e, PRECISION)
                         else:
-                            inside = row_masks[i] & column_masks[j]
-                            for first_in in tl.range(0, C_IN, IN_TILE):
-                                offset = (i * W + j) * C_IN + first_in
-                                pointers = first_slot + in_lanes[None, :]
-                                slot = _pixels(pointers, offset, inside, first_in + in_lanes, C_IN)
-                                in_channels = first_in + in_lanes
-                                weights = _matrix(w_expand, in_channels, hidden, C_IN, C_HIDDEN)
-                                e = _dot(slot, weights, e, PRECISION)
+                            e = _expand_from_memory(
+                                first_slot + offset,
+                                inside,
+                                w_expand,
+                                hidden,
+                                bias_e,
+                                C_IN,
+                                C_HIDDEN,
+                                IN_TILE,
+                                PRECISION,
+                            )
                         if HALF:
                             e = _clip_half(e, lower_e, upper_e, ZERO_EXPAND)
                         else:
                             e = _clip(e, lower_e, upper_e)
-                        # Padding belongs to the clipped expansion: what lies outside is 0.
-                        if (i < PAD_TOP or i >= SAFE_ROWS) or (j < PAD_LEFT or j >= SAFE_COLUMNS):
-                            if i >= PAD_TOP and i < SAFE_ROWS:
-                                rows = column_masks[j][:, None]
-                            else:
-                                rows = row_masks[i][:, None]
-                            if j >= PAD_LEFT and j < SAFE_COLUMNS:
-                                columns = row_masks[i][:, None]
-                            else:
-                                columns = column_masks[j][:, None]
-                            if HALF:
-                                e = _keep_half(e, rows, columns)
-                            else:
-                                e = tl.where((rows & columns) != 0, e, 0.0)
+                        e = _pad(
+                            e,
+                            row_masks[i],
+                            column_masks[j],
+                            i >= PAD_TOP and i < SAFE_ROWS,
+                            j >= PAD_LEFT and j < SAFE_COLUMNS,
+                            HALF,
+                        )
                     else:
-                        inside = row_masks[i] & column_masks[j]
-                        pointers = first_slot + hidden[None, :]
-                        e = _pixels(pointers, (i * W + j) * C_IN, inside, hidden, C_IN)
-                        e = e.to(hidden_type)
+                        e = _pixels(first_slot + offset, inside, hidden, C_IN).to(hidden_type)
 
                     updated = ()
                     for p in tl.static_range(PATCH_H):
