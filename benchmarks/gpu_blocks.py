@@ -12,7 +12,7 @@ from mnv2_kernels.triton_kernels import configs
 
 from . import gpu_peers, gpu_rows, harness, roofline
 from .gpu_machine import gpu_facts, rates
-from .gpu_part import Context, Failed
+from .gpu_part import NO_TIME, Context, Failed
 from .gpu_timing import input_sets
 
 BATCHES = (256, 32, 1)
@@ -68,7 +68,7 @@ def run_blocks(context: Context) -> None:
         if context.done(**labels):
             continue
         if context.left() < BLOCK_SECONDS:
-            context.skip(**labels, reason="no time left")
+            context.skip(**labels, reason=NO_TIME)
             continue
         rows = measure_block(context, config, size, batch=batch, dtype=dtype, blocks=numbers)
         context.keep(rows)
@@ -164,7 +164,7 @@ def run_network(context: Context) -> None:
         if context.done(**labels):
             continue
         if context.left() < NETWORK_SECONDS and not context.dry_run:
-            context.skip(**labels, reason="no time left")
+            context.skip(**labels, reason=NO_TIME)
             continue
         rows = measure_network(context, name, model, batch, resolution)
         context.keep(rows)

@@ -13,7 +13,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 
-from .gpu_part import Context, Failed
+from .gpu_part import NO_TIME, Context, Failed
 from .machine import ROOT
 from .sanitized import SHAPES
 
@@ -156,7 +156,7 @@ def run_sanitizer(context: Context) -> None:
     for i, (name, command, judge) in enumerate(runs):
         seeded = judge is found_the_bug
         if context.left() < 10:
-            context.skip("gpu_sanitizer", "no time left", tool=name, seeded_bug=seeded)
+            context.skip("gpu_sanitizer", NO_TIME, tool=name, seeded_bug=seeded)
             wrong.append(f"{name}: no time left")
             continue
         watched = [tool, "--tool", name, "--error-exitcode", "1", *OPTIONS.get(name, [])]

@@ -10,6 +10,8 @@ import torch
 from .gpu_machine import gpu_facts, measure_device
 from .harness import Row, append, load
 
+NO_TIME = "no time left"
+
 
 class Failed(Exception):
     """A part has found something wrong; the sentence says what."""
@@ -42,14 +44,20 @@ class Context:
         self.keep([{"suite": suite, "skipped": reason, **labels}])
 
     def done(self, suite: str, **labels: object) -> bool:
-        """Whether rows of this commit and this kind of run hold the workload already."""
+        """Whether rows of this commit and this kind of run hold the workload already.
+
+        They do not where time ran out before it, or before one of its providers was built.
+        """
         wanted = {"commit": gpu_facts()["commit"], "gpu": gpu_facts()["gpu"], **labels}
-        return any(
-            "skipped" not in row
+        rows = [
+            row
+            for row in load(suite, self.out)
+            if "skipped" not in row
             and bool(row.get("dry_run")) == self.dry_run
             and all(row.get(field) == value for field, value in wanted.items())
-            for row in load(suite, self.out)
-        )
+        ]
+        newest = {row["provider"]: row for row in rows}
+        return bool(newest) and not any(NO_TIME in row.get("error", "") for row in newest.values())
 
     def device_row(self) -> Row:
         """The newest row of `gpu_device`, measured now where there is none of this GPU."""

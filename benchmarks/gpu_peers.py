@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mnv2_kernels.variants import fused_blocks, plain, variants
 
+from .gpu_part import NO_TIME
 from .gpu_timing import Graph
 from .unfused_triton import unfuse
 
@@ -138,7 +139,7 @@ def build(
         allowed = seconds()
         try:
             if allowed <= 0:
-                raise OutOfTime("no time left to build it")
+                raise OutOfTime(f"{NO_TIME} to build it")
             with time_limit(allowed):
                 calls[name] = make(model, x)
         except (Exception, OutOfTime) as error:

@@ -132,7 +132,7 @@ def measure(
         for name, call in calls.items()
         if with_memory(name)
     }
-    in_graph = in_graph and device.type == "cuda"
+    in_graph = in_graph and not context.dry_run
     timing = {"rounds": workload.rounds, "device": device}
     plain_calls = {name: in_turns(call, workload.inputs) for name, call in calls.items()}
     called = interleave(plain_calls, **timing)

@@ -31,6 +31,7 @@ from mnv2_kernels.triton_kernels.configs import PatchConfig
 from mnv2_kernels.verify import example, why_wrong
 
 from .triton_code import (
+    ARCHITECTURES,
     ARITHMETIC,
     WARP,
     Code,
@@ -140,6 +141,16 @@ def compiled(work: tuple[BlockConfig, int, str, PatchConfig]) -> Candidate | Non
     return Candidate(block, size, name, config, code, estimate(block, size, config, code))
 
 
+def spills_nowhere(candidate: Candidate) -> bool:
+    """Whether the other architectures have registers enough too."""
+    with arithmetic(candidate.arithmetic) as dtype:
+        codes = (
+            compile_block(candidate.block, candidate.size, dtype, candidate.config, architecture)
+            for architecture in ARCHITECTURES
+        )
+        return all(code.spill_bytes <= MOST_SPILL_BYTES for code in codes)
+
+
 def ranked(name: str, workers: int) -> Iterator[list[Candidate]]:
     """For every block: the candidates in this arithmetic, the most promising first."""
     with (
@@ -203,7 +214,7 @@ def by_width(
     """(key, best): the best for any width, and the best of all where it needs this very one."""
     any_width = [c for c in promising if c.config.patch_w <= 4]
     for chosen, suffix in ((any_width, ""), (promising, "@{}")):
-        best = min(chosen, key=time_of, default=None)
+        best = next(filter(spills_nowhere, sorted(chosen, key=time_of)), None)
         if best is None or (suffix and best in any_width):
             continue
         with arithmetic(best.arithmetic) as dtype:

@@ -6,6 +6,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,6 +115,10 @@ def test_what_is_measured_is_not_measured_again(context, one_thread):
     gpu_blocks.run_blocks(context)
     assert harness.load("gpu_blocks", context.out) == rows
     assert not Context(context.out, 0).done("gpu_blocks", block=1), "a dry run is no result"
+    assert context.done("gpu_blocks", block=1) and not context.done("gpu_blocks", block=2)
+    late = {**rows[0], "error": "OutOfTime: no time left to build it"}
+    context.keep([late])
+    assert not context.done("gpu_blocks", block=1), "one provider is missing"
 
 
 def test_a_part_that_fails_is_one_that_failed(context, monkeypatch, capsys):
@@ -256,6 +261,61 @@ def test_wrong_results_are_not_timed(workload, context, one_thread):
     assert errors["eager"] is None and errors["fused"] == "not built"
     assert "largest error must be at most" in errors["folded"]
     assert "result must be (2, 8, 6, 6), got (1, 8, 6, 6)" in errors["unfused"]
+
+
+class CpuGraph:
+    """A graph of nothing: replays by calling again."""
+
+    def __init__(self, call, inputs):
+        if getattr(call, "no_capture", False):
+            raise RuntimeError("cannot be captured")
+        self.call, self.inputs = call, inputs
+        self.outputs = [call(x).clone() for x in inputs]
+
+    def replay(self):
+        for y, x in zip(self.outputs, self.inputs, strict=True):
+            y.copy_(self.call(x))
+
+
+def test_times_of_graphs_are_those_of_one_call(workload, context, monkeypatch, one_thread):
+    shared, model = workload
+    three = replace(shared, inputs=shared.inputs * 3, truths=shared.truths * 3)
+    eager = gpu_peers.eager(model, shared.inputs[0])
+
+    def slow(x):
+        time.sleep(0.02)
+        return eager(x)
+
+    def stubborn(x):
+        return eager(x)
+
+    stubborn.no_capture = True
+    monkeypatch.setattr(gpu_rows, "Graph", CpuGraph)
+    monkeypatch.setattr(Context, "device", CPU)
+    calls = {"unfused": slow, "eager": eager, "folded": stubborn}
+    rows = gpu_rows.measure(replace(context, dry_run=False), calls, {}, three, in_graph=True)
+    found = {row["provider"]: row for row in rows}
+    assert list(found) == ["unfused", "eager", "folded"]
+    assert found["folded"]["error"] == "in a CUDA graph: RuntimeError: cannot be captured"
+    assert 0.02 <= found["unfused"]["seconds"]["50%"] < 0.055
+    assert 0.02 <= found["unfused"]["seconds_called"]["50%"] < 0.055
+    assert found["eager"]["speedup"]["unfused"] > 5
+    assert set(found["eager"]["speedup_called"]) == {"unfused", "folded"}
+    assert found["eager"]["input_sets"] == 3
+
+
+def test_what_a_graph_leaves_unwritten_is_wrong(workload, context, monkeypatch, one_thread):
+    class Forgetful(CpuGraph):
+        def replay(self):
+            pass
+
+    shared, model = workload
+    monkeypatch.setattr(gpu_rows, "Graph", Forgetful)
+    errors = {}
+    calls = {"eager": gpu_peers.eager(model, shared.inputs[0])}
+    with torch.inference_mode():
+        assert gpu_rows.replays(calls, shared, errors) == {}
+    assert "got nan" in errors["eager"]
 
 
 def test_nan_is_wrong(workload):
