@@ -49,7 +49,7 @@ def run_tune(context: Context) -> None:
 
     table = tune(minutes=context.left() / 60, out=context.out)
     # The parts behind this one are measured with it.
-    shutil.copy(table, Path(configs.__file__).parent / "configs")
+    shutil.copy(table, configs.TABLES)
 
 
 class Part(NamedTuple):
