@@ -119,7 +119,8 @@ def measure_block(
         gpu_peers.BLOCK_PROVIDERS, model, inputs[0], seconds=context.left
     )
     rows = gpu_rows.measure(context, calls, errors, workload, in_graph=True)
-    choice = configs.choose(config, dtype, inputs[0].device)
+    _, width_out = config.output_hw(size, size)
+    choice = configs.choose(config, dtype, inputs[0].device, width_out)
     for row in rows:
         if row["provider"] == "fused":
             row["configuration"] = {"source": choice.source, **asdict(choice.config)}
