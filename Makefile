@@ -21,7 +21,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MNV2_KERNELS_FORCE_BUILD := 1
 
 .NOTPARALLEL:
-.PHONY: demo test test-isa lint format bench report clean
+.PHONY: demo test test-isa test-long lint format bench report clean
 
 demo: .venv/built
 	$(BIN)/python -m mnv2_kernels demo
@@ -32,6 +32,12 @@ test: lint test-isa
 	$(BIN)/python -m pytest -q -m serial
 	@echo "== All other tests"
 	$(PYTEST)
+
+# What users of the newest Triton get: beside .venv, whose own is the oldest supported.
+test-long: test
+	@echo "== Triton tests with the newest release"
+	@$(PIP) install -q --upgrade --no-deps --target build/newest-triton triton
+	PYTHONPATH=$(CURDIR)/build/newest-triton $(PYTEST) $(wildcard tests/test_triton*.py)
 
 # A machine has the instruction sets up to its best one.
 test-isa: .venv/built

@@ -5,6 +5,7 @@ the hidden loop for each hidden output (an element of the depthwise's result) of
 """
 
 import argparse
+import json
 import re
 import subprocess
 import tempfile
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -52,6 +54,26 @@ class Code:
     hidden_loop: Counter
     per_hidden_output: float
     outside: int
+
+    def figures(self) -> dict[str, float]:
+        """What a budget limits."""
+        return {
+            "registers": self.registers,
+            "spill_bytes": self.spill_bytes,
+            "shared_bytes": self.shared_bytes,
+            "per_hidden_output": round(self.per_hidden_output, 2),
+        }
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of a committed table, and a block that runs with it (x of size x size)."""
+
+    name: str
+    block: BlockConfig
+    size: int
+    arithmetic: str
+    config: PatchConfig
 
 
 @contextmanager
@@ -157,11 +179,39 @@ def distinct_blocks() -> tuple[tuple[BlockConfig, int], ...]:
     return tuple(dict.fromkeys(mobilenet_v2_block_inputs()))
 
 
+def table_rows() -> Iterator[TableRow]:
+    """Every row of every committed table."""
+    for table in configs.table_names():
+        rows = configs.load(table)
+        for name, (block, size) in product(ARITHMETIC, distinct_blocks()):
+            with arithmetic(name) as dtype:
+                key = configs.key(block, dtype)
+            for row in (key, f"{key}@{block.output_hw(size, size)[1]}"):
+                if row in rows:
+                    yield TableRow(f"{table}/{row}", block, size, name, rows[row])
+
+
+def write_budget(path: Path) -> None:
+    """What the installed Triton makes of the tables, for a test to hold it to."""
+    rows = {}
+    for row in table_rows():
+        with arithmetic(row.arithmetic) as dtype:
+            rows[row.name] = {
+                f"sm_{a}": compile_block(row.block, row.size, dtype, row.config, a).figures()
+                for a in ARCHITECTURES
+            }
+    path.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+
+
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, default=90)
     parser.add_argument("--arithmetic", choices=(*ARITHMETIC, "float32"))
+    parser.add_argument("--budget", type=Path, help="write the figures of all tables instead")
     options = parser.parse_args(arguments)
+    if options.budget:
+        write_budget(options.budget)
+        return
     print(
         f"{'block':28} {'configuration':34} registers spilled   shared  loop  outside"
         "  instructions a hidden output"

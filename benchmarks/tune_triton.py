@@ -80,8 +80,14 @@ def candidates(block: BlockConfig, size: int, dtype: torch.dtype) -> Iterator[Pa
     height_out, width_out = block.output_hw(size, size)
     half = dtype == torch.float16
     base = configs.fallback(block, dtype).config
-    shapes = FEW if block.out_channels <= 32 else MANY
-    for (patch_h, patch_w), (patches, chunk, warps) in product(*shapes):
+    few = block.out_channels <= 32
+    # One tile with waste, or several without.
+    out_tiles = (
+        {base.out_tile, block.out_channels & -block.out_channels} if few else {base.out_tile}
+    )
+    for (patch_h, patch_w), (patches, chunk, warps), out_tile in product(
+        *(FEW if few else MANY), sorted(out_tiles)
+    ):
         if patch_w > width_out or patch_h > height_out or block.hidden_channels % chunk:
             continue
         # Whole rows pay where nothing is left over.
@@ -93,8 +99,9 @@ def candidates(block: BlockConfig, size: int, dtype: torch.dtype) -> Iterator[Pa
             patch_h=patch_h,
             patch_w=patch_w,
             chunk=chunk,
+            out_tile=out_tile,
+            out_tiles=-(-block.out_channels // out_tile),
             keep_x=True,
-            out_tiles=-(-block.out_channels // base.out_tile),
             half=half,
             num_warps=warps,
         )
@@ -151,13 +158,15 @@ def spills_nowhere(candidate: Candidate) -> bool:
         return all(code.spill_bytes <= MOST_SPILL_BYTES for code in codes)
 
 
-def ranked(name: str, workers: int) -> Iterator[list[Candidate]]:
-    """For every block: the candidates in this arithmetic, the most promising first."""
+def ranked(name: str, workers: int, only: str = "") -> Iterator[list[Candidate]]:
+    """For every block with `only` in its name: the candidates, the most promising first."""
     with (
         ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
         arithmetic(name) as dtype,
     ):
         for block, size in distinct_blocks():
+            if only not in block.name:
+                continue
             work = [(block, size, name, c) for c in candidates(block, size, dtype)]
             found = [c for c in pool.map(compiled, work) if c is not None]
             yield sorted(found, key=lambda c: c.microseconds)
@@ -246,15 +255,19 @@ def tune(
     return write(out / f"{gpu}.json", f"the fastest at batch {BATCH} on {gpu}", rows)
 
 
-def estimate_table(out: Path, workers: int = 1) -> Path:
-    """Write the table of sm_90 into `out`; returns its path."""
-    rows = {}
+def estimate_table(out: Path, *, workers: int = 1, only: str = "") -> Path:
+    """Write the table of sm_90 into `out`; returns its path.
+
+    `only` chooses anew for the blocks that have it in their names and keeps the rest of the table.
+    """
+    path = out / "sm_90.json"
+    rows = json.loads(path.read_text())["configs"] if only else {}
     for name in ARITHMETIC:
-        for promising in ranked(name, workers):
+        for promising in ranked(name, workers, only):
             for key, best in by_width(promising, lambda c: c.microseconds):
                 rows[key] = asdict(best.config)
                 print(line(key, best, best.microseconds), flush=True)
-    return write(out / "sm_90.json", "estimated from machine code for sm_90, not measured", rows)
+    return write(path, "estimated from machine code for sm_90, not measured", rows)
 
 
 def line(key: str, candidate: Candidate, microseconds: float) -> str:
@@ -273,12 +286,13 @@ def write(path: Path, how: str, rows: dict[str, dict]) -> Path:
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--estimate", action="store_true", help="needs no GPU")
+    parser.add_argument("--only", default="", help="with --estimate: of blocks with this name")
     parser.add_argument("--out", type=Path, default=configs.TABLES)
     parser.add_argument("--minutes", type=float, default=inf)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
     if options.estimate:
-        path = estimate_table(options.out, options.workers)
+        path = estimate_table(options.out, workers=options.workers, only=options.only)
     else:
         path = tune(options.out, minutes=options.minutes, workers=options.workers)
     print(f"wrote {path}")

@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+import triton
 
 from ..block import BlockConfig
 
@@ -133,8 +134,11 @@ def fallback(
     """A configuration for any block, from its sizes alone; every rule says why."""
     tensor_cores = dtype != torch.float32 or precision(dtype) == "tf32"
     few = block.out_channels <= 32
-    # Four warps side by side along the output channels need 8 of them each.
-    out_tile = _tile(block.out_channels, smallest=8 if few else 32)
+    # One tile is worth more than no waste; four warps side by side along it need 8 channels each.
+    out_tile = triton.next_power_of_2(block.out_channels) if few else _tile(block.out_channels, 32)
+    # Products are unrolled: as many tiles as compile in seconds.
+    in_tile = next(t for t in (16, 32, 64, 128) if block.in_channels <= 5 * t or t == 128)
+    in_tile = max(in_tile, _tile(block.in_channels, 16))
     # The fewest halo pixels expanded twice first; a row without any where it is short enough.
     patches = ((2, 2), (1, 2), (1, 1))
     if width_out == 7 and not few:
@@ -149,7 +153,7 @@ def fallback(
             patch_h=patch_h,
             patch_w=patch_w,
             chunk=chunk,
-            in_tile=_tile(block.in_channels, smallest=16),
+            in_tile=in_tile,
             out_tile=out_tile,
             out_tiles=-(-block.out_channels // out_tile),
             keep_x=True,
@@ -164,7 +168,15 @@ def fallback(
             return Choice(config, "rules: the largest patch that fits")
     # Too many channels for one program: x is read again for every chunk, and each group of output
     # channels expands for itself.
-    config = replace(config, patches=16, chunk=32, num_warps=4, keep_x=False, out_tiles=1)
+    config = replace(
+        config,
+        patches=16,
+        chunk=32,
+        in_tile=min(in_tile, 64),
+        out_tiles=1,
+        keep_x=False,
+        num_warps=4,
+    )
     while config.out_tiles * out_tile < block.out_channels:
         wider = replace(config, out_tiles=2 * config.out_tiles)
         if registers(wider) > _REGISTERS // 2:
