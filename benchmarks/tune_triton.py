@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import triton
 from torch import Tensor
-from triton.testing import do_bench
+from triton.testing import do_bench_cudagraph
 
 from mnv2_kernels import reference
 from mnv2_kernels.block import BlockConfig
@@ -213,7 +213,7 @@ def measured(promising: list[Candidate], workers: int) -> dict[Candidate, float]
             if (sentence := wrong()) is not None:
                 raise AssertionError(f"{describe(candidate.config)}: {sentence}")
             run, _ = call(candidate, dtype, BATCH)
-            times[candidate] = do_bench(run, return_mode="median") * 1e3 / BATCH
+            times[candidate] = do_bench_cudagraph(run, return_mode="median") * 1e3 / BATCH
     return times
 
 

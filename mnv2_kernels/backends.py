@@ -5,7 +5,6 @@ A backend is a kernel behind `torch.ops.mnv2.inverted_residual` on one device, o
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -51,8 +50,7 @@ def _why_not_triton(x: Tensor | None) -> str | None:
             " backend='triton' asks for it"
         )
     reason = _why_not_triton_asked(x)
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    if reason is None and x is not None and x.dtype == torch.float32 and not tf32:
+    if reason is None and x is not None and x.dtype == torch.float32 and not _tf32_allowed():
         return (
             "x is float32, for which the kernel has no tensor cores until"
             " torch.backends.cuda.matmul.fp32_precision is 'tf32'; backend='triton' runs it anyway"
@@ -74,7 +72,13 @@ def _why_not_triton_asked(x: Tensor | None) -> str | None:
     return None
 
 
-@cache
+# The compiler cannot trace such questions, and their answers hold for a compiled graph.
+@torch.compiler.assume_constant_result
+def _tf32_allowed() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@torch.compiler.assume_constant_result
 def _why_not_gpu(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "x must be on an NVIDIA GPU, got one of AMD"

@@ -70,7 +70,7 @@ def _triton_op(
 ) -> Tensor:
     settings = (stride, padding, dilation, residual, clip_expand, clip_dw, clip_project)
     arguments = (x, w_expand, b_expand, w_dw, b_dw, w_project, b_project, *settings)
-    check(*arguments)
+    _check_once(*arguments)
     if x.is_cuda:
         return triton_kernels.inverted_residual(*arguments)
     return torch.ops.mnv2.inverted_residual_interpreted(*arguments)
@@ -247,6 +247,26 @@ def check(
         ),
     )
     return shape
+
+
+_passed: set[tuple] = set()
+
+
+def _check_once(*arguments) -> None:
+    """`check`, for arguments of one kind the first time only: it takes longer than a launch."""
+    tensors, settings = arguments[:7], arguments[7:]
+    kinds = [t if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors]
+    values = [tuple(v) if isinstance(v, list) else v for v in settings]
+    try:
+        known = (key := (*kinds, *values)) in _passed
+    except TypeError:  # Sizes that are symbols have no hash.
+        check(*arguments)
+        return
+    if not known:
+        check(*arguments)
+        if len(_passed) == 4096:
+            _passed.clear()
+        _passed.add(key)
 
 
 def _check_dtypes(tensors: tuple[Tensor | None, ...]) -> None:

@@ -1,6 +1,7 @@
 """From the op's arguments to a launch of the patch kernel."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ from torch.library import wrap_triton
 from ..block import NO_CLIP, BlockConfig, Clip, Padding
 from . import configs, interpreter
 from .configs import PatchConfig
-from .patch import inverted_residual_patch, slots
+from .geometry import slots
+from .patch import inverted_residual_patch
 
 
 class Launch(NamedTuple):
@@ -111,58 +113,90 @@ def inverted_residual(
     On CUDA tensors it runs on the current stream and can be captured in a CUDA graph; on CPU
     tensors Triton's interpreter runs it. `config` replaces the one that would be chosen.
     """
-    block = BlockConfig(
-        in_channels=x.shape[1],
-        hidden_channels=w_dw.shape[2],
-        out_channels=w_project.shape[1],
-        stride=stride,
-        expansion=w_expand is not None,
-        kernel_size=w_dw.shape[0],
-        dilation=dilation,
-        padding=tuple(padding),
-        residual=residual,
-    )
-    batch, _, height, width = x.shape
-    y = torch.empty(
-        (batch, block.out_channels, *block.output_hw(height, width)),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
-    if batch == 0:
-        return y
-    if config is None:
-        width_out = y.shape[3] if isinstance(y.shape[3], int) else None
-        config = configs.choose(block, x.dtype, x.device, width_out).config
-    biases = (b_expand, b_dw, b_project)
-    launch = plan_launch(
-        block,
-        tuple(b is not None for b in biases),
-        (tuple(clip_expand), tuple(clip_dw), tuple(clip_project)),
-        (batch, height, width),
-        config,
+    clips = (tuple(clip_expand), tuple(clip_dw), tuple(clip_project))
+    settings = (stride, tuple(padding), dilation, residual)
+    present = tuple(t is not None for t in (w_expand, b_expand, b_dw, b_project))
+    # Sizes that are symbols cannot be looked up.
+    prepare = _prepare if all(type(n) is int for n in x.shape) else _prepare.__wrapped__
+    prepared = prepare(
+        tuple(x.shape),
+        (*w_dw.shape, w_project.shape[1]),
+        present,
+        settings,
+        clips,
         x.dtype,
+        x.device,
+        configs.precision(x.dtype),
+        config,
     )
+    y = torch.empty(
+        prepared.y_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    if x.shape[0] == 0:
+        return y
     # A pointer the kernel never follows stands in for a tensor that there is none of.
     tensors = [
         (w_dw if t is None else t).contiguous()
         for t in (w_expand, b_expand, w_dw, b_dw, w_project, b_project)
     ]
     x = x.contiguous(memory_format=torch.channels_last)
-    arguments = (x, *tensors, y, *launch.sizes, *launch.bounds)
-    grid = (launch.programs,)
+    arguments = (x, *tensors, y, *prepared.launch.sizes, *prepared.launch.bounds)
+    grid = (prepared.launch.programs,)
     if not x.is_cuda:
-        interpreter.run(grid, arguments, launch.constants)
+        interpreter.run(grid, arguments, prepared.launch.constants)
         return y
     kernel = wrap_triton(inverted_residual_patch)[grid]
     with _on_device(x):
-        kernel(
-            *arguments,
-            **launch.constants,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        kernel(*arguments, **prepared.launch.constants, **prepared.options)
     return y
+
+
+class _Prepared(NamedTuple):
+    y_shape: tuple[int, ...]
+    launch: Launch
+    options: dict[str, int]
+
+
+@lru_cache(maxsize=4096)
+def _prepare(
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    present: tuple[bool, ...],
+    settings: tuple[int, Padding, int, bool],
+    clips: tuple[Clip, Clip, Clip],
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: str,
+    config: PatchConfig | None,
+) -> _Prepared:
+    """All that does not depend on the tensors themselves: a call is short on a GPU.
+
+    `precision` only tells apart calls before and after a change of PyTorch's switch.
+    """
+    batch, in_channels, height, width = x_shape
+    kernel_size, _, hidden_channels, out_channels = weight_shape
+    expansion, *biases = present
+    stride, padding, dilation, residual = settings
+    block = BlockConfig(
+        in_channels=in_channels,
+        hidden_channels=hidden_channels,
+        out_channels=out_channels,
+        stride=stride,
+        expansion=expansion,
+        kernel_size=kernel_size,
+        dilation=dilation,
+        padding=padding,
+        residual=residual,
+    )
+    height_out, width_out = block.output_hw(height, width)
+    if config is None:
+        known_width = width_out if isinstance(width_out, int) else None
+        config = configs.choose(block, dtype, device, known_width).config
+    return _Prepared(
+        y_shape=(batch, out_channels, height_out, width_out),
+        launch=plan_launch(block, tuple(biases), clips, (batch, height, width), config, dtype),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
 
 
 def _on_device(x: Tensor) -> AbstractContextManager:
