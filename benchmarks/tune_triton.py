@@ -49,7 +49,7 @@ MOST_REGISTERS = 200
 
 # (patch_h, patch_w), and (patches, chunk, num_warps): few output channels are no work for many
 # warps, and many too much for one.
-FEW = ((2, 2), (2, 4), (1, 4)), ((16, 16, 1), (32, 16, 1), (32, 16, 2), (32, 32, 2))
+FEW = ((2, 2), (2, 4), (1, 4), (1, 2)), ((16, 16, 1), (32, 16, 1), (32, 16, 2), (32, 32, 2))
 MANY = ((2, 2), (1, 2), (1, 4), (1, 7), (2, 7)), ((16, 64, 4), (16, 64, 8), (32, 64, 8))
 # One streaming multiprocessor of compute capability 9.0: registers and programs it holds, and
 # cycles a warp's instruction occupies what it needs most. A matrix product of 16x8x16 takes what
@@ -63,7 +63,7 @@ HALF_RATE = ("F2FP", "FMNMX", "HMNMX2", "ISETP", "LOP3", "MOV", "PLOP3", "PRMT",
 ENOUGH_WARPS = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """A configuration of a block (x of size x size) and the time expected of it."""
 
@@ -81,12 +81,10 @@ def candidates(block: BlockConfig, size: int, dtype: torch.dtype) -> Iterator[Pa
     half = dtype == torch.float16
     base = configs.fallback(block, dtype).config
     few = block.out_channels <= 32
-    # One tile with waste, or several without.
-    out_tiles = (
-        {base.out_tile, block.out_channels & -block.out_channels} if few else {base.out_tile}
-    )
-    for (patch_h, patch_w), (patches, chunk, warps), out_tile in product(
-        *(FEW if few else MANY), sorted(out_tiles)
+    # One tile with waste, or several without; weights loaded ahead or not.
+    tiles = {base.out_tile, block.out_channels & -block.out_channels} if few else {base.out_tile}
+    for (patch_h, patch_w), (patches, chunk, warps), out_tile, stages in product(
+        *(FEW if few else MANY), sorted(tiles), (1, 2) if few else (1,)
     ):
         if patch_w > width_out or patch_h > height_out or block.hidden_channels % chunk:
             continue
@@ -104,6 +102,7 @@ def candidates(block: BlockConfig, size: int, dtype: torch.dtype) -> Iterator[Pa
             keep_x=True,
             half=half,
             num_warps=warps,
+            num_stages=stages,
         )
         fits = configs.shared_bytes(block, config, dtype) <= configs.SHARED_BYTES
         if fits and configs.registers(config) <= MOST_REGISTERS:
@@ -248,7 +247,10 @@ def tune(
         for promising in ranked(name, workers):
             if time.monotonic() > deadline:
                 break
-            times = measured(promising[:tried], workers)
+            # Machine code does not tell what loading ahead is worth.
+            first = promising[:tried]
+            ahead = [replace(c, config=replace(c.config, num_stages=2)) for c in first]
+            times = measured(list({c.config: c for c in first + ahead}.values()), workers)
             for key, best in by_width(list(times), times.get):
                 rows[key] = asdict(best.config)
                 print(line(key, best, times[best]), flush=True)
