@@ -1,0 +1,284 @@
+"""What only a GPU can show: every shape, sizes beyond 2**31, streams, graphs and memory."""
+
+from dataclasses import replace
+
+import cases
+import pytest
+import torch
+from cases import LAYOUTS, Case, expect, why_wrong
+from triton_cases import DEVICE, DTYPES, dtype_name, each_dtype, make_inputs, needs_gpu, run
+
+from mnv2_kernels import FoldedWeights, inverted_residual
+from mnv2_kernels.block import NO_CLIP, RELU6, BlockConfig
+
+pytestmark = needs_gpu
+
+REPEATS = 100
+GIB = 2**30
+BLOCKS = [
+    *cases.real_blocks(1.0, 56)[::3],
+    *cases.efficientnet_lite0_blocks(56)[3::5],
+    Case(BlockConfig(37, 75, 45, padding=(0, 1, 2, 0)), 9, 7, batch=2),
+    Case(BlockConfig(20, 20, 20, expansion=False, residual=True), 8, 5, batch=3),
+]
+each_case = pytest.mark.parametrize("case", BLOCKS, ids=lambda case: case.id)
+
+
+def needs_memory(gib: int) -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < gib * GIB:
+        pytest.skip(f"needs {gib} GiB of GPU memory, {free / GIB:.0f} are free")
+
+
+@each_dtype
+@pytest.mark.parametrize("group", cases.groups())
+def test_values(group, dtype):
+    failures = []
+    for case in cases.groups()[group]:
+        x, weights = make_inputs(case, dtype)
+        expected = expect(case, x, weights)
+        for layout, memory_format in LAYOUTS.items():
+            y = run(x.contiguous(memory_format=memory_format), weights, **case.settings)
+            if reason := why_wrong(y, expected):
+                failures.append(f"{case.id} {layout}: {reason}")
+    assert not failures, "\n".join(failures)
+
+
+@each_case
+def test_a_gpu_takes_triton_unasked(case):
+    for dtype in DTYPES:
+        x, weights = make_inputs(case, dtype)
+        inverted_residual(x, weights, **case.settings)
+        assert cases.last_backend() == "triton"
+
+
+@each_dtype
+@each_case
+def test_the_same_bits_every_time(case, dtype):
+    x, weights = make_inputs(case, dtype)
+    first = run(x, weights, **case.settings)
+    for _ in range(REPEATS):
+        assert torch.equal(run(x, weights, **case.settings), first)
+
+
+@each_dtype
+@each_case
+def test_places_in_a_batch(case, dtype):
+    image, weights = make_inputs(replace(case, batch=1), dtype)
+    alone = run(image, weights, **case.settings)
+    for batch in (2, 3, 8, 33):
+        x = torch.randn(batch, *image.shape[1:], device=DEVICE).to(dtype)
+        places = sorted({0, 1, batch // 2, batch - 1})
+        x[places] = image
+        together = run(x, weights, **case.settings)
+        assert all(torch.equal(together[i], alone[0]) for i in places), batch
+
+
+def repeated(case: Case, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, FoldedWeights]:
+    """One image many times, and another one behind them."""
+    x, weights = make_inputs(replace(case, batch=2), dtype)
+    x = x.permute(0, 2, 3, 1).contiguous()
+    many = x[:1].expand(count, -1, -1, -1).contiguous()
+    many[-1] = x[1]
+    return many.permute(0, 3, 1, 2), weights
+
+
+def check_repeated(case: Case, count: int, dtype: torch.dtype) -> None:
+    x, weights = repeated(case, count, dtype)
+    y = run(x, weights, **case.settings)
+    ends = torch.stack([x[0], x[-1]])
+    assert why_wrong(y[[0, -1]], expect(case, ends, weights)) is None
+    # In pieces: a comparison of the whole would need its size in memory again.
+    assert all(bool((piece == y[0]).all()) for piece in y[:-1].split(max(1, count // 64)))
+
+
+def test_seventy_thousand_images():
+    for dtype in DTYPES:
+        check_repeated(Case(BlockConfig(16, 96, 16, residual=True), 3, 4), 70_000, dtype)
+
+
+def test_hidden_tensors_beyond_31_bits():
+    """The expanded tensor, were there one, would hold 3.1 * 10**9 elements."""
+    needs_memory(6)
+    check_repeated(Case(BlockConfig(16, 960, 16), 224, 224), 64, torch.float16)
+
+
+@pytest.mark.parametrize("expansion", [True, False])
+def test_x_beyond_31_bits(expansion):
+    needs_memory(14)
+    case = Case(BlockConfig(32, 32, 32, expansion=expansion), 128, 128)
+    count = 2**31 // (32 * 128 * 128) + 3
+    check_repeated(case, count, torch.float16)
+
+
+def test_one_image_beyond_31_bits():
+    """2.2 * 10**9 elements in the rows of one image; rows far down are those of a small one."""
+    needs_memory(14)
+    height, width = 65_600, 2_048
+    case = Case(BlockConfig(16, 16, 16, expansion=False), height, width)
+    _, weights = make_inputs(replace(case, height=3, width=3), torch.float16)
+    x = torch.zeros(1, height, width, 16, dtype=torch.float16, device=DEVICE).permute(0, 3, 1, 2)
+    assert x.numel() > 2**31
+    x[:, :, -8:, -8:] = torch.randn(1, 16, 8, 8, device=DEVICE)
+    y = run(x, weights, **case.settings)
+    corner = replace(case, height=9, width=9)
+    expected = expect(corner, x[:, :, -9:, -9:].contiguous(), weights)
+    inner = replace(expected, truth=expected.truth[:, :, 1:, 1:])
+    assert why_wrong(y[:, :, -8:, -8:], inner) is None
+
+
+@each_dtype
+@each_case
+def test_a_graph_replays_with_other_inputs(case, dtype):
+    x, weights = make_inputs(case, dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(x, weights, **case.settings)  # Compiles.
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(x, weights, **case.settings)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        weights.w_dw.mul_(0.9)
+        graph.replay()
+        assert torch.equal(y, run(x, weights, **case.settings))
+
+
+def test_side_streams():
+    """A call waits for what its own stream computes, and only for that."""
+    case = BLOCKS[0]
+    x, weights = make_inputs(case)
+    expected = run(x, weights, **case.settings)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(50_000_000)
+        late.copy_(x)
+        y = run(late, weights, **case.settings)
+        assert not stream.query(), "the call waited for the GPU"
+    torch.cuda.current_stream().wait_stream(stream)
+    y.record_stream(torch.cuda.current_stream())
+    assert torch.equal(y, expected)
+
+
+@pytest.fixture
+def no_synchronisation():
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@each_case
+def test_a_call_never_waits_for_the_gpu(case, no_synchronisation):
+    x, weights = make_inputs(case)
+    run(x, weights, **case.settings)
+    torch.cuda.synchronize()
+    no_synchronisation()
+    for memory_format in LAYOUTS.values():
+        run(x.contiguous(memory_format=memory_format), weights, **case.settings)
+
+
+@each_dtype
+@each_case
+def test_only_the_result_is_allocated(case, dtype):
+    case = replace(case, batch=8)
+    x, weights = make_inputs(case, dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    run(x, weights, **case.settings)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    torch.cuda.reset_peak_memory_stats()
+    y = run(x, weights, **case.settings)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["requested_bytes.all.peak"] - before == y.nbytes
+
+
+class Block(torch.nn.Module):
+    def __init__(self, case: Case, weights: FoldedWeights):
+        super().__init__()
+        self.case, self.weights = case, weights
+
+    def forward(self, x):
+        return inverted_residual(x, self.weights, **self.case.settings)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)
+def test_compiled(dtype):
+    torch._dynamo.reset()
+    case = Case(BlockConfig(24, 144, 24, residual=True), 14, 12, batch=2)
+    x, weights = make_inputs(case, dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    compiled = torch.compile(Block(case, weights), fullgraph=True)
+    with torch.no_grad():
+        for batch in (2, 3, 5):
+            other = torch.randn(batch, *x.shape[1:], device=DEVICE).to(dtype)
+            other = other.contiguous(memory_format=torch.channels_last)
+            expected = expect(replace(case, batch=batch), other, weights)
+            assert why_wrong(compiled(other), expected) is None
+
+
+def test_compiled_gradients():
+    torch._dynamo.reset()
+    case = Case(BlockConfig(16, 48, 16, residual=True), 8, 8, batch=2)
+    x, weights = make_inputs(case)
+    block = Block(case, weights)
+    grads = []
+    for function in (block, torch.compile(block, fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        function(leaf).square().sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_computes_in_float16():
+    case = Case(BlockConfig(24, 144, 24, residual=True), 14, 12, batch=2)
+    x, weights = make_inputs(case)
+    with torch.autocast("cuda", torch.float16):
+        y = run(x, weights, **case.settings)
+    assert y.dtype == torch.float16
+    expected = expect(case, x.half(), weights.to(torch.float16))
+    assert why_wrong(y, expected) is None
+
+
+def test_tf32_is_used_where_it_is_switched_on():
+    """Ten bits of mantissa: far from float32, and near enough to the truth."""
+    case = Case(BlockConfig(64, 384, 64, residual=True), 14, 14, batch=2)
+    x, weights = make_inputs(case)
+    ieee = run(x, weights, **case.settings)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        tf32 = run(x, weights, **case.settings)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    truth = expect(case, x, weights).truth
+    errors = [(y.double() - truth).abs().mean().item() for y in (ieee, tf32)]
+    assert 20 * errors[0] < errors[1] < 2e-3 * truth.abs().max().item()
+
+
+def test_a_network_of_blocks_in_one_stream():
+    """Calls follow each other without a wait, each reading what the one before wrote."""
+    config = BlockConfig(24, 144, 24, residual=True)
+    case = Case(config, 28, 28, batch=4, clips=(RELU6, RELU6, NO_CLIP))
+    x, weights = make_inputs(case)
+    y = x
+    for _ in range(20):
+        y = run(y, replace(weights, clip_project=(-1.0, 1.0)), **case.settings)
+    again = x
+    for _ in range(20):
+        again = run(again, replace(weights, clip_project=(-1.0, 1.0)), **case.settings)
+        torch.cuda.synchronize()
+    assert torch.equal(y, again)
+
+
+def test_the_other_gpu():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = BLOCKS[0]
+    x, weights = make_inputs(case)
+    y = run(x.to("cuda:1"), weights.to("cuda:1"), **case.settings)
+    assert y.device.index == 1 and torch.cuda.current_device() == 0
+    assert why_wrong(y.to(DEVICE), expect(case, x, weights)) is None
