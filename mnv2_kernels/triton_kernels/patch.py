@@ -369,7 +369,16 @@ def inverted_residual_patch(
         updated = ()
         for p in tl.static_range(PATCH_H * PATCH_W):
             d = depthwise[p]
-            if not HALF:
+            # In fp16 the last tap has clipped already, unless it lies beyond a whole row.
+            if not HALF or not is_read(
+                p % PATCH_W * STRIDE + DILATION * (KERNEL - 1),
+                PATCH_W,
+                KERNEL,
+                STRIDE,
+                DILATION,
+                PAD_LEFT,
+                WHOLE_ROW,
+            ):
                 d = _clip(d, lower_d, upper_d)
             if C_HIDDEN % CHUNK != 0:
                 # A clip need not keep 0, and 0 times an infinite bound would be NaN.
