@@ -11,10 +11,12 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -191,15 +193,20 @@ def table_rows() -> Iterator[TableRow]:
                     yield TableRow(f"{table}/{row}", block, size, name, rows[row])
 
 
+def code_of(row: TableRow, architecture: int) -> Code:
+    """A row's code."""
+    with arithmetic(row.arithmetic) as dtype:
+        return compile_block(row.block, row.size, dtype, row.config, architecture)
+
+
 def write_budget(path: Path) -> None:
     """What the installed Triton makes of the tables, for a test to hold it to."""
-    rows = {}
-    for row in table_rows():
-        with arithmetic(row.arithmetic) as dtype:
-            rows[row.name] = {
-                f"sm_{a}": compile_block(row.block, row.size, dtype, row.config, a).figures()
-                for a in ARCHITECTURES
-            }
+    work = list(product(table_rows(), ARCHITECTURES))
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        codes = pool.map(code_of, *zip(*work, strict=True))
+    rows: dict[str, dict] = {row.name: {} for row, _ in work}
+    for (row, architecture), code in zip(work, codes, strict=True):
+        rows[row.name][f"sm_{architecture}"] = code.figures()
     path.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
 
 

@@ -1,5 +1,5 @@
 // From tensors to BlockArgs: the op's contract once more, since raw pointers follow from it. The
-// sentences are those of `check` in mnv2_kernels/ops.py, which serves every other path.
+// sentences are those of `check` in mnv2_kernels/contract.py, which serves every other path.
 #pragma once
 #include <ATen/core/Tensor.h>
 

@@ -108,7 +108,7 @@ def inverted_residual(
     clip_project: Clip,
     config: PatchConfig | None = None,
 ) -> Tensor:
-    """Launch the kernel for arguments that `ops.check` has passed, on x's device.
+    """Launch the kernel for arguments that `contract.check` has passed, on x's device.
 
     On CUDA tensors it runs on the current stream and can be captured in a CUDA graph; on CPU
     tensors Triton's interpreter runs it. `config` replaces the one that would be chosen.

@@ -280,10 +280,7 @@ def inverted_residual_patch(
             bias_p = _bias(b_project, out, out < C_OUT, B_PROJECT)
             sums = sums + (tl.broadcast_to(bias_p[None, :], (PATCHES, OUT_TILE)),)
 
-    if HALF:
-        hidden_type: tl.constexpr = tl.float16
-    else:
-        hidden_type: tl.constexpr = tl.float32
+    hidden_type: tl.constexpr = tl.float16 if HALF else tl.float32
     lower_e = tl.full((PATCHES, CHUNK), lower_expand, hidden_type)
     upper_e = tl.full((PATCHES, CHUNK), upper_expand, hidden_type)
     lower_d = tl.full((PATCHES, CHUNK), lower_dw, hidden_type)
@@ -370,14 +367,9 @@ def inverted_residual_patch(
         for p in tl.static_range(PATCH_H * PATCH_W):
             d = depthwise[p]
             # In fp16 the last tap has clipped already, unless it lies beyond a whole row.
-            if not HALF or not is_read(
-                p % PATCH_W * STRIDE + DILATION * (KERNEL - 1),
-                PATCH_W,
-                KERNEL,
-                STRIDE,
-                DILATION,
-                PAD_LEFT,
-                WHOLE_ROW,
+            if not HALF or (
+                WHOLE_ROW != 0
+                and p % PATCH_W * STRIDE + DILATION * (KERNEL - 1) >= PAD_LEFT + WHOLE_ROW
             ):
                 d = _clip(d, lower_d, upper_d)
             if C_HIDDEN % CHUNK != 0:

@@ -1,0 +1,89 @@
+"""The patch kernel compiled for GPUs that are not here: registers, spills, instructions.
+
+The budget holds what the pinned Triton makes of every row of the tables; it may only fall.
+`python -m benchmarks.triton_code --budget tests/triton_budget.json` writes it anew.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from benchmarks.triton_code import (
+    ARCHITECTURES,
+    arithmetic,
+    code_of,
+    compile_block,
+    table_rows,
+)
+from mnv2_kernels.block import BlockConfig, mobilenet_v2_blocks
+from mnv2_kernels.triton_kernels import configs
+
+BUDGET = json.loads((Path(__file__).parent / "triton_budget.json").read_text())
+ROWS = {row.name: row for row in table_rows()}
+PINNED = triton.__version__ == BUDGET["triton"]
+MOST_SPILL_BYTES = 64
+
+
+def test_every_row_has_a_budget():
+    assert set(BUDGET["rows"]) == set(ROWS)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ROWS)
+def test_budget(name, architecture):
+    row = ROWS[name]
+    code = code_of(row, architecture)
+    assert code.shared_bytes <= configs.SHARED_BYTES
+    assert code.hidden_loop["HMMA"] > 0
+    if PINNED:
+        assert code.spill_bytes <= MOST_SPILL_BYTES
+        allowed = BUDGET["rows"][name][f"sm_{architecture}"]
+        over = {k: v for k, v in code.figures().items() if v > allowed[k]}
+        assert not over, f"{over}, allowed {allowed}"
+
+
+@pytest.mark.skipif(not PINNED, reason=f"the figure is for Triton {BUDGET['triton']}")
+def test_instructions_of_block_3():
+    """24-144-24 at stride 1 in fp16: half of what a first version took."""
+    row = next(r for n, r in ROWS.items() if n.endswith("24x144x24-s1-k3-float16"))
+    code = code_of(row, 90)
+    assert code.per_hidden_output <= 18
+
+
+OTHERS = {
+    "mobilenet_v1": (BlockConfig(512, 512, 1024, expansion=False), "float16"),
+    "kernel 5": (
+        BlockConfig(112, 672, 192, stride=2, kernel_size=5, padding=(1, 1, 2, 2)),
+        "float16",
+    ),
+    "dilation 2": (
+        BlockConfig(96, 576, 96, dilation=2, padding=(2, 2, 2, 2), residual=True),
+        "bfloat16",
+    ),
+    "odd and many channels": (BlockConfig(961, 961, 961, residual=True), "bfloat16"),
+    "one channel": (BlockConfig(1, 1, 1, residual=True), "float16"),
+    "no tensor cores": (BlockConfig(24, 144, 24, residual=True), "float32"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_rules_for_other_blocks_compile(name):
+    block, kind = OTHERS[name]
+    with arithmetic(kind) as dtype:
+        choice = configs.fallback(block, dtype)
+        code = compile_block(block, 14, dtype, choice.config, 90)
+        bound = configs.shared_bytes(block, choice.config, dtype)
+    assert code.shared_bytes <= bound <= configs.SHARED_BYTES
+
+
+@pytest.mark.parametrize("width_mult", (0.35, 0.5, 0.75, 1.0, 1.4))
+@pytest.mark.parametrize("shared_bytes", (configs.SHARED_BYTES, 99 * 1024))
+def test_rules_keep_their_limits(width_mult, shared_bytes):
+    for block in mobilenet_v2_blocks(width_mult):
+        for dtype in (torch.float16, torch.float32):
+            config = configs.fallback(block, dtype, 7, shared_bytes).config
+            assert configs.shared_bytes(block, config, dtype) <= shared_bytes
+            assert config.out_tile * config.out_tiles >= block.out_channels or not config.keep_x
