@@ -72,13 +72,21 @@ def _why_not_triton_asked(x: Tensor | None) -> str | None:
     return None
 
 
-# The compiler cannot trace such questions, and their answers hold for a compiled graph.
-@torch.compiler.assume_constant_result
+def _asked_once_a_graph(question: Callable) -> Callable:
+    """The compiler cannot trace such questions; it takes the answer of the moment it compiles.
+
+    As `torch.compiler.assume_constant_result`, which imports the compiler: that takes a second.
+    """
+    question._dynamo_marked_constant = True
+    return question
+
+
+@_asked_once_a_graph
 def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-@torch.compiler.assume_constant_result
+@_asked_once_a_graph
 def _why_not_gpu(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "x must be on an NVIDIA GPU, got one of AMD"

@@ -51,8 +51,7 @@ load(_library)
 _op = torch.ops.mnv2.inverted_residual.default
 
 
-@torch.library.triton_op("mnv2::inverted_residual_triton", mutates_args=())
-def _triton_op(
+def inverted_residual_triton(
     x: Tensor,
     w_expand: Tensor | None,
     b_expand: Tensor | None,
@@ -68,6 +67,7 @@ def _triton_op(
     clip_dw: Sequence[float],
     clip_project: Sequence[float],
 ) -> Tensor:
+    """What the Triton op does: a launch on CUDA tensors, the interpreter on others."""
     settings = (stride, padding, dilation, residual, clip_expand, clip_dw, clip_project)
     arguments = (x, w_expand, b_expand, w_dw, b_dw, w_project, b_project, *settings)
     check_once(*arguments)
@@ -76,6 +76,9 @@ def _triton_op(
     return torch.ops.mnv2.inverted_residual_interpreted(*arguments)
 
 
+# Without GPUs there is nothing that a compiler could look into, and looking costs an import of it.
+_register = torch.library.triton_op if torch.version.cuda else torch.library.custom_op
+_triton_op = _register("mnv2::inverted_residual_triton", mutates_args=())(inverted_residual_triton)
 _library.impl("inverted_residual", lambda *args: _triton_op(*args), "CUDA")
 _ops = {"cpu": _op, "triton": torch.ops.mnv2.inverted_residual_triton.default}
 

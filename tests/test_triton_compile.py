@@ -21,9 +21,14 @@ from triton.backends.compiler import GPUTarget
 from triton_cases import DTYPES, HAS_GPU
 
 from mnv2_kernels.block import NO_CLIP, RELU6
+from mnv2_kernels.ops import inverted_residual_triton
 from mnv2_kernels.triton_kernels.patch import inverted_residual_patch
 
-TRITON = torch.ops.mnv2.inverted_residual_triton.default
+# As the package registers it where torch is built for GPUs.
+torch.library.triton_op("traced::inverted_residual_triton", mutates_args=())(
+    inverted_residual_triton
+)
+TRITON = torch.ops.traced.inverted_residual_triton.default
 SHAPES = ((2, 8, 6, 7), (8, 24), (24,), (3, 3, 24), (24,), (24, 8), (8,))
 # Which sizes of x are symbols.
 DYNAMIC = {"static": (), "batch": (0,), "size": (2, 3), "batch and size": (0, 2, 3)}
@@ -88,7 +93,7 @@ def test_the_graph_holds_the_kernel(dynamic, dtype):
     # torch wraps a launch with num_warps in one choice of an autotuner.
     kernel = getattr(kernel, "fn", kernel) if kernel is not inverted_residual_patch else kernel
     assert kernel is inverted_residual_patch
-    assert not [n for n in graph.nodes if "mnv2" in str(n.target)]
+    assert not [n for n in graph.nodes if "inverted_residual_triton" in str(n.target)]
     (output,) = graph.output_node().args[0]
     assert output.meta["val"].dtype == dtype
     assert output.meta["val"].stride()[1] == 1, "channels_last"

@@ -148,8 +148,8 @@ MUTANTS = {
     ),
     "group of output channels": ("first_out = program % OUT_GROUPS", "first_out = 0 * OUT_GROUPS"),
     "half for float": (
-        "hidden_type: tl.constexpr = tl.float32",
-        "hidden_type: tl.constexpr = tl.float16",
+        "tl.float16 if HALF else tl.float32",
+        "tl.float16",
     ),
     "projection in half": ("_dot(d.to(dtype),", "_dot(d.to(tl.float16),"),
 }
