@@ -128,23 +128,26 @@ def demo(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Every kernel that runs here against the float64 reference; 1 on a mismatch."""
-    devices = ["cpu", "cuda"] if torch.cuda.device_count() else ["cpu"]
-    found = {device: verification.kernels(device) for device in devices}
+    checks = [("cpu", torch.float32)]
+    if torch.cuda.device_count():
+        checks += [("cuda", d) for d in (torch.float16, torch.bfloat16, torch.float32)]
+    found = {check: verification.kernels(*check) for check in checks}
     if not any(running for running, _ in found.values()):
         reasons = "; ".join(dict.fromkeys(r for _, reasons in found.values() for r in reasons))
         raise CannotRun(f"no kernel runs here: {reasons}")
     table = Table(
         caption="largest distance from the float64 reference, of the kernel and of PyTorch"
     )
-    for heading in ("block", "input", "backend", "kernel", "PyTorch", ""):
+    for heading in ("block", "input", "dtype", "backend", "kernel", "PyTorch", ""):
         table.add_column(heading)
     wrong = 0
-    for device, (running, _) in found.items():
-        for result in verification.verify(running, device):
+    for check, (running, _) in found.items():
+        for result in verification.verify(running, *check):
             wrong += result.wrong is not None
             table.add_row(
                 result.block,
                 "x".join(map(str, result.shape)),
+                result.dtype,
                 result.backend,
                 f"{result.error:.1e}",
                 f"{result.plain_error:.1e}",

@@ -32,25 +32,37 @@ class Result:
 
     block: str
     shape: tuple[int, ...]
+    dtype: str
     backend: str
     error: float
     plain_error: float
     wrong: str | None
 
 
-def kernels(device: torch.device | str = "cpu") -> tuple[list[str], list[str]]:
-    """(names of the backends with a kernel that runs on float32 there, why the others cannot)."""
-    x = torch.empty(1, 1, 1, 1, device=device)
-    reasons = {b.name: b.why_not(x) for b in BACKENDS if b.name != "reference"}
+def kernels(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[list[str], list[str]]:
+    """(names of the backends with a kernel that runs on dtype there, why the others cannot)."""
+    x = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
+    # On a GPU every kernel is of interest; on the CPU, an interpreter would take all day.
+    reasons = {
+        b.name: b.why_refused(x) if x.is_cuda else b.why_not(x)
+        for b in BACKENDS
+        if b.name != "reference"
+    }
     running = [name for name, reason in reasons.items() if reason is None]
     return running, [f"{name}: {reason}" for name, reason in reasons.items() if reason]
 
 
-def verify(backends: list[str], device: torch.device | str = "cpu") -> Iterator[Result]:
-    """Run the 17 blocks of MobileNetV2 at 224x224 and the odd shapes on each backend, float32."""
+def verify(
+    backends: list[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[Result]:
+    """Run the 17 blocks of MobileNetV2 at 224x224 and the odd shapes on each backend."""
     shapes = [(b, 1, size, size) for b, size in mobilenet_v2_block_inputs()]
     for i, (block, *batch_hw) in enumerate((*shapes, *ODD_SHAPES)):
-        x, weights = example(block, *batch_hw, seed=i)
+        x, weights = example(block, *batch_hw, seed=i, dtype=dtype)
         settings = {
             name: getattr(block, name) for name in ("stride", "padding", "dilation", "residual")
         }
@@ -62,6 +74,7 @@ def verify(backends: list[str], device: torch.device | str = "cpu") -> Iterator[
             yield Result(
                 block.name,
                 tuple(x.shape),
+                str(dtype).removeprefix("torch."),
                 backend,
                 _errors(y, truth)[0],
                 _errors(plain, truth)[0],

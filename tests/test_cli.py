@@ -169,9 +169,10 @@ def test_missing_packages_and_other_weights_end_in_a_sentence(tmp_path, capsys, 
 def test_verify_passes(capsys):
     assert cli.main(["verify"]) == 0
     out = capsys.readouterr().out
-    count = 24 * len(cases.kernel_backends())
-    assert f"{count} of {count} right" in out
-    assert out.count("32x192x32-s1-k3") == 2 * len(cases.kernel_backends())
+    # On a GPU in three dtypes too.
+    runs = len(cases.kernel_backends()) + 3 * torch.cuda.is_available()
+    assert f"{24 * runs} of {24 * runs} right" in out
+    assert out.count("32x192x32-s1-k3") == 2 * runs
 
 
 @pytest.mark.parametrize(
@@ -188,15 +189,23 @@ def test_verify_notices_a_wrong_kernel(wrong, capsys, monkeypatch):
     right = verify.inverted_residual
     monkeypatch.setattr(verify, "ODD_SHAPES", verify.ODD_SHAPES[:1])
     monkeypatch.setattr(verify, "mobilenet_v2_block_inputs", lambda: [])
-    monkeypatch.setattr(verify, "kernels", lambda device: (["reference"], []))
+    monkeypatch.setattr(verify, "kernels", lambda *check: (["reference"], []))
     assert cli.main(["verify"]) == 0
     monkeypatch.setattr(verify, "inverted_residual", lambda *args, **kw: wrong(right(*args, **kw)))
     assert cli.main(["verify"]) == 1
     assert "0 of 1 right" in capsys.readouterr().out
 
 
+def test_verify_in_half_precision(monkeypatch):
+    """As on a GPU, whose kernel Triton's interpreter runs here."""
+    monkeypatch.setattr(verify, "mobilenet_v2_block_inputs", lambda: [])
+    results = list(verify.verify(["triton"], dtype=torch.float16))
+    assert len(results) == len(verify.ODD_SHAPES)
+    assert {(r.backend, r.dtype, r.wrong) for r in results} == {("triton", "float16", None)}
+
+
 def test_verify_without_a_kernel_is_not_green(capsys, monkeypatch):
-    monkeypatch.setattr(verify, "kernels", lambda device: ([], ["cpu: not built"]))
+    monkeypatch.setattr(verify, "kernels", lambda *check: ([], ["cpu: not built"]))
     assert cli.main(["verify"]) == 2
     assert capsys.readouterr().err == "mnv2 verify: no kernel runs here: cpu: not built\n"
 
