@@ -210,6 +210,8 @@ class _FromParameters(torch.autograd.Function):
     def forward(ctx, block: FusedModule, backend: str, x: Tensor, *tensors: Tensor) -> Tensor:
         ctx.layers, ctx.settings = block.block_layers, block._watched.settings
         ctx.owners, ctx.backend = block._watched.owners(), backend
+        device = x.device.type
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.save_for_backward(x, *tensors)
         return run(backend, x, block.folded_arguments())
 
@@ -220,7 +222,8 @@ class _FromParameters(torch.autograd.Function):
         _, _, x_needs_grad, *tensors_need_grad = ctx.needs_input_grad
         needed = (x_needs_grad, *tensors_need_grad)
         leaves = [t.detach().requires_grad_(n) for t, n in zip((x, *tensors), needed, strict=True)]
-        with torch.enable_grad():
+        # Autocast is off in a backward pass, and the forward pass may have run with it.
+        with torch.enable_grad(), torch.autocast(*ctx.autocast, cache_enabled=False):
             layers = _with_tensors(ctx.layers, ctx.owners, leaves[1:])
             y = run(ctx.backend, leaves[0], op_arguments(fold_layers(layers), **ctx.settings))
         wanted = [t for t in leaves if t.requires_grad]

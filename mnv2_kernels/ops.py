@@ -6,7 +6,7 @@ kernel has a twin of the op, `inverted_residual_triton`, into which torch.compil
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -234,7 +234,29 @@ for _name in ("mnv2::inverted_residual", "mnv2::inverted_residual_triton"):
     torch.library.register_vmap(_name, _no_vmap, lib=_library)
     # The CPU kernel computes in float32, so autocast brings everything back to it there.
     torch.library.register_autocast(_name, "cpu", torch.float32, lib=_library)
-    torch.library.register_autocast(_name, "cuda", torch.float16, lib=_library)
+
+
+_CAST = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _autocast_cuda(op: torch._ops.OpOverload) -> Callable:
+    """As `torch.library.register_autocast`, but in the dtype that the user has chosen."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+    def cast_and_call(*arguments):
+        dtype = torch.get_autocast_dtype("cuda")
+        cast = [
+            a.to(dtype) if isinstance(a, Tensor) and a.is_cuda and a.dtype in _CAST else a
+            for a in arguments
+        ]
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*cast)
+
+    return cast_and_call
+
+
+for _name, _overload in (("inverted_residual", _op), ("inverted_residual_triton", _ops["triton"])):
+    _library.impl(_name, _autocast_cuda(_overload), "AutocastCUDA")
 
 
 @register_flop_formula([torch.ops.mnv2.inverted_residual, torch.ops.mnv2.inverted_residual_triton])

@@ -59,6 +59,23 @@ def test_backward_inside_autocast_is_float32(blocks):
         assert largest_difference(ours.grad, theirs.grad) < 1e-4, name
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_backward_of_triton_inside_autocast(blocks, dtype):
+    """On a GPU, autocast's half-precision x runs fused with float32 parameters by itself."""
+    plain, _, x = blocks
+    fused = mk.fuse(plain, backend="triton")
+    x = x.to(dtype)
+    gradients = []
+    for block in (plain, fused):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=block is fused):
+            y = block(leaf if block is fused else leaf.float())
+        y.float().sum().backward()
+        gradients.append(leaf.grad.float())
+        assert all(p.grad is not None for p in block.parameters())
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=2e-2)
+
+
 def test_backward_hook_registered_later_is_called(blocks):
     _, fused, x = blocks
     calls = []

@@ -2,11 +2,13 @@
 
 import threading
 import time
+from math import inf
 
 import cases
 import pytest
 import torch
 from cases import expect, make_inputs, run, why_wrong
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -111,3 +113,24 @@ def test_other_threads_run_python_during_a_call():
     within = [t for t in ticks if begin < t < end]
     # The interpreter takes the lock from a thread every 5 ms at most; held, it gives no tick.
     assert len(within) >= 10 and end - within[-1] < (end - begin) / 2, (len(within), end - begin)
+
+
+@pytest.mark.parametrize("name", ("inverted_residual", "inverted_residual_triton"))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_autocast_on_a_gpu_is_in_the_dtype_asked_for(name, dtype):
+    op = getattr(torch.ops.mnv2, name).default
+    clips = ([0.0, 6.0], [0.0, 6.0], [-inf, inf])
+    with FakeTensorMode():
+        shapes = ((1, 8, 5, 6), (8, 16), (16,), (3, 3, 16), (16,), (16, 8), (8,))
+        tensors = [torch.empty(shape, device="cuda") for shape in shapes]
+        arguments = (*tensors, 1, [1, 1, 1, 1], 1, True, *clips)
+        assert op(*arguments).dtype == torch.float32
+        before = torch.get_autocast_dtype("cuda")
+        # torch.autocast("cuda") switches itself off where there is no GPU.
+        torch.set_autocast_dtype("cuda", dtype)
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            assert op(*arguments).dtype == dtype
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.set_autocast_dtype("cuda", before)

@@ -12,7 +12,7 @@ from cases import Case, expect
 from test_numerics import skipping_reference, why_unlike
 from triton_cases import DEVICE, HAS_GPU, QUICK, make_inputs, run_config
 
-from mnv2_kernels import FoldedWeights
+from mnv2_kernels import FoldedWeights, inverted_residual
 from mnv2_kernels.block import NO_CLIP, RELU, RELU6, BlockConfig
 
 # The last one is a denormal of float16 and an ordinary number of the others.
@@ -185,3 +185,18 @@ def test_denormals_are_not_flushed(dtype, half):
     t1 = replace(weights, w_expand=None, clip_expand=NO_CLIP)
     t1_case = replace(case, config=replace(case.config, expansion=False))
     assert torch.equal(run(x, t1, case=t1_case), x)
+
+
+@pytest.mark.parametrize("expansion", (True, False))
+def test_sums_of_unbounded_values_do_not_overflow(expansion):
+    """40000 + 40000 - 80000 is 0, and in fp16 it would be infinite on the way."""
+    x = torch.full((1, 8, 1, 3), 40000.0, dtype=torch.float16, device=DEVICE)
+    w_dw = torch.zeros(3, 3, 8, dtype=torch.float16, device=DEVICE)
+    w_dw[1] = torch.tensor([1.0, 1.0, -2.0], device=DEVICE)[:, None]
+    identity = torch.eye(8, dtype=torch.float16, device=DEVICE)
+    clips = ((0.0, inf), (-inf, inf), (-inf, inf))
+    w_expand = identity if expansion else None
+    weights = FoldedWeights(w_expand, None, w_dw, None, identity, None, *clips)
+    y = inverted_residual(x, weights, backend="triton")
+    expected = torch.tensor([-40000.0, 0.0], device=DEVICE)
+    assert torch.equal(y[0, 0, 0, :2].float(), expected)

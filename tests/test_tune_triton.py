@@ -2,7 +2,9 @@
 
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from math import nan
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ def test_candidates_fit_a_gpu(name):
                 assert configs.shared_bytes(block, config, dtype) <= configs.SHARED_BYTES
                 assert block.hidden_channels % config.chunk == 0
                 assert config.out_tile * config.out_tiles >= block.out_channels
-                assert config.half == (dtype == torch.float16)
+                assert config.half == (dtype == torch.float16 and block.expansion)
         assert list(candidates(BLOCK, SIZE, dtype))
 
 
@@ -51,8 +53,7 @@ def test_more_instructions_and_fewer_warps_are_expected_to_be_slower():
     )
 
 
-def test_a_width_gets_its_own_row_only_where_it_pays(monkeypatch):
-    monkeypatch.setattr(tune_triton, "spills_nowhere", lambda candidate: True)
+def test_a_width_gets_its_own_row_only_where_it_pays():
     square = configs.fallback(LATE_BLOCK, torch.float16).config
     row = replace(square, patch_h=1, patch_w=7)
     key = configs.key(LATE_BLOCK, torch.float16)
@@ -65,12 +66,39 @@ def test_a_width_gets_its_own_row_only_where_it_pays(monkeypatch):
     assert rows(2.0, 1.0) == {key: square, f"{key}@7": row}
 
 
-def test_rows_that_spill_are_passed_over(monkeypatch):
-    square = configs.fallback(LATE_BLOCK, torch.float16).config
-    slower = replace(square, chunk=32)
-    monkeypatch.setattr(tune_triton, "spills_nowhere", lambda c: c.config != square)
-    found = [candidate(square, 1.0), candidate(slower, 2.0)]
-    assert [c.config for _, c in by_width(found, lambda c: c.microseconds)] == [slower]
+def test_what_spills_anywhere_is_no_candidate(monkeypatch):
+    spilling = {80: 65, 90: 0}
+    monkeypatch.setattr(
+        tune_triton,
+        "compile_block",
+        lambda *args: replace(code(), spill_bytes=spilling[args[-1]]),
+    )
+    work = (LATE_BLOCK, LATE_SIZE, "float16", configs.fallback(LATE_BLOCK, torch.float16).config)
+    assert tune_triton.compiled(work) is None
+    spilling[80] = 64
+    assert tune_triton.compiled(work).config == work[-1]
+
+
+def test_a_gpu_is_tuned_until_time_is_over(tmp_path, monkeypatch):
+    """All but the GPU itself: what is measured, what is left out, what is written when."""
+    monkeypatch.setattr(configs, "gpu_name", lambda device: "A_GPU")
+    monkeypatch.setattr(tune_triton, "processes", lambda workers: ThreadPoolExecutor(1))
+    monkeypatch.setattr(tune_triton, "compile_block", lambda *args: code())
+    monkeypatch.setattr(tune_triton, "prepared", lambda candidate: None)
+    monkeypatch.setattr(tune_triton, "workload", lambda *args, **kwargs: (None, None))
+    monkeypatch.setattr(tune_triton, "on_gpu", lambda candidate, *tensors: candidate)
+    monkeypatch.setattr(
+        tune_triton, "largest_error", lambda c, dtype: nan if c.config.patch_h == 2 else 1.0
+    )
+    monkeypatch.setattr(
+        tune_triton, "do_bench_cudagraph", lambda run, **kwargs: 1.0 / run.config.num_stages
+    )
+    path = tune_triton.tune(tmp_path, minutes=0, workers=1, tried=20)
+    rows = json.loads(path.read_text())["configs"]
+    block, _ = distinct_blocks()[0]
+    assert list(rows) == [configs.key(block, torch.float16)]
+    (config,) = rows.values()
+    assert config["num_stages"] == 2 and config["patch_h"] == 1
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path, monkeypatch):

@@ -34,7 +34,8 @@ class PatchConfig:
     computed at a time. `in_tile` and `out_tile` are the channels in one matrix product: powers of
     two, so that 96 channels are 3 tiles of 32 and not one of 128; a program computes `out_tiles`
     of the latter. `keep_x` holds all of x under a tile in shared memory, read once; without it, x
-    is read again for every chunk. `half`: the depthwise is computed in fp16 (fp16 inputs only).
+    is read again for every chunk. `half`: the depthwise is computed in fp16 (fp16 inputs only), and
+    only where the clip of the expansion bounds what it sums.
     """
 
     patches: int
@@ -157,8 +158,8 @@ def fallback(
             out_tile=out_tile,
             out_tiles=-(-block.out_channels // out_tile),
             keep_x=True,
-            # Nine products of small numbers are near enough to eager's fp16, 25 are not.
-            half=dtype == torch.float16 and block.kernel_size == 3,
+            # Nine products of clipped numbers are near enough to eager's fp16, 25 are not.
+            half=dtype == torch.float16 and block.kernel_size == 3 and block.expansion,
             num_warps=num_warps,
         )
         # Without tensor cores, a thread holds the operands of its products too.
@@ -194,13 +195,17 @@ def registers(config: PatchConfig) -> float:
 
 
 def shared_bytes(block: BlockConfig, config: PatchConfig, dtype: torch.dtype) -> int:
-    """Most shared memory that a program can need: x, if kept, and a chunk of weights and values."""
+    """An upper bound of a program's shared memory; tests compare it with what is compiled."""
     in_channels = -(-block.in_channels // config.in_tile) * config.in_tile
     slots = extent(block, config.patch_h) * extent(block, config.patch_w)
-    kept = config.patches * slots * in_channels
-    products = config.in_tile if not config.keep_x else in_channels
-    staged = config.chunk * (products + config.out_tile * config.out_tiles + config.patches)
-    return ((kept if block.expansion and config.keep_x else 0) + staged) * dtype.itemsize
+    kept = config.patches * slots * in_channels if block.expansion and config.keep_x else 0
+    # A chunk of both weights, as often as it is loaded ahead, and hidden values between products.
+    products = (in_channels if config.keep_x else config.in_tile) if block.expansion else 0
+    weights = config.chunk * (products + config.out_tile * config.out_tiles) * config.num_stages
+    hidden = 3 * config.patches * config.chunk
+    in_loop = (kept + weights + hidden) * dtype.itemsize
+    behind_it = config.patches * config.patch_h * config.patch_w * config.out_tile * 4
+    return max(in_loop, behind_it) + 1024
 
 
 def extent(block: BlockConfig, patch: int) -> int:

@@ -1,6 +1,8 @@
 """From the op's arguments to a launch of the patch kernel."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -145,9 +147,10 @@ def inverted_residual(
     if not x.is_cuda:
         interpreter.run(grid, arguments, prepared.launch.constants)
         return y
-    kernel = wrap_triton(inverted_residual_patch)[grid]
+    # With a configuration of its own, a call is for measuring and never traced.
+    kernel = inverted_residual_patch if config else wrap_triton(inverted_residual_patch)
     with _on_device(x):
-        kernel(*arguments, **prepared.launch.constants, **prepared.options)
+        kernel[grid](*arguments, **prepared.launch.constants, **prepared.options)
     return y
 
 
@@ -192,6 +195,9 @@ def _prepare(
     if config is None:
         known_width = width_out if isinstance(width_out, int) else None
         config = configs.choose(block, dtype, device, known_width).config
+        # Sums in fp16 of what has no bounds could overflow where the layers' do not.
+        bounded = expansion and all(map(math.isfinite, clips[0]))
+        config = replace(config, half=config.half and bounded)
     return _Prepared(
         y_shape=(batch, out_channels, height_out, width_out),
         launch=plan_launch(block, tuple(biases), clips, (batch, height, width), config, dtype),

@@ -8,7 +8,7 @@ its halo are its slots; slot (i, j) of all patches together is one matrix, PATCH
     projection   one matrix product an output pixel, summed over the chunks in registers
 
 need neither shuffles nor an expanded tensor in memory of any kind. The halo's expansion is computed
-again by each neighbour. Addresses are 64-bit, and the grid has one dimension.
+again by each neighbour. Addresses in x and y are 64-bit, and the grid has one dimension.
 
 Hidden values are fp32, or fp16 with HALF, where two share a register and an instruction.
 """
@@ -37,7 +37,7 @@ def _clip_half(v, lower, upper, ZERO: tl.constexpr):
     elif ZERO:
         v = tl.inline_asm_elementwise(
             "cvt.rn.relu.f16x2.f32 $0, $2, $1; min.NaN.f16x2 $0, $0, $3;",
-            "=r,r,r,r",
+            "=&r,r,r,r",
             [v, upper],
             dtype=tl.float16,
             is_pure=True,
@@ -46,7 +46,7 @@ def _clip_half(v, lower, upper, ZERO: tl.constexpr):
     else:
         v = tl.inline_asm_elementwise(
             "cvt.rn.f16x2.f32 $0, $2, $1; max.NaN.f16x2 $0, $0, $3; min.NaN.f16x2 $0, $0, $4;",
-            "=r,r,r,r,r",
+            "=&r,r,r,r,r",
             [v, lower, upper],
             dtype=tl.float16,
             is_pure=True,
@@ -57,13 +57,17 @@ def _clip_half(v, lower, upper, ZERO: tl.constexpr):
 
 @triton.jit
 def _keep_half(v, rows, columns):
-    """v where both masks are -1, +0 where one of them is 0: a single three-way `and`."""
+    """v where both masks are -1, +0 where one of them is 0: a single three-way `and`.
+
+    Two neighbours share a register, and the mask of the first: they are channels of one patch in
+    the layout that products have, and in every other with two or more channels a thread.
+    """
     if INTERPRETED:
         v = tl.where((rows & columns) != 0, v, 0.0)
     else:
         v = tl.inline_asm_elementwise(
             "and.b32 $0, $1, $2; and.b32 $0, $0, $4;",
-            "=r,r,r,r,r,r",
+            "=&r,r,r,r,r,r",
             [v, rows, columns],
             dtype=tl.float16,
             is_pure=True,
@@ -80,7 +84,7 @@ def _last_tap_half(d, e, w, lower, upper, ZERO: tl.constexpr):
     elif ZERO:
         d = tl.inline_asm_elementwise(
             "fma.rn.relu.f16x2 $0, $1, $2, $3; min.NaN.f16x2 $0, $0, $4;",
-            "=r,r,r,r,r",
+            "=&r,r,r,r,r",
             [e, w, d, upper],
             dtype=tl.float16,
             is_pure=True,
@@ -89,7 +93,7 @@ def _last_tap_half(d, e, w, lower, upper, ZERO: tl.constexpr):
     else:
         d = tl.inline_asm_elementwise(
             "fma.rn.f16x2 $0, $1, $2, $3; max.NaN.f16x2 $0, $0, $4; min.NaN.f16x2 $0, $0, $5;",
-            "=r,r,r,r,r,r",
+            "=&r,r,r,r,r,r",
             [e, w, d, lower, upper],
             dtype=tl.float16,
             is_pure=True,
