@@ -141,9 +141,11 @@ def depthwise(
 
     for i in tl.static_range(rows_under(ROWS, KERNEL, STRIDE, DILATION)):
         row = first_row * STRIDE - PAD_TOP + i
+        # Triton 3.9 interprets a scalar condition spread over a tile as int32, which no mask is.
+        columns = tl.where((row >= 0) & (row < H), W, 0)
         for across in tl.static_range(KERNEL):
             from_column = column * STRIDE - PAD_LEFT + across * DILATION
-            inside = (from_column >= 0) & (from_column < W) & (row >= 0) & (row < H)
+            inside = (from_column >= 0) & (from_column < columns)
             pixel = (image * H + row) * W + from_column
             mask = inside[:, None] & exists[None, :]
             v = tl.load(x + pixel[:, None] * channels + channel[None, :], mask=mask, other=0.0)
@@ -160,6 +162,7 @@ def depthwise(
     for p in tl.static_range(ROWS):
         row_out = first_row + p
         pixel_out = (image * H_out + row_out) * W_out + column
-        mask_out = ((column < W_out) & (row_out < H_out))[:, None] & exists[None, :]
+        inside_out = column < tl.where(row_out < H_out, W_out, 0)
+        mask_out = inside_out[:, None] & exists[None, :]
         result = _clip(sums[p], lower, upper).to(y.dtype.element_ty)
         tl.store(y + pixel_out[:, None] * channels + channel[None, :], result, mask=mask_out)
