@@ -1,6 +1,8 @@
-"""A plugin of pytest that counts where Triton kernels ran: `-p benchmarks.device_tests`.
+"""A plugin of pytest that tells what became of tests and where Triton kernels ran.
 
-Every process writes what it has seen to the folder that MNV2_DEVICE_TESTS names, when it ends.
+`-p benchmarks.device_tests`. Every process writes to the folder that MNV2_DEVICE_TESTS names, as
+tests start and end, so that what is known outlives it: PID.outcomes with a line of outcome and id,
+PID.json with launches by place.
 """
 
 import json
@@ -35,7 +37,35 @@ def count_launch(metadata) -> None:
     launches["device"] += 1
 
 
-def pytest_unconfigure(config):
+def file(ending: str) -> Path | None:
     folder = os.environ.get("MNV2_DEVICE_TESTS")
-    if folder:
-        Path(folder, f"{os.getpid()}.json").write_text(json.dumps(launches))
+    return Path(folder, f"{os.getpid()}{ending}") if folder else None
+
+
+def keep_outcome(outcome: str, test: str) -> None:
+    if path := file(".outcomes"):
+        with path.open("a") as lines:
+            lines.write(f"{outcome} {test}\n")
+
+
+def keep_launches() -> None:
+    """Whole or not at all: the process may be ended at any time."""
+    if path := file(".json"):
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps(launches))
+        unfinished.replace(path)
+
+
+def pytest_runtest_logstart(nodeid, location):
+    keep_outcome("unfinished", nodeid)
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or not report.passed:
+        keep_outcome(report.outcome, report.nodeid)
+    if report.when == "teardown":
+        keep_launches()
+
+
+def pytest_unconfigure(config):
+    keep_launches()

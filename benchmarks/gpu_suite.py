@@ -4,8 +4,8 @@
     python -m benchmarks.gpu_suite --out FOLDER --dry-run      # on a CPU, as far as that goes
 
 Every part runs in a process of its own, which is ended when its time is over, and appends its rows
-to FOLDER/gpu_<part>.jsonl as soon as it has them. The same command again measures only what is
-missing there. The exit code is 0 if every part ended well.
+to FOLDER/gpu_<part>.jsonl as soon as it has them. Called again, `blocks` and `network` measure only
+what is missing there; the other parts start anew. The exit code is 0 if every part ended well.
 """
 
 import argparse

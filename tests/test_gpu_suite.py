@@ -1,29 +1,22 @@
 """The GPU suite as far as a CPU goes: a dry run, and every way in which it must not pass."""
 
-import json
 import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from benchmarks import (
     gpu_blocks,
-    gpu_checks,
     gpu_machine,
     gpu_peers,
     gpu_rows,
     gpu_suite,
     gpu_timing,
     harness,
-    sanitized,
 )
 from benchmarks.gpu_part import Context, Failed
 from benchmarks.machine import ROOT
@@ -128,108 +121,6 @@ def test_a_part_that_fails_is_one_that_failed(context, monkeypatch, capsys):
     monkeypatch.setitem(gpu_suite.PARTS, "device", gpu_suite.Part(fail, 1))
     assert gpu_suite.run_part("device", context) == 1
     assert "device: FAILED: no good" in capsys.readouterr().out
-
-
-def test_a_child_is_ended_with_its_children():
-    inner = "import subprocess, sys, time; subprocess.run(['sleep', '60']); print('late')"
-    start = time.monotonic()
-    code, output = gpu_checks.child([sys.executable, "-c", inner], 0.5)
-    assert code is None and "late" not in output and time.monotonic() - start < 20
-    code, output = gpu_checks.child([sys.executable, "-c", "print('x'); raise SystemExit(3)"], 30)
-    assert (code, output) == (3, "x\n")
-
-
-GOOD = {"passed": 3, "failed": 0, "skipped": 1}
-
-
-@pytest.mark.parametrize(
-    ("code", "counts", "launches", "words"),
-    [
-        (0, GOOD, {"device": 5}, None),
-        (0, GOOD, {"device": 5, "interpreted: tests/a.py::test_interpreter": 2}, None),
-        (0, GOOD, {"device": 5, "interpreted: tests/a.py::test_values": 2}, "the interpreter ran"),
-        (0, GOOD, {}, "no kernel ran on the device"),
-        (0, GOOD | {"passed": 0}, {"device": 5}, "none passed"),
-        (1, GOOD | {"failed": 2}, {"device": 5}, "2 failed"),
-        (5, GOOD, {"device": 5}, "pytest ended with 5"),
-        (None, GOOD, {"device": 5}, "did not end in time"),
-    ],
-)
-def test_tests_that_prove_nothing_are_told(code, counts, launches, words):
-    found = gpu_checks.complaints(code, counts, Counter(launches))
-    assert found == [] if words is None else words in "; ".join(found)
-
-
-def test_outcomes_and_launches_are_counted(tmp_path):
-    """On the real plugin and a real report: three tests, one of which runs the interpreter."""
-    (tmp_path / "test_it.py").write_text(
-        "import pytest\n"
-        "from benchmarks import sanitized\n"
-        "def test_values(): sanitized.check(13, 'cpu')\n"
-        "def test_wrong(): assert False\n"
-        "@pytest.mark.skip\n"
-        "def test_none(): pass\n"
-    )
-    report = tmp_path / "junit.xml"
-    code, output = gpu_checks.child(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null"]
-        + ["-p", "benchmarks.device_tests", f"--junitxml={report}", str(tmp_path)],
-        60,
-        MNV2_DEVICE_TESTS=str(tmp_path),
-    )
-    assert code == 1, output
-    counts, failures = gpu_checks.outcomes(report)
-    assert counts == {"passed": 1, "failed": 1, "skipped": 1}
-    assert [name.rpartition("::")[2] for name in failures] == ["test_wrong"]
-    (path,) = tmp_path.glob("*.json")
-    launches = json.loads(path.read_text())
-    ((name, count),) = launches.items()
-    assert name.startswith("interpreted: ") and name.endswith("::test_values") and count == 1
-    assert gpu_checks.outcomes(tmp_path / "none.xml") == (dict.fromkeys(counts, 0), [])
-
-
-CALLS = f"{len(sanitized.SHAPES)} calls\n"
-CLEAN = "========= ERROR SUMMARY: 0 errors\n"
-HAZARDS = "========= RACECHECK SUMMARY: {} hazards displayed ({} errors, 0 warnings)\n"
-
-
-@pytest.mark.parametrize(
-    ("tool", "code", "output", "words"),
-    [
-        ("memcheck", 0, CALLS + CLEAN, None),
-        ("racecheck", 0, CALLS + HAZARDS.format(0, 0), None),
-        ("racecheck", 0, CALLS + HAZARDS.format(2, 2), "summary of 0 errors is missing"),
-        ("memcheck", 0, CALLS, "summary of 0 errors is missing"),
-        ("memcheck", 0, CALLS + CLEAN.replace(" 0 ", " 10 "), "summary of 0 errors is missing"),
-        ("memcheck", 0, CLEAN, "not every call was made"),
-        ("initcheck", 1, CALLS + CLEAN, "ended with 1"),
-        ("synccheck", None, "", "did not end in time"),
-    ],
-)
-def test_a_sanitizer_that_saw_nothing_is_told(tool, code, output, words):
-    reason = gpu_checks.found_nothing(tool, code, output)
-    assert reason is None if words is None else words in reason
-
-
-def test_the_seeded_bug_must_be_found():
-    report = "========= Invalid __global__ write of size 4 bytes\n"
-    assert gpu_checks.found_the_bug("memcheck", 1, report) is None
-    assert "must be reported" in gpu_checks.found_the_bug("memcheck", 1, "Error: no device")
-    assert "got 0" in gpu_checks.found_the_bug("memcheck", 0, report)
-    assert "got None" in gpu_checks.found_the_bug("memcheck", None, report)
-
-
-def test_what_the_sanitizer_watches_runs(one_thread):
-    assert len(sanitized.SHAPES) >= 20
-    for number in (2, 4, 13, 15):
-        sanitized.check(number, "cpu")
-
-
-def test_the_seeded_bug_compiles():
-    signature = {"y": "*fp32", "length": "i32", "BLOCK": "constexpr"}
-    source = ASTSource(sanitized.store_one_too_many, signature, constexprs={"BLOCK": 1024})
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-    assert "st.global" in ptx
 
 
 def test_a_provider_that_cannot_be_built_is_told():

@@ -1,5 +1,6 @@
 """What only a GPU can show: every shape, sizes beyond 2**31, streams, graphs and memory."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import cases
@@ -44,12 +45,36 @@ def test_values(group, dtype):
     assert not failures, "\n".join(failures)
 
 
+def unasked(case: Case, dtype: torch.dtype) -> str | None:
+    """The backend that a call chooses by itself."""
+    x, weights = make_inputs(case, dtype)
+    inverted_residual(x, weights, **case.settings)
+    return cases.last_backend()
+
+
+@contextmanager
+def tf32():
+    """Products of float32 in TF32; triton_cases.py has it switched off."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 @each_case
 def test_a_gpu_takes_triton_unasked(case):
-    for dtype in DTYPES:
-        x, weights = make_inputs(case, dtype)
-        inverted_residual(x, weights, **case.settings)
-        assert cases.last_backend() == "triton"
+    for dtype in (torch.float16, torch.bfloat16):
+        assert unasked(case, dtype) == "triton"
+
+
+@each_case
+def test_float32_takes_triton_unasked_in_tf32_alone(case):
+    assert unasked(case, torch.float32) == "reference"
+    with tf32():
+        assert unasked(case, torch.float32) == "triton"
+    assert unasked(case, torch.float32) == "reference"
 
 
 @each_dtype
@@ -202,7 +227,7 @@ class Block(torch.nn.Module):
         self.case, self.weights = case, weights
 
     def forward(self, x):
-        return inverted_residual(x, self.weights, **self.case.settings)
+        return inverted_residual(x, self.weights, backend="triton", **self.case.settings)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)
@@ -248,14 +273,10 @@ def test_tf32_is_used_where_it_is_switched_on():
     case = Case(BlockConfig(64, 384, 64, residual=True), 14, 14, batch=2)
     x, weights = make_inputs(case)
     ieee = run(x, weights, **case.settings)
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        tf32 = run(x, weights, **case.settings)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+    with tf32():
+        rounded = run(x, weights, **case.settings)
     truth = expect(case, x, weights).truth
-    errors = [(y.double() - truth).abs().mean().item() for y in (ieee, tf32)]
+    errors = [(y.double() - truth).abs().mean().item() for y in (ieee, rounded)]
     assert 20 * errors[0] < errors[1] < 2e-3 * truth.abs().max().item()
 
 
