@@ -37,7 +37,7 @@ test: lint test-isa
 test-long: test
 	@echo "== Triton tests with the newest release"
 	@$(PIP) install -q --upgrade --no-deps --target build/newest-triton triton
-	PYTHONPATH=$(CURDIR)/build/newest-triton $(PYTEST) $(wildcard tests/test_triton*.py)
+	PYTHONPATH=$(CURDIR)/build/newest-triton $(PYTEST) $(wildcard tests/test_*triton*.py)
 
 # A machine has the instruction sets up to its best one.
 test-isa: .venv/built
