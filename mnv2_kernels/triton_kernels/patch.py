@@ -7,8 +7,8 @@ its halo are its slots; slot (i, j) of all patches together is one matrix, PATCH
     depthwise    plain arithmetic between matrices of one shape, PATCHES x CHUNK,
     projection   one matrix product an output pixel, summed over the chunks in registers
 
-need neither shuffles nor an expanded tensor in memory of any kind. The halo's expansion is computed
-again by each neighbour. Addresses in x and y are 64-bit, and the grid has one dimension.
+need no expanded tensor in memory of any kind: its values stay in registers. The halo's expansion is
+computed again by each neighbour. Addresses in x and y are 64-bit; the grid has one dimension.
 
 Hidden values are fp32, or fp16 with HALF, where two share a register and an instruction.
 """
