@@ -83,7 +83,7 @@ def _asked_once_a_graph(question: Callable) -> Callable:
 
 @_asked_once_a_graph
 def _tf32_allowed() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return triton_kernels.precision(torch.float32) == "tf32"
 
 
 @_asked_once_a_graph

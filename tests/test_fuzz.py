@@ -18,28 +18,28 @@ CLIPS = st.one_of(
 
 
 @st.composite
-def calls(draw) -> Case:
+def calls(draw, channels=CHANNELS, sizes=SIZES, least_batch: int = 0) -> Case:
     kernel, dilation = draw(st.sampled_from((3, 5))), draw(st.sampled_from((1, 2)))
     expansion = draw(st.booleans())
-    in_channels = draw(CHANNELS)
+    in_channels = draw(channels)
     extent = dilation * (kernel - 1)
     config = BlockConfig(
         in_channels=in_channels,
-        hidden_channels=draw(CHANNELS) if expansion else in_channels,
-        out_channels=draw(CHANNELS),
+        hidden_channels=draw(channels) if expansion else in_channels,
+        out_channels=draw(channels),
         stride=draw(st.sampled_from((1, 2))),
         expansion=expansion,
         kernel_size=kernel,
         dilation=dilation,
         padding=draw(st.tuples(*[st.integers(0, extent)] * 4)),
     )
-    height, width = draw(SIZES), draw(SIZES)
+    height, width = draw(sizes), draw(sizes)
     assume(min(config.output_hw(height, width)) >= 1)
     return Case(
         config,
         height,
         width,
-        batch=draw(st.integers(0, 3)),
+        batch=draw(st.integers(least_batch, 3)),
         clips=draw(st.tuples(CLIPS, CLIPS, CLIPS)),
         biases=draw(st.tuples(*[st.booleans()] * 3)),
     )

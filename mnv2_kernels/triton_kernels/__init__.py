@@ -5,6 +5,7 @@ missing: str | None
 try:
     from triton import __version__ as version
 
+    from .configs import precision
     from .launch import inverted_residual
 
     missing = None
@@ -17,4 +18,4 @@ except ImportError as error:
         raise RuntimeError(f"inverted_residual: {missing}")
 
 
-__all__ = ["inverted_residual", "missing", "version"]
+__all__ = ["inverted_residual", "missing", "precision", "version"]

@@ -15,6 +15,7 @@ import torch
 import triton
 
 from ..block import BlockConfig
+from .geometry import slots
 
 # One JSON file a GPU or architecture, written by benchmarks/tune_triton.py.
 TABLES = Path(__file__).parent / "configs"
@@ -28,7 +29,7 @@ _REGISTERS = 160
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """The constants of `patch.inverted_residual_patch` that do not change its result.
+    """The constants of `patch.inverted_residual_patch` that change nothing but its rounding.
 
     `patches` of `patch_h` x `patch_w` output pixels make a tile; `chunk` hidden channels are
     computed at a time. `in_tile` and `out_tile` are the channels in one matrix product: powers of
@@ -53,7 +54,7 @@ class PatchConfig:
 
 @dataclass(frozen=True)
 class Choice:
-    """A configuration and where it comes from, as `explain` shows it."""
+    """A configuration and where it comes from."""
 
     config: PatchConfig
     source: str
@@ -197,8 +198,11 @@ def registers(config: PatchConfig) -> float:
 def shared_bytes(block: BlockConfig, config: PatchConfig, dtype: torch.dtype) -> int:
     """An upper bound of a program's shared memory; tests compare it with what is compiled."""
     in_channels = -(-block.in_channels // config.in_tile) * config.in_tile
-    slots = extent(block, config.patch_h) * extent(block, config.patch_w)
-    kept = config.patches * slots * in_channels if block.expansion and config.keep_x else 0
+    rows, columns = (
+        slots(patch, block.kernel_size, block.stride, block.dilation)
+        for patch in (config.patch_h, config.patch_w)
+    )
+    kept = config.patches * rows * columns * in_channels if block.expansion and config.keep_x else 0
     # A chunk of both weights, as often as it is loaded ahead, and hidden values between products.
     products = (in_channels if config.keep_x else config.in_tile) if block.expansion else 0
     weights = config.chunk * (products + config.out_tile * config.out_tiles) * config.num_stages
@@ -206,11 +210,6 @@ def shared_bytes(block: BlockConfig, config: PatchConfig, dtype: torch.dtype) ->
     in_loop = (kept + weights + hidden) * dtype.itemsize
     behind_it = config.patches * config.patch_h * config.patch_w * config.out_tile * 4
     return max(in_loop, behind_it) + 1024
-
-
-def extent(block: BlockConfig, patch: int) -> int:
-    """Rows (or columns) of input under a patch and its halo."""
-    return (patch - 1) * block.stride + block.dilation * (block.kernel_size - 1) + 1
 
 
 def _tile(channels: int, smallest: int) -> int:

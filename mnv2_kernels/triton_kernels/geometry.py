@@ -33,5 +33,15 @@ def is_read(slot, patch, kernel, stride, dilation, pad=0, size=0):
 
 
 @triton.constexpr_function
+def ends_beyond(p, patch_w, kernel, stride, dilation, pad, size):
+    """Whether the last tap of a patch's p-th output lies right of the row that the patch covers.
+
+    `size` is that row's, 0 where a patch does not cover a whole one.
+    """
+    return size != 0 and p % patch_w * stride + dilation * (kernel - 1) >= pad + size
+
+
+@triton.constexpr_function
 def tiles(channels, tile):
+    """Tiles that it takes to cover the channels."""
     return (channels + tile - 1) // tile

@@ -16,7 +16,7 @@ Hidden values are fp32, or fp16 with HALF, where two share a register and an ins
 import triton
 import triton.language as tl
 
-from .geometry import is_read, slots, tap, tiles
+from .geometry import ends_beyond, is_read, slots, tap, tiles
 
 # The interpreter knows neither PTX nor products of bfloat16.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -371,10 +371,7 @@ def inverted_residual_patch(
         for p in tl.static_range(PATCH_H * PATCH_W):
             d = depthwise[p]
             # In fp16 the last tap has clipped already, unless it lies beyond a whole row.
-            if not HALF or (
-                WHOLE_ROW != 0
-                and p % PATCH_W * STRIDE + DILATION * (KERNEL - 1) >= PAD_LEFT + WHOLE_ROW
-            ):
+            if not HALF or ends_beyond(p, PATCH_W, KERNEL, STRIDE, DILATION, PAD_LEFT, WHOLE_ROW):
                 d = _clip(d, lower_d, upper_d)
             if C_HIDDEN % CHUNK != 0:
                 # A clip need not keep 0, and 0 times an infinite bound would be NaN.
