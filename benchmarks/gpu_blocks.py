@@ -25,14 +25,6 @@ BUILD_SECONDS = 150
 DRY_CONFIG = inverted_residual_config(8, 8, 1, 3)
 
 
-def distinct_blocks() -> dict[tuple[BlockConfig, int], list[int]]:
-    """(block, size of its input) -> its numbers in the network, from 1."""
-    found: dict[tuple[BlockConfig, int], list[int]] = {}
-    for number, workload in enumerate(harness.BLOCKS, 1):
-        found.setdefault(workload, []).append(number)
-    return found
-
-
 def images(context: Context, shape: tuple[int, ...], dtype: torch.dtype, sets: int) -> list[Tensor]:
     """Random inputs of shape (N, C, H, W), channels_last, the same in every process."""
     generator = torch.Generator(context.device).manual_seed(1)
@@ -59,7 +51,7 @@ def run_blocks(context: Context) -> None:
             (dtype, batch, config, size, numbers)
             for dtype in DTYPES
             for batch in BATCHES
-            for (config, size), numbers in distinct_blocks().items()
+            for (config, size), numbers in harness.distinct_blocks().items()
         ]
     broken = []
     for dtype, batch, config, size, numbers in workloads:

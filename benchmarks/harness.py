@@ -34,6 +34,14 @@ TOLERANCE = 1e-4
 _KEPT_ALIVE: list[torch.library.Library] = []
 
 
+def distinct_blocks() -> dict[tuple[BlockConfig, int], list[int]]:
+    """(block, size of its input) -> its numbers in the network, from 1."""
+    found: dict[tuple[BlockConfig, int], list[int]] = {}
+    for number, workload in enumerate(BLOCKS, 1):
+        found.setdefault(workload, []).append(number)
+    return found
+
+
 def block_module(config: BlockConfig) -> nn.Module:
     """The block in evaluation mode with random weights, with both clips of ReLU6 at work."""
     torch.manual_seed(0)

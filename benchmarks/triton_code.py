@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,11 +23,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mnv2_kernels.block import NO_CLIP, RELU6, BlockConfig, mobilenet_v2_block_inputs
+from mnv2_kernels.block import NO_CLIP, RELU6, BlockConfig
 from mnv2_kernels.triton_kernels import configs
 from mnv2_kernels.triton_kernels.configs import PatchConfig
 from mnv2_kernels.triton_kernels.launch import plan_launch
 from mnv2_kernels.triton_kernels.patch import inverted_residual_patch
+
+from .harness import distinct_blocks
 
 ARCHITECTURES = (80, 90)
 # What the matrix products of the tables are computed in; float32 means IEEE's.
@@ -173,12 +174,6 @@ def _longest_loop(listing: str) -> tuple[int, int, list[str]]:
 
 def _opcode(instruction: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
-
-
-@cache
-def distinct_blocks() -> tuple[tuple[BlockConfig, int], ...]:
-    """The different ones of MobileNetV2's 17 blocks, with the size of their input at 224x224."""
-    return tuple(dict.fromkeys(mobilenet_v2_block_inputs()))
 
 
 def table_rows() -> Iterator[TableRow]:

@@ -31,6 +31,7 @@ from mnv2_kernels.triton_kernels import configs, launch
 from mnv2_kernels.triton_kernels.configs import PatchConfig
 from mnv2_kernels.verify import example
 
+from .harness import distinct_blocks
 from .triton_code import (
     ARCHITECTURES,
     ARITHMETIC,
@@ -39,7 +40,6 @@ from .triton_code import (
     arithmetic,
     compile_block,
     describe,
-    distinct_blocks,
 )
 
 # No table holds a configuration that spills more.

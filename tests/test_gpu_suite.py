@@ -264,7 +264,7 @@ def test_rates_of_ordinary_cores(monkeypatch):
 
 
 def test_distinct_blocks_are_the_17():
-    found = gpu_blocks.distinct_blocks()
+    found = harness.distinct_blocks()
     assert sorted(number for numbers in found.values() for number in numbers) == list(range(1, 18))
     assert [numbers for numbers in found.values() if len(numbers) > 1] == [
         [5, 6],

@@ -1,6 +1,6 @@
 """Tables and the figure of the GPU suite come from its rows, and from no others."""
 
-from benchmarks import gpu_blocks, gpu_tables, harness, plot, report
+from benchmarks import gpu_tables, harness, plot, report
 
 FACTS = {"gpu": "NVIDIA X", "driver": "580", "cuda": "13.0", "torch": "2.11", "triton": "3.6.0"}
 FACTS |= {"commit": "abc", "date": "2026-01-02T00:00:00+00:00"}
@@ -37,7 +37,7 @@ def block_rows(batch: int) -> list[harness.Row]:
             resolution=size,
             limit="bytes",
         )
-        for (config, size), numbers in gpu_blocks.distinct_blocks().items()
+        for (config, size), numbers in harness.distinct_blocks().items()
         for provider in TIMES
     ]
 

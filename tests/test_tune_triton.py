@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from benchmarks import tune_triton
-from benchmarks.triton_code import ARITHMETIC, Code, arithmetic, distinct_blocks
+from benchmarks.harness import BLOCKS, distinct_blocks
+from benchmarks.triton_code import ARITHMETIC, Code, arithmetic
 from benchmarks.tune_triton import Candidate, by_width, candidates, estimate
 from mnv2_kernels.triton_kernels import configs
 
-BLOCK, SIZE = distinct_blocks()[2]
-LATE_BLOCK, LATE_SIZE = distinct_blocks()[10]
+BLOCK, SIZE = BLOCKS[2]
+LATE_BLOCK, LATE_SIZE = BLOCKS[14]
 
 
 def code(*, registers: int = 128, instructions: int = 100) -> Code:
@@ -95,7 +96,7 @@ def test_a_gpu_is_tuned_until_time_is_over(tmp_path, monkeypatch):
     )
     path = tune_triton.tune(tmp_path, minutes=0, workers=1, tried=20)
     rows = json.loads(path.read_text())["configs"]
-    block, _ = distinct_blocks()[0]
+    block, _ = BLOCKS[0]
     assert list(rows) == [configs.key(block, torch.float16)]
     (config,) = rows.values()
     assert config["num_stages"] == 2 and config["patch_h"] == 1
