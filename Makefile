@@ -10,7 +10,7 @@ ISA_TESTS ?= tests/test_inverted_residual.py
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu'))
+CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh'))
 # Two workers share the cores, so each test process computes on one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not serial"
 

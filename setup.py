@@ -34,7 +34,7 @@ def source_hash() -> str:
     """Identifies the sources that a build came from; tests compare it with the checkout."""
     digest = hashlib.sha256()
     for path in sorted(Path("csrc").rglob("*")):
-        if path.suffix in (".cpp", ".h", ".inc"):
+        if path.suffix in (".cpp", ".h", ".inc", ".cu", ".cuh"):
             digest.update(path.as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -8,23 +8,28 @@ struct Clip {
     float lower, upper;
 };
 
-// Activations are NHWC, in every weight the output channels are innermost (mnv2_kernels/fold.py):
+// What a call computes. Activations are NHWC, in every weight the output channels are innermost
+// (mnv2_kernels/fold.py):
 //   x (N, H, W, in_channels)               y (N, H_out, W_out, out_channels)
-//   w_expand (in_channels, hidden_channels), nullptr where the block has no expansion (t = 1)
+//   w_expand (in_channels, hidden_channels), not there where the block has no expansion (t = 1)
 //   w_dw (kernel, kernel, hidden_channels)   w_project (hidden_channels, out_channels)
-// A bias that is nullptr counts as zeros.
-struct BlockArgs {
-    const float* x;
-    const float *w_expand, *b_expand;
-    const float *w_dw, *b_dw;
-    const float *w_project, *b_project;
-    float* y;
+struct BlockSizes {
     int64_t N, H, W, H_out, W_out;
     int64_t in_channels, hidden_channels, out_channels;
     int64_t kernel, stride, dilation;
     int64_t pad_top, pad_left;
     Clip clip_expand, clip_dw, clip_project;
-    bool residual;
+    bool expansion, residual;
+};
+
+// One call on CPU tensors. w_expand is nullptr where there is no expansion; a bias that is nullptr
+// counts as zeros.
+struct BlockArgs : BlockSizes {
+    const float* x;
+    const float *w_expand, *b_expand;
+    const float *w_dw, *b_dw;
+    const float *w_project, *b_project;
+    float* y;
 };
 
 }  // namespace mnv2

@@ -66,74 +66,75 @@ Call make_call(const at::Tensor& x_, const OptionalTensor& w_expand_,
               {},
               {}};
     auto& [x, w_expand, b_expand, w_dw, b_dw, w_project, b_project] = call.inputs;
-    BlockArgs& args = call.args;
+    BlockSizes& sizes = call.sizes;
 
     check_dtypes(call.inputs);
     TORCH_CHECK_VALUE(x.dim() == 4, "inverted_residual: x must have shape (N, C_in, H, W), got ",
                       shape(x));
-    args.N = x.size(0), args.in_channels = x.size(1), args.H = x.size(2), args.W = x.size(3);
+    sizes.N = x.size(0), sizes.in_channels = x.size(1), sizes.H = x.size(2), sizes.W = x.size(3);
     TORCH_CHECK_VALUE(
         w_dw.dim() == 3 && w_dw.size(0) == w_dw.size(1) && (w_dw.size(0) == 3 || w_dw.size(0) == 5),
         "inverted_residual: w_dw must have shape (k, k, C_hidden) with k 3 or 5, got ",
         shape(w_dw));
-    args.kernel = w_dw.size(0), args.hidden_channels = w_dw.size(2);
-    if (!w_expand.defined()) {
+    sizes.kernel = w_dw.size(0), sizes.hidden_channels = w_dw.size(2);
+    sizes.expansion = w_expand.defined();
+    if (!sizes.expansion) {
         TORCH_CHECK_VALUE(!b_expand.defined(),
                           "inverted_residual: b_expand must be None where w_expand is None");
-        TORCH_CHECK_VALUE(args.hidden_channels == args.in_channels,
-                          "inverted_residual: w_dw must have shape (", args.kernel, ", ",
-                          args.kernel, ", C_in=", args.in_channels,
+        TORCH_CHECK_VALUE(sizes.hidden_channels == sizes.in_channels,
+                          "inverted_residual: w_dw must have shape (", sizes.kernel, ", ",
+                          sizes.kernel, ", C_in=", sizes.in_channels,
                           ") where w_expand is None, got ", shape(w_dw));
     } else {
-        TORCH_CHECK_VALUE(w_expand.dim() == 2 && w_expand.size(0) == args.in_channels &&
-                              w_expand.size(1) == args.hidden_channels,
-                          "inverted_residual: w_expand must have shape (C_in=", args.in_channels,
-                          ", C_hidden=", args.hidden_channels, "), got ", shape(w_expand));
+        TORCH_CHECK_VALUE(w_expand.dim() == 2 && w_expand.size(0) == sizes.in_channels &&
+                              w_expand.size(1) == sizes.hidden_channels,
+                          "inverted_residual: w_expand must have shape (C_in=", sizes.in_channels,
+                          ", C_hidden=", sizes.hidden_channels, "), got ", shape(w_expand));
     }
-    TORCH_CHECK_VALUE(w_project.dim() == 2 && w_project.size(0) == args.hidden_channels,
+    TORCH_CHECK_VALUE(w_project.dim() == 2 && w_project.size(0) == sizes.hidden_channels,
                       "inverted_residual: w_project must have shape (C_hidden=",
-                      args.hidden_channels, ", C_out), got ", shape(w_project));
-    args.out_channels = w_project.size(1);
+                      sizes.hidden_channels, ", C_out), got ", shape(w_project));
+    sizes.out_channels = w_project.size(1);
     TORCH_CHECK_VALUE(
-        args.in_channels > 0 && args.hidden_channels > 0 && args.out_channels > 0,
-        "inverted_residual: every channel count must be at least 1, got C_in=", args.in_channels,
-        ", C_hidden=", args.hidden_channels, ", C_out=", args.out_channels);
-    check_bias("b_expand", b_expand, "C_hidden", args.hidden_channels);
-    check_bias("b_dw", b_dw, "C_hidden", args.hidden_channels);
-    check_bias("b_project", b_project, "C_out", args.out_channels);
+        sizes.in_channels > 0 && sizes.hidden_channels > 0 && sizes.out_channels > 0,
+        "inverted_residual: every channel count must be at least 1, got C_in=", sizes.in_channels,
+        ", C_hidden=", sizes.hidden_channels, ", C_out=", sizes.out_channels);
+    check_bias("b_expand", b_expand, "C_hidden", sizes.hidden_channels);
+    check_bias("b_dw", b_dw, "C_hidden", sizes.hidden_channels);
+    check_bias("b_project", b_project, "C_out", sizes.out_channels);
     TORCH_CHECK_VALUE(stride == 1 || stride == 2, "inverted_residual: stride must be 1 or 2, got ",
                       stride);
     TORCH_CHECK_VALUE(dilation == 1 || dilation == 2,
                       "inverted_residual: dilation must be 1 or 2, got ", dilation);
-    args.stride = stride, args.dilation = dilation;
-    const int64_t extent = dilation * (args.kernel - 1);
+    sizes.stride = stride, sizes.dilation = dilation;
+    const int64_t extent = dilation * (sizes.kernel - 1);
     bool padding_fits = padding.size() == 4;
     for (const int64_t pad : padding) padding_fits = padding_fits && pad >= 0 && pad <= extent;
     TORCH_CHECK_VALUE(padding_fits,
                       "inverted_residual: padding must be 4 integers (top, left, bottom, right) "
                       "from 0 to ",
                       extent, ", got ", padding);
-    args.pad_top = padding[0], args.pad_left = padding[1];
-    args.H_out = output_size(args.H, args.kernel, stride, padding[0] + padding[2], dilation);
-    args.W_out = output_size(args.W, args.kernel, stride, padding[1] + padding[3], dilation);
-    TORCH_CHECK_VALUE(args.H >= 1 && args.W >= 1 && args.H_out >= 1 && args.W_out >= 1,
+    sizes.pad_top = padding[0], sizes.pad_left = padding[1];
+    sizes.H_out = output_size(sizes.H, sizes.kernel, stride, padding[0] + padding[2], dilation);
+    sizes.W_out = output_size(sizes.W, sizes.kernel, stride, padding[1] + padding[3], dilation);
+    TORCH_CHECK_VALUE(sizes.H >= 1 && sizes.W >= 1 && sizes.H_out >= 1 && sizes.W_out >= 1,
                       "inverted_residual: x must be large enough for one output row and column, "
                       "got ",
-                      args.H, "x", args.W, " with padding ", padding);
-    args.clip_expand = checked_clip("clip_expand", clip_expand);
-    args.clip_dw = checked_clip("clip_dw", clip_dw);
-    args.clip_project = checked_clip("clip_project", clip_project);
-    TORCH_CHECK_VALUE(
-        !residual ||
-            (args.out_channels == args.in_channels && args.H_out == args.H && args.W_out == args.W),
-        "inverted_residual: residual needs x and the result to have one shape, got ", shape(x),
-        " and (", args.N, ", ", args.out_channels, ", ", args.H_out, ", ", args.W_out, ")");
-    args.residual = residual;
+                      sizes.H, "x", sizes.W, " with padding ", padding);
+    sizes.clip_expand = checked_clip("clip_expand", clip_expand);
+    sizes.clip_dw = checked_clip("clip_dw", clip_dw);
+    sizes.clip_project = checked_clip("clip_project", clip_project);
+    TORCH_CHECK_VALUE(!residual || (sizes.out_channels == sizes.in_channels &&
+                                    sizes.H_out == sizes.H && sizes.W_out == sizes.W),
+                      "inverted_residual: residual needs x and the result to have one shape, got ",
+                      shape(x), " and (", sizes.N, ", ", sizes.out_channels, ", ", sizes.H_out,
+                      ", ", sizes.W_out, ")");
+    sizes.residual = residual;
 
     x = x.contiguous(at::MemoryFormat::ChannelsLast);
     for (size_t i = 1; i < call.inputs.size(); i++)
         if (call.inputs[i].defined()) call.inputs[i] = call.inputs[i].contiguous();
-    call.y = at::empty({args.N, args.out_channels, args.H_out, args.W_out},
+    call.y = at::empty({sizes.N, sizes.out_channels, sizes.H_out, sizes.W_out},
                        x.options().memory_format(at::MemoryFormat::ChannelsLast));
     return call;
 }

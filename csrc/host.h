@@ -1,4 +1,4 @@
-// From tensors to BlockArgs: the op's contract once more, since raw pointers follow from it. The
+// From tensors to BlockSizes: the op's contract once more, since raw pointers follow from it. The
 // sentences are those of `check` in mnv2_kernels/contract.py, which serves every other path.
 #pragma once
 #include <ATen/core/Tensor.h>
@@ -12,12 +12,12 @@ namespace mnv2 {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// A checked call: dense inputs, the result to be filled, and the sizes. `args` has no pointers yet.
+// A checked call: dense inputs, the result to be filled, and the sizes.
 struct Call {
     // x (channels_last), w_expand, b_expand, w_dw, b_dw, w_project, b_project; undefined: absent.
     std::array<at::Tensor, 7> inputs;
     at::Tensor y;
-    BlockArgs args;
+    BlockSizes sizes;
 };
 
 Call make_call(const at::Tensor& x, const OptionalTensor& w_expand, const OptionalTensor& b_expand,

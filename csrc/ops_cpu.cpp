@@ -136,8 +136,9 @@ at::Tensor inverted_residual(const at::Tensor& x, const OptionalTensor& w_expand
     TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat,
                      "inverted_residual: x must be float32 for the CPU kernel, got ",
                      x.scalar_type(), "; backend='reference' takes any floating dtype");
-    if (call.args.N == 0) return call.y;
-    BlockArgs& args = call.args;
+    if (call.sizes.N == 0) return call.y;
+    BlockArgs args{};
+    static_cast<BlockSizes&>(args) = call.sizes;
     const auto pointer = [&](size_t i) {
         return call.inputs[i].defined() ? call.inputs[i].const_data_ptr<float>() : nullptr;
     };

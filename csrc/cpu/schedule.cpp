@@ -35,7 +35,7 @@ Ring ring_of(const BlockArgs& args, int64_t rows_per_step) {
 }
 
 bool reads_x_in_place(const BlockArgs& args, int64_t lanes) {
-    return args.w_expand == nullptr && args.in_channels % lanes == 0;
+    return !args.expansion && args.in_channels % lanes == 0;
 }
 
 ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes) {
