@@ -119,8 +119,7 @@ constexpr PatchTile best_patch_tile(const BlockSizes& sizes, int weight_bytes) {
     for (int patch_cols = 1; patch_cols <= kPatchWarps * kPatchesPerWarp; patch_cols++) {
         if (patch_cols > cols) break;
         const int patch_rows = kPatchWarps * kPatchesPerWarp / patch_cols;
-        const PatchTile tile =
-            patch_tile<Sizes>(patch_cols, patch_rows, sizes.H_out, sizes.W_out);
+        const PatchTile tile = patch_tile<Sizes>(patch_cols, patch_rows, sizes.H_out, sizes.W_out);
         if (weight_bytes + tile.x_elements * 2 > kPatchSharedBytes) continue;
         const int64_t cost = patch_cost<Sizes>(tile, sizes.H_out, chunks);
         if (cost < best_cost) best = tile, best_cost = cost;
@@ -134,21 +133,19 @@ constexpr bool half_sums(const BlockSizes& sizes, Element element) {
 }
 
 // Calls `use` with the PatchSizes of the instance for a block, if there is one.
-template <class Use>
-constexpr bool with_patch_sizes(const BlockSizes& sizes, bool half_sums, Use&& use) {
+template <bool HalfSums, class Use>
+constexpr void with_patch_sizes(const BlockSizes& sizes, Use&& use) {
+    // Sums in float take the registers of half the pixels.
+    constexpr int rows = HalfSums ? 4 : 2;
     const int64_t in = sizes.in_channels, out = sizes.out_channels;
-    if (in > 32 || out > 32) return false;
-    const bool small = in <= 24 && out <= 24;
-    if (sizes.stride == 1 && half_sums) {
-        small ? use(PatchSizes<24, 24, 1, 4, 4>{}) : use(PatchSizes<32, 32, 1, 4, 4>{});
-    } else if (sizes.stride == 1) {
-        small ? use(PatchSizes<24, 24, 1, 2, 4>{}) : use(PatchSizes<32, 32, 1, 2, 4>{});
-    } else if (in <= 16 && out <= 24) {
+    if (in > 32 || out > 32) return;
+    if (sizes.stride == 1)
+        in <= 24 && out <= 24 ? use(PatchSizes<24, 24, 1, rows, 4>{})
+                              : use(PatchSizes<32, 32, 1, rows, 4>{});
+    else if (in <= 16 && out <= 24)
         use(PatchSizes<16, 24, 2, 2, 4>{});
-    } else {
+    else
         in <= 24 ? use(PatchSizes<24, 32, 2, 2, 2>{}) : use(PatchSizes<32, 32, 2, 2, 2>{});
-    }
-    return true;
 }
 
 // Whether this kernel is the one for the block. Narrow images leave most of a warp's patches empty.
@@ -159,13 +156,15 @@ inline bool patch_takes(const BlockSizes& sizes, Element element) {
     if (sizes.clip_expand.lower != 0 || sizes.clip_dw.lower != 0) return false;
     if (sizes.H_out < 20 || sizes.W_out < 20) return false;
     bool fits = false;
-    const bool half = half_sums(sizes, element);
-    with_patch_sizes(sizes, half, [&](auto instance) {
+    const auto check = [&](auto instance, bool half) {
         using Sizes = decltype(instance);
         const int weight_bytes = patch_weights<Sizes>(sizes.hidden_channels, half).end;
-        fits = weight_bytes < kPatchSharedBytes &&
-               best_patch_tile<Sizes>(sizes, weight_bytes).patch_cols > 0;
-    });
+        fits = best_patch_tile<Sizes>(sizes, weight_bytes).patch_cols > 0;
+    };
+    if (half_sums(sizes, element))
+        with_patch_sizes<true>(sizes, [&](auto instance) { check(instance, true); });
+    else
+        with_patch_sizes<false>(sizes, [&](auto instance) { check(instance, false); });
     return fits;
 }
 

@@ -1,0 +1,140 @@
+// How weights and x get into shared memory for the patch kernel.
+#pragma once
+#include "call.h"
+#include "patch_plan.h"
+#include "ptx.h"
+
+namespace mnv2::cuda {
+
+template <class T>
+struct Constants;
+template <>
+struct Constants<__half> {
+    static constexpr Pair kOnes = 0x3c003c00;
+    static constexpr float kLargest = 65504.f;
+};
+template <>
+struct Constants<__nv_bfloat16> {
+    static constexpr Pair kOnes = 0x3f803f80;
+    static constexpr float kLargest = 3.3895314e38f;
+};
+
+MNV2_DEVICE float bias_or_zero(const float* bias, int64_t channel, int64_t channels) {
+    return bias != nullptr && channel < channels ? bias[channel] : 0.f;
+}
+
+// A float as the sum of two numbers of T: the bias keeps its precision in the product.
+template <class T>
+MNV2_DEVICE void split(float low, float high, Pair& coarse, Pair& fine) {
+    constexpr float largest = Constants<T>::kLargest;
+    coarse = pack<T>(maximum(minimum(low, largest), -largest),
+                     maximum(minimum(high, largest), -largest));
+    const float2 rounded = unpack<T>(coarse);
+    fine = pack<T>(low - rounded.x, high - rounded.y);
+}
+
+// w_expand by groups of 8 hidden channels, and in them by input channel; behind the input channels
+// the two rows of the bias, and zeros.
+template <class T, class Sizes>
+MNV2_DEVICE void stage_expand(const Call& call, const PatchWeights& weights, SharedAddress to) {
+    const auto* w_expand = static_cast<const uint16_t*>(call.w_expand);
+    const int groups = weights.chunks * kPatchChunk / 8;
+    for (int i = thread_index(); i < groups * Sizes::kExpandRows; i += kPatchThreads) {
+        const int row = i % Sizes::kExpandRows;
+        const int64_t channel = i / Sizes::kExpandRows * 8;
+        const SharedAddress address = to + i * 16;
+        if (row < Sizes::kIn) {
+            const bool there = row < call.in_channels && channel < call.hidden_channels;
+            const int64_t from = there ? row * call.hidden_channels + channel : 0;
+            copy_async(address, w_expand + from, there ? 16 : 0);
+            continue;
+        }
+        Pair parts[2][4] = {};
+        if (row < Sizes::kIn + 2) {
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                const int64_t at = channel + 2 * c;
+                split<T>(bias_or_zero(call.b_expand, at, call.hidden_channels),
+                         bias_or_zero(call.b_expand, at + 1, call.hidden_channels), parts[0][c],
+                         parts[1][c]);
+            }
+        }
+        const bool fine = row != Sizes::kIn;
+        store_shared(address,
+                     make_uint4(parts[fine][0], parts[fine][1], parts[fine][2], parts[fine][3]));
+    }
+}
+
+// A chunk's nine taps and its bias, 16 channels each.
+template <class T, bool HalfSums>
+MNV2_DEVICE void stage_depthwise(const Call& call, const PatchWeights& weights, SharedAddress to) {
+    const auto* w_dw = static_cast<const uint16_t*>(call.w_dw);
+    const int groups = weights.chunks * kPatchChunk / 8;
+    for (int i = thread_index(); i < groups * 10; i += kPatchThreads) {
+        const int group = i / 10, tap = i % 10;
+        const int64_t channel = group * 8;
+        const SharedAddress chunk = to + group / 2 * weights.dw_chunk;
+        if (tap < 9) {
+            const bool there = channel < call.hidden_channels;
+            const int64_t from = there ? tap * call.hidden_channels + channel : 0;
+            copy_async(chunk + tap * 32 + group % 2 * 16, w_dw + from, there ? 16 : 0);
+            continue;
+        }
+        float bias[8];
+#pragma unroll
+        for (int c = 0; c < 8; c++)
+            bias[c] = bias_or_zero(call.b_dw, channel + c, call.hidden_channels);
+        if constexpr (HalfSums) {
+            store_shared(chunk + 9 * 32 + group % 2 * 16,
+                         make_uint4(pack<T>(bias[0], bias[1]), pack<T>(bias[2], bias[3]),
+                                    pack<T>(bias[4], bias[5]), pack<T>(bias[6], bias[7])));
+        } else {
+#pragma unroll
+            for (int c = 0; c < 8; c += 2)
+                store_shared(chunk + 9 * 32 + group % 2 * 32 + c * 4,
+                             make_float2(bias[c], bias[c + 1]));
+        }
+    }
+}
+
+// w_project by chunks, in them by groups of 8 output channels, and in those by hidden channel.
+template <class Sizes>
+MNV2_DEVICE void stage_project(const Call& call, const PatchWeights& weights, SharedAddress to) {
+    const auto* w_project = static_cast<const uint16_t*>(call.w_project);
+    const int rows = weights.chunks * kPatchChunk;
+    for (int i = thread_index(); i < rows * Sizes::kOutTiles; i += kPatchThreads) {
+        const int row = i / Sizes::kOutTiles, group = i % Sizes::kOutTiles;
+        const bool there = row < call.hidden_channels && group * 8 < call.out_channels;
+        const int64_t from = there ? row * call.out_channels + group * 8 : 0;
+        const int block = row / kPatchChunk * Sizes::kOutTiles + group;
+        copy_async(to + (block * kPatchChunk + row % kPatchChunk) * 16, w_project + from,
+                   there ? 16 : 0);
+    }
+}
+
+// The pixels of x under a tile, zeros outside the image, and the channels of the bias.
+template <class T, class Sizes>
+MNV2_DEVICE void stage_x(const Call& call, const PatchTile& tile, int64_t image, int64_t first_row,
+                         int64_t first_col, SharedAddress to) {
+    const auto* x =
+        static_cast<const uint16_t*>(call.x) + image * call.H * call.W * call.in_channels;
+    constexpr int octets = Sizes::kPixelPitch / 8;
+    for (int i = thread_index(); i < tile.rows * tile.cols * octets; i += kPatchThreads) {
+        const int octet = i % octets, pixel = i / octets;
+        const int row = pixel / tile.cols, col = pixel % tile.cols;
+        const int64_t y_in = first_row + row, x_in = first_col + col;
+        const bool inside = y_in >= 0 && y_in < call.H && x_in >= 0 && x_in < call.W;
+        const SharedAddress address =
+            to + 2 * (row / Sizes::kStepRows * tile.patch_row_pitch +
+                      row % Sizes::kStepRows * tile.row_pitch + Sizes::slot_col(col) + octet * 8);
+        if (octet == octets - 1) {
+            store_shared(address, make_uint4(inside ? Constants<T>::kOnes : 0u, 0u, 0u, 0u));
+        } else {
+            const bool there = inside && octet * 8 < call.in_channels;
+            const int64_t from = there ? (y_in * call.W + x_in) * call.in_channels + octet * 8 : 0;
+            copy_async(address, x + from, there ? 16 : 0);
+        }
+    }
+}
+
+}  // namespace mnv2::cuda
