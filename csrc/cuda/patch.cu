@@ -6,6 +6,7 @@
 // its own patch: the depthwise needs neither shuffles nor shared memory. And its sums lie where the
 // projection wants the operand. Shared memory holds a tile of x and all weights.
 #include <algorithm>
+#include <cstring>
 
 #include "kernels.h"
 #include "launch.h"
@@ -22,41 +23,41 @@ struct PatchCall {
     Call call;
     PatchTile tile;
     PatchWeights weights;
-    int64_t tiles;  // of all images
+    Uppers uppers;
+    int tiles;  // of all images
 };
 
 // Bias, clip, residual: a lane's part of one patch, two channels of every 8 a time.
 template <class T, class Sizes>
-MNV2_DEVICE void store_patch(const Call& call, const PatchTile& tile, int64_t image, int64_t row,
-                             int64_t col, int t, SharedAddress x,
+MNV2_DEVICE void store_patch(const Call& call, const PatchTile& tile, const Position& at, int t,
+                             SharedAddress x,
                              const float (&sums)[Sizes::kPixels / 2][Sizes::kOutTiles][4]) {
-    auto* y = static_cast<uint16_t*>(call.y);
+    const int64_t first = (at.image * call.H_out + at.row) * call.W_out + at.col;
+    auto* y = static_cast<uint16_t*>(call.y) + first * call.out_channels + 2 * t;
 #pragma unroll
-    for (int j = 0; j < Sizes::kOutTiles; j++) {
-        const int channel = j * 8 + t * 2;
-        if (channel >= call.out_channels) continue;
-        float2 bias = make_float2(0.f, 0.f);
-        if (call.b_project != nullptr)
-            bias = *reinterpret_cast<const float2*>(call.b_project + channel);
+    for (int p = 0; p < Sizes::kPixels; p++) {
+        const int row = p / Sizes::kCols, col = p % Sizes::kCols;
+        if (at.row + row >= call.H_out || at.col + col >= call.W_out) continue;
+        uint16_t* const pixel = y + (row * call.W_out + col) * call.out_channels;
+        const SharedAddress x_pixel =
+            x + tile_offset<Sizes>(tile, row + static_cast<int>(call.pad_top),
+                                   col + static_cast<int>(call.pad_left));
 #pragma unroll
-        for (int p = 0; p < Sizes::kPixels; p++) {
-            const int p_row = p / Sizes::kCols, p_col = p % Sizes::kCols;
-            if (row + p_row >= call.H_out || col + p_col >= call.W_out) continue;
-            float2 v = make_float2(sums[p / 2][j][p % 2 * 2] + bias.x,
-                                   sums[p / 2][j][p % 2 * 2 + 1] + bias.y);
+        for (int j = 0; j < Sizes::kOutTiles; j++) {
+            const int channel = j * 8 + t * 2;
+            if (channel >= call.out_channels) continue;
+            float2 v = make_float2(sums[p / 2][j][p % 2 * 2], sums[p / 2][j][p % 2 * 2 + 1]);
+            if (call.b_project != nullptr) {
+                const auto bias = *reinterpret_cast<const float2*>(call.b_project + channel);
+                v.x += bias.x, v.y += bias.y;
+            }
             v.x = minimum(maximum(v.x, call.clip_project.lower), call.clip_project.upper);
             v.y = minimum(maximum(v.y, call.clip_project.lower), call.clip_project.upper);
             if (Sizes::kStride == 1 && call.residual) {
-                const int x_row = p_row + static_cast<int>(call.pad_top);
-                const int x_col = p_col + static_cast<int>(call.pad_left);
-                const int offset = x_row / Sizes::kStepRows * tile.patch_row_pitch +
-                                   x_row % Sizes::kStepRows * tile.row_pitch +
-                                   Sizes::slot_col(x_col) + channel;
-                const float2 residual = unpack<T>(load_shared<uint32_t>(x + 2 * offset));
+                const float2 residual = unpack<T>(load_shared<uint32_t>(x_pixel + 2 * channel));
                 v.x += residual.x, v.y += residual.y;
             }
-            const int64_t pixel = (image * call.H_out + row + p_row) * call.W_out + col + p_col;
-            *reinterpret_cast<Pair*>(y + pixel * call.out_channels + channel) = pack<T>(v.x, v.y);
+            *reinterpret_cast<Pair*>(pixel + j * 8) = pack<T>(v.x, v.y);
         }
     }
 }
@@ -69,42 +70,29 @@ __global__ void __launch_bounds__(kPatchThreads, BlocksPerMultiprocessor)
     const PatchWeights& weights = arguments.weights;
     const SharedAddress shared = shared_memory(), x_tile = shared + weights.end;
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-    const int g = lane / 4, t = lane % 4;
-    const float upper_expand = call.clip_expand.upper, upper_dw = call.clip_dw.upper;
 
     stage_expand<T, Sizes>(call, weights, shared + weights.expand);
     stage_depthwise<T, HalfSums>(call, weights, shared + weights.dw);
     stage_project<Sizes>(call, weights, shared + weights.project);
 
-    const auto patch_at = [&](int patch) {
-        return x_tile + 2 * (patch / tile.patch_cols * tile.patch_row_pitch +
-                             patch % tile.patch_cols * Sizes::kPatchPitch);
-    };
     // The patches of a warp that the tile does not have read those of the last one.
     const int patches = tile.patch_cols * tile.patch_rows;
-    const int patch = warp * kPatchesPerWarp + g;
+    const int patch = warp * kPatchesPerWarp + lane / 4;
     const int loaded = min(warp * kPatchesPerWarp + lane % 8, patches - 1);
-    // Of ldmatrix: matrices 0 and 2 are the first pixel of a pair, 2 and 3 the upper 8 channels.
-    const SharedAddress pixels =
-        patch_at(loaded) + lane / 8 % 2 * Sizes::kPixelPitch * 2 + lane / 16 * 16;
+    // Of ldmatrix: matrices 1 and 3 are the second pixel of a pair, 2 and 3 the upper 8 channels.
+    const SharedAddress pixels = patch_address<Sizes>(tile, loaded, x_tile) +
+                                 lane / 8 % 2 * Sizes::kPixelPitch * 2 + lane / 16 * 16;
 
-    for (int64_t number = block_index(); number < arguments.tiles; number += grid_blocks()) {
-        const int64_t tiles_per_image = static_cast<int64_t>(tile.tile_cols) * tile.tile_rows;
-        const int64_t image = number / tiles_per_image;
-        const int in_image = static_cast<int>(number % tiles_per_image);
-        const int64_t first_row =
-            in_image / tile.tile_cols * int64_t{tile.patch_rows} * Sizes::kRows;
-        const int64_t first_col =
-            in_image % tile.tile_cols * int64_t{tile.patch_cols} * Sizes::kCols;
-        stage_x<T, Sizes>(call, tile, image, first_row * Sizes::kStride - call.pad_top,
-                          first_col * Sizes::kStride - call.pad_left, x_tile);
+    for (int number = block_index(); number < arguments.tiles; number += grid_blocks()) {
+        Position at = position<Sizes>(tile, number);
+        stage_x<T, Sizes>(call, tile, at, x_tile);
         copy_async_commit();
         copy_async_wait<0>();
         block_barrier();
 
         // Whether any patch of the warp has an output pixel.
-        const int64_t rows_left = (call.H_out - first_row - 1) / Sizes::kRows + 1;
-        if (warp * kPatchesPerWarp < min(int64_t{patches}, rows_left * tile.patch_cols)) {
+        const int rows_left = (static_cast<int>(call.H_out) - at.row - 1) / Sizes::kRows + 1;
+        if (warp * kPatchesPerWarp < min(patches, rows_left * tile.patch_cols)) {
             float sums[Sizes::kPixels / 2][Sizes::kOutTiles][4] = {};
 #pragma unroll 1
             for (int chunk = 0; chunk < weights.chunks; chunk++) {
@@ -113,29 +101,43 @@ __global__ void __launch_bounds__(kPatchThreads, BlocksPerMultiprocessor)
                 load_expand<Sizes>(
                     shared + weights.expand + chunk * kPatchChunk * Sizes::kExpandRows * 2, lane,
                     w_expand);
-                depthwise.start(shared + weights.dw + chunk * weights.dw_chunk, t);
+                depthwise.start(shared + weights.dw + chunk * weights.dw_chunk, lane % 4);
+                // Sums of these are not worth registers from one chunk to the next.
+                PatchTile pitches = tile;
+                pitches.row_pitch = opaque(tile.row_pitch);
+                pitches.patch_row_pitch = opaque(tile.patch_row_pitch);
 #pragma unroll
                 for (int pair = 0; pair < Sizes::kSlotRows * Sizes::kSlotCols / 2; pair++) {
                     const int row = 2 * pair / Sizes::kSlotCols, col = 2 * pair % Sizes::kSlotCols;
-                    const int offset = row / Sizes::kStepRows * tile.patch_row_pitch +
-                                       row % Sizes::kStepRows * tile.row_pitch +
-                                       Sizes::slot_col(col);
-                    expand_pair<T, Sizes, HalfSums>(pair, pixels + 2 * offset, w_expand,
-                                                    upper_expand, depthwise);
+                    expand_pair<T, Sizes, HalfSums>(pair,
+                                                    pixels + tile_offset<Sizes>(pitches, row, col),
+                                                    w_expand, arguments.uppers, depthwise);
                 }
                 project<T, Sizes, HalfSums>(
                     shared + weights.project + chunk * kPatchChunk * Sizes::kOut * 2, lane,
-                    upper_dw, depthwise, sums);
+                    arguments.uppers, depthwise, sums);
             }
             if (patch < patches) {
-                const int64_t row = first_row + patch / tile.patch_cols * Sizes::kRows;
-                const int64_t col = first_col + patch % tile.patch_cols * Sizes::kCols;
-                store_patch<T, Sizes>(call, tile, image, row, col, t, patch_at(patch), sums);
+                at = position<Sizes>(tile, number);
+                at.row += patch / tile.patch_cols * Sizes::kRows;
+                at.col += patch % tile.patch_cols * Sizes::kCols;
+                store_patch<T, Sizes>(call, tile, at, lane % 4,
+                                      patch_address<Sizes>(tile, patch, x_tile), sums);
             }
         }
         block_barrier();
     }
 }
+
+// A number rounded to T, in both halves of a pair.
+template <class T>
+Pair twice(float value) {
+    const T rounded(value);
+    uint16_t bits;
+    std::memcpy(&bits, &rounded, sizeof(bits));
+    return bits * 0x10001u;
+}
+
 template <class T, class Sizes, bool HalfSums>
 cudaError_t launch_patch(const Call& call, const Device& device, cudaStream_t stream) {
     // As many as have registers: 255 a thread where there are 2.
@@ -144,9 +146,13 @@ cudaError_t launch_patch(const Call& call, const Device& device, cudaStream_t st
     arguments.call = call;
     arguments.weights = patch_weights<Sizes>(call.hidden_channels, HalfSums);
     arguments.tile = best_patch_tile<Sizes>(call, arguments.weights.end);
-    arguments.tiles = call.N * arguments.tile.tile_cols * arguments.tile.tile_rows;
+    arguments.uppers = {call.clip_expand.upper, twice<T>(call.clip_expand.upper),
+                        twice<T>(call.clip_dw.upper)};
+    const int64_t tiles = call.N * arguments.tile.tile_cols * arguments.tile.tile_rows;
+    if (tiles > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
+    arguments.tiles = static_cast<int>(tiles);
     const int shared_bytes = arguments.weights.end + arguments.tile.x_elements * 2;
-    const int64_t resident = std::min(blocks, device.shared_bytes / shared_bytes);
+    const int resident = std::min(blocks, device.shared_bytes / shared_bytes);
     const Grid grid{std::min(arguments.tiles, resident * device.multiprocessors), kPatchThreads,
                     shared_bytes};
     return launch(inverted_residual_patch<T, Sizes, HalfSums, blocks>, grid, stream, arguments);

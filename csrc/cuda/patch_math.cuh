@@ -5,6 +5,12 @@
 
 namespace mnv2::cuda {
 
+// Upper bounds of the expanded values and of the depthwise sums; the lower ones are 0.
+struct Uppers {
+    float expanded;
+    Pair expanded_pair, sum_pair;
+};
+
 // The depthwise sums of a lane: two channels of every pixel of its patch, for each of the two
 // groups of 8 channels in a chunk; in fp16, or in float.
 template <class T, class Sizes, bool HalfSums>
@@ -27,16 +33,16 @@ struct Depthwise<T, Sizes, true> {
         }
     }
 
-    MNV2_DEVICE static Pair clipped(float low, float high, float upper) {
-        return minimum<T>(pack_relu<T>(low, high), pack<T>(upper, upper));
+    MNV2_DEVICE static Pair clipped(float low, float high, const Uppers& upper) {
+        return minimum<T>(pack_relu<T>(low, high), upper.expanded_pair);
     }
     MNV2_DEVICE void add(int h, int pixel, int tap, Pair expanded) {
         // Slots come row by row, so that tap 8 is the last one of every sum.
         sum[h][pixel] = tap == 8 ? multiply_add_relu<T>(expanded, weight[h][tap], sum[h][pixel])
                                  : multiply_add<T>(expanded, weight[h][tap], sum[h][pixel]);
     }
-    MNV2_DEVICE Pair clipped_sum(int h, int pixel, float upper) const {
-        return minimum<T>(sum[h][pixel], pack<T>(upper, upper));
+    MNV2_DEVICE Pair clipped_sum(int h, int pixel, const Uppers& upper) const {
+        return minimum<T>(sum[h][pixel], upper.sum_pair);
     }
 };
 
@@ -57,23 +63,24 @@ struct Depthwise<T, Sizes, false> {
         }
     }
 
-    MNV2_DEVICE static float2 clipped(float low, float high, float upper) {
-        return make_float2(minimum(maximum(low, 0.f), upper), minimum(maximum(high, 0.f), upper));
+    MNV2_DEVICE static float2 clipped(float low, float high, const Uppers& upper) {
+        return make_float2(minimum(maximum(low, 0.f), upper.expanded),
+                           minimum(maximum(high, 0.f), upper.expanded));
     }
     MNV2_DEVICE void add(int h, int pixel, int tap, float2 expanded) {
         float2& s = sum[h][pixel];
         s.x = fmaf(expanded.x, weight[h][tap].x, s.x);
         s.y = fmaf(expanded.y, weight[h][tap].y, s.y);
     }
-    MNV2_DEVICE Pair clipped_sum(int h, int pixel, float upper) const {
-        return minimum<T>(pack_relu<T>(sum[h][pixel].x, sum[h][pixel].y), pack<T>(upper, upper));
+    MNV2_DEVICE Pair clipped_sum(int h, int pixel, const Uppers& upper) const {
+        return minimum<T>(pack_relu<T>(sum[h][pixel].x, sum[h][pixel].y), upper.sum_pair);
     }
 };
 
 // Adds the pixels 2 pair and 2 pair + 1 of all patches, expanded, to the sums that use them.
 template <class T, class Sizes, bool HalfSums>
 MNV2_DEVICE void expand_pair(int pair, SharedAddress pixels, const uint32_t (&w_expand)[2][6],
-                             float upper, Depthwise<T, Sizes, HalfSums>& depthwise) {
+                             const Uppers& upper, Depthwise<T, Sizes, HalfSums>& depthwise) {
     float expanded[2][4] = {};
 #pragma unroll
     for (int k = 0; k < Sizes::kProducts16; k++) {
@@ -123,14 +130,14 @@ MNV2_DEVICE void load_expand(SharedAddress chunk, int lane, uint32_t (&operands)
         for (int k = 0; k < 4; k++) operands[h][k] = first[k];
         if constexpr (Sizes::kExpandRows > 32) {
             uint32_t last[1];
-            load_matrices_transposed(last, group + (32 + lane % 8) * 16);
+            load_matrices_transposed(last, group + (32 + lane) * 16);
             operands[h][4] = last[0];
         }
     }
 }
 
 template <class T, class Sizes, bool HalfSums>
-MNV2_DEVICE void project(SharedAddress chunk, int lane, float upper,
+MNV2_DEVICE void project(SharedAddress chunk, int lane, const Uppers& upper,
                          const Depthwise<T, Sizes, HalfSums>& depthwise,
                          float (&sums)[Sizes::kPixels / 2][Sizes::kOutTiles][4]) {
     Pair operands[Sizes::kPixels / 2][4];
@@ -147,7 +154,7 @@ MNV2_DEVICE void project(SharedAddress chunk, int lane, float upper,
             load_matrices_transposed(w, chunk + j * 256 + lane * 16);
         } else {
             uint32_t last[2];
-            load_matrices_transposed(last, chunk + j * 256 + lane % 16 * 16);
+            load_matrices_transposed(last, chunk + j * 256 + lane * 16);
             w[0] = last[0], w[1] = last[1];
         }
 #pragma unroll

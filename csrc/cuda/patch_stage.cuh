@@ -49,19 +49,19 @@ MNV2_DEVICE void stage_expand(const Call& call, const PatchWeights& weights, Sha
             copy_async(address, w_expand + from, there ? 16 : 0);
             continue;
         }
-        Pair parts[2][4] = {};
+        Pair coarse[4] = {}, fine[4] = {};
         if (row < Sizes::kIn + 2) {
 #pragma unroll
             for (int c = 0; c < 4; c++) {
                 const int64_t at = channel + 2 * c;
                 split<T>(bias_or_zero(call.b_expand, at, call.hidden_channels),
-                         bias_or_zero(call.b_expand, at + 1, call.hidden_channels), parts[0][c],
-                         parts[1][c]);
+                         bias_or_zero(call.b_expand, at + 1, call.hidden_channels), coarse[c],
+                         fine[c]);
             }
         }
-        const bool fine = row != Sizes::kIn;
-        store_shared(address,
-                     make_uint4(parts[fine][0], parts[fine][1], parts[fine][2], parts[fine][3]));
+        store_shared(address, row == Sizes::kIn
+                                  ? make_uint4(coarse[0], coarse[1], coarse[2], coarse[3])
+                                  : make_uint4(fine[0], fine[1], fine[2], fine[3]));
     }
 }
 
@@ -112,27 +112,56 @@ MNV2_DEVICE void stage_project(const Call& call, const PatchWeights& weights, Sh
     }
 }
 
+// The first output pixel of a tile.
+struct Position {
+    int64_t image;
+    int row, col;
+};
+
+template <class Sizes>
+MNV2_DEVICE Position position(const PatchTile& tile, int number) {
+    const int in_image = number % (tile.tile_cols * tile.tile_rows);
+    return {number / (tile.tile_cols * tile.tile_rows),
+            in_image / tile.tile_cols * tile.patch_rows * Sizes::kRows,
+            in_image % tile.tile_cols * tile.patch_cols * Sizes::kCols};
+}
+
+// Bytes from the first pixel of x under a patch to another one, counted from that patch.
+template <class Sizes>
+MNV2_DEVICE int tile_offset(const PatchTile& tile, int row, int col) {
+    return 2 * (row / Sizes::kStepRows * tile.patch_row_pitch +
+                row % Sizes::kStepRows * tile.row_pitch + Sizes::slot_col(col));
+}
+
+// Where the pixels under a patch begin.
+template <class Sizes>
+MNV2_DEVICE SharedAddress patch_address(const PatchTile& tile, int patch, SharedAddress x) {
+    return x + 2 * (patch / tile.patch_cols * tile.patch_row_pitch +
+                    patch % tile.patch_cols * Sizes::kPatchPitch);
+}
+
 // The pixels of x under a tile, zeros outside the image, and the channels of the bias.
 template <class T, class Sizes>
-MNV2_DEVICE void stage_x(const Call& call, const PatchTile& tile, int64_t image, int64_t first_row,
-                         int64_t first_col, SharedAddress to) {
+MNV2_DEVICE void stage_x(const Call& call, const PatchTile& tile, const Position& at,
+                         SharedAddress to) {
     const auto* x =
-        static_cast<const uint16_t*>(call.x) + image * call.H * call.W * call.in_channels;
+        static_cast<const uint16_t*>(call.x) + at.image * call.H * call.W * call.in_channels;
+    const int first_row = at.row * Sizes::kStride - static_cast<int>(call.pad_top);
+    const int first_col = at.col * Sizes::kStride - static_cast<int>(call.pad_left);
     constexpr int octets = Sizes::kPixelPitch / 8;
     for (int i = thread_index(); i < tile.rows * tile.cols * octets; i += kPatchThreads) {
         const int octet = i % octets, pixel = i / octets;
         const int row = pixel / tile.cols, col = pixel % tile.cols;
-        const int64_t y_in = first_row + row, x_in = first_col + col;
-        const bool inside = y_in >= 0 && y_in < call.H && x_in >= 0 && x_in < call.W;
-        const SharedAddress address =
-            to + 2 * (row / Sizes::kStepRows * tile.patch_row_pitch +
-                      row % Sizes::kStepRows * tile.row_pitch + Sizes::slot_col(col) + octet * 8);
+        const int x_row = first_row + row, x_col = first_col + col;
+        const bool inside = x_row >= 0 && x_row < call.H && x_col >= 0 && x_col < call.W;
+        const SharedAddress address = to + tile_offset<Sizes>(tile, row, col) + octet * 16;
         if (octet == octets - 1) {
             store_shared(address, make_uint4(inside ? Constants<T>::kOnes : 0u, 0u, 0u, 0u));
         } else {
             const bool there = inside && octet * 8 < call.in_channels;
-            const int64_t from = there ? (y_in * call.W + x_in) * call.in_channels + octet * 8 : 0;
-            copy_async(address, x + from, there ? 16 : 0);
+            const int64_t pixel_of_x = there ? x_row * call.W + x_col : 0;
+            copy_async(address, x + pixel_of_x * call.in_channels + (there ? octet * 8 : 0),
+                       there ? 16 : 0);
         }
     }
 }

@@ -38,6 +38,13 @@ MNV2_DEVICE void block_barrier() { __syncthreads(); }
 // The same for the 32 lanes of a warp.
 MNV2_DEVICE void warp_barrier() { __syncwarp(); }
 
+// A value of which the compiler knows nothing: sums of it are not made ahead of a loop, where they
+// would take registers.
+MNV2_DEVICE int opaque(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // ---- Shared memory
 
 // Where the block's dynamic shared memory starts, a multiple of 128 bytes.
