@@ -1,0 +1,295 @@
+"""The CUDA kernels on the CPU: built by the host compiler against tests/cuda_on_cpu, and run.
+
+    y = emulated_cuda.run("patch", x, weights, stride=1, padding=(1, 1, 1, 1), dilation=1,
+                          residual=True)
+
+What a kernel does wrong on the way (a race, an address, a deadlock) is an `EmulatorError`.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mnv2_kernels import FoldedWeights, contract
+from mnv2_kernels.block import Padding
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ("patch", "tile", "generic")
+SCHEDULES = ("round_robin", "random_fiber", "greedy_warp")
+FLAGS = (
+    *("-std=c++17", "-O2", "-g1", "-mf16c", "-fPIC", "-fno-strict-aliasing", "-x", "c++"),
+    *(
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-Wno-attributes",
+        "-Wno-unused-function",
+        "-fmax-errors=10",
+    ),
+)
+CACHE = ROOT / "build/cuda_on_cpu"
+# A shared address that nobody wrote, and what a kernel leaves unwritten of y: a NaN in every dtype,
+# other than those that arithmetic gives.
+FILL = 0xFF
+_ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+
+
+class EmulatorError(Exception):
+    """What a kernel did wrong while it ran."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a launch is told of the GPU (csrc/cuda/call.h)."""
+
+    multiprocessors: int = 132
+    shared_bytes: int = 227 << 10
+    capability: int = 90
+
+
+A100 = Device(108, 163 << 10, 80)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one run: blocks of threads, barriers that they passed, 8x8 matrices that ldmatrix read
+    and the passes over the banks that this took."""
+
+    blocks: int
+    block_barriers: int
+    matrices: int
+    passes: int
+
+
+def cuda_include() -> Path | None:
+    """The folder with cuda_fp16.h, without which nothing here can be built."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc := shutil.which("nvcc"):
+        homes.append(str(Path(nvcc).resolve().parent.parent))
+    for home in homes:
+        if home and (Path(home) / "include/cuda_fp16.h").exists():
+            return Path(home) / "include"
+    return None
+
+
+def why_not() -> str | None:
+    """Why nothing can be emulated here, or None."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return "the emulator needs Linux on x86-64"
+    if shutil.which("g++") is None:
+        return "the emulator needs g++"
+    if cuda_include() is None:
+        return "the emulator needs CUDA's headers (CUDA_HOME)"
+    return None
+
+
+def sources() -> list[Path]:
+    """The files that a library of the kernels is built from."""
+    there = [ROOT / f"csrc/cuda/{name}.cu" for name in KERNELS]
+    own = [ROOT / "tests/cuda_on_cpu/library.cpp", ROOT / "tests/cuda_on_cpu/emulator.cpp"]
+    return own + [path for path in there if path.exists()]
+
+
+def build(
+    sources: Sequence[Path], flags: Sequence[str] = (), compiled_as: dict[Path, str] | None = None
+) -> Path:
+    """Compile and link; returns the library. What was built from the same text is taken again.
+
+    `compiled_as` has texts to compile instead of those of some files.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    names = {path.stem.upper() for path in sources if path.suffix == ".cu"}
+    flags = [*FLAGS, *flags, *(f"-DMNV2_HAS_{name}" for name in sorted(names))]
+    texts = compiled_as or {}
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(
+            pool.map(lambda path: _compile(path, texts.get(path, path.read_text()), flags), sources)
+        )
+    key = hashlib.sha256(" ".join(str(o) for o in objects).encode()).hexdigest()[:20]
+    library = CACHE / f"{key}.so"
+    sanitize = [flag for flag in flags if flag.startswith("-fsanitize")]
+    link = ["g++", "-shared", *sanitize, *map(str, objects)]
+    _make(library, lambda to: [*link, "-o", to])
+    return library
+
+
+@cache
+def _headers() -> bytes:
+    """Hash of every header that a source can include."""
+    digest = hashlib.sha256()
+    for folder in ("csrc", "tests/cuda_on_cpu"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".h", ".cuh"):
+                digest.update(path.as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.digest()
+
+
+def _compile(path: Path, text: str, flags: list[str]) -> Path:
+    digest = hashlib.sha256(_headers() + "\0".join([str(path), text, *flags]).encode())
+    name = digest.hexdigest()[:20]
+    include = [ROOT / "tests/cuda_on_cpu", path.parent, cuda_include()]
+    command = ["g++", *flags, *(f"-I{folder}" for folder in include), "-c"]
+    # The text is compiled from the standard input, so that a mutant needs no file of its own.
+    object_file = CACHE / f"{name}.o"
+    _make(object_file, lambda to: [*command, "-", "-o", to], text=f'#line 1 "{path}"\n{text}')
+    return object_file
+
+
+def _make(path: Path, command, text: str | None = None) -> None:
+    """Runs a command that writes `path`, in one process at a time and unless it is there."""
+    with open(CACHE / f"{path.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        temporary = f"{path}.new"
+        done = subprocess.run(command(temporary), input=text, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{path.name} was not built:\n{done.stderr}")
+        os.replace(temporary, path)
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("N", "H", "W", "H_out", "W_out")),
+        *((name, ctypes.c_int64) for name in ("in_channels", "hidden_channels", "out_channels")),
+        *((name, ctypes.c_int64) for name in ("kernel", "stride", "dilation")),
+        *((name, ctypes.c_int64) for name in ("pad_top", "pad_left", "expansion", "residual")),
+        ("element", ctypes.c_int64),
+        ("clips", ctypes.c_float * 6),
+        *((name, ctypes.c_void_p) for name in ("x", "w_expand", "w_dw", "w_project")),
+        *((name, ctypes.c_void_p) for name in ("b_expand", "b_dw", "b_project", "y")),
+    ]
+
+
+class Guarded:
+    """The elements of a tensor in memory of their own, between others that are NaN."""
+
+    _MARGIN = 4096
+
+    def __init__(self, values: Tensor):
+        """values: contiguous; the copy starts at a multiple of 16 bytes, and no larger one."""
+        self.bytes = values.numel() * values.element_size()
+        self.memory = torch.full((2 * self._MARGIN + self.bytes,), FILL, dtype=torch.uint8)
+        self.start = self._MARGIN - self.memory.data_ptr() % 32 + 16
+        self.address = self.memory.data_ptr() + self.start
+        self.inside = self.memory[self.start : self.start + self.bytes]
+        self.inside.copy_(values.reshape(-1).view(torch.uint8))
+
+    def changed_outside(self) -> bool:
+        before, after = self.memory[: self.start], self.memory[self.start + self.bytes :]
+        return not bool((before == FILL).all() and (after == FILL).all())
+
+
+class Library:
+    """A built library. `counts` are those of the last run."""
+
+    def __init__(self, path: Path):
+        self._library = ctypes.CDLL(str(path))
+        self._library.mnv2_message.restype = ctypes.c_char_p
+        self.counts: Counts | None = None
+
+    def run(
+        self,
+        kernel: str | None,
+        x: Tensor,
+        weights: FoldedWeights,
+        *,
+        stride: int,
+        padding: Padding,
+        dilation: int,
+        residual: bool,
+        device: Device = Device(),
+        schedule: str = "round_robin",
+        seed: int = 1,
+        tracking: bool = True,
+    ) -> Tensor:
+        """One call of a kernel, or of the one that choose() names.
+
+        x (N, C_in, H, W), float16, bfloat16 or float32; weights in the same dtype, their biases in
+        any. Returns y (N, C_out, H_out, W_out), channels_last. Raises EmulatorError with the first
+        thing that went wrong, RuntimeError where the launch was refused.
+        """
+        settings = (stride, padding, dilation, residual)
+        shape = contract.check(x, *weights.tensors(), *settings, *weights.clips())
+        batch, out_channels, height_out, width_out = shape
+        names = ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
+        memory = {
+            name: Guarded((t.float() if name.startswith("b_") else t).contiguous())
+            for name in names
+            if (t := getattr(weights, name)) is not None
+        }
+        memory["x"] = Guarded(x.permute(0, 2, 3, 1).contiguous())
+        y = torch.empty(batch, height_out, width_out, out_channels, dtype=x.dtype)
+        y.view(torch.uint8).fill_(FILL)
+        memory["y"] = Guarded(y)
+        kernel_size, _, hidden = weights.w_dw.shape
+        call = _Call(
+            *(batch, x.shape[2], x.shape[3], height_out, width_out),
+            *(x.shape[1], hidden, out_channels, kernel_size, stride, dilation, *padding[:2]),
+            *(weights.w_expand is not None, residual, _ELEMENTS[x.dtype]),
+            (ctypes.c_float * 6)(*(bound for clip in weights.clips() for bound in clip)),
+            **{name: guarded.address for name, guarded in memory.items()},
+        )
+        self.configure(device, schedule, seed, tracking)
+        number = KERNELS.index(kernel)
+        status = self._library.mnv2_run(
+            number,
+            ctypes.byref(call),
+            device.multiprocessors,
+            device.shared_bytes,
+            device.capability,
+        )
+        self.check(kernel, status)
+        if memory["y"].changed_outside():
+            raise EmulatorError(f"{kernel}: wrote outside of y")
+        y.view(-1).view(torch.uint8).copy_(memory["y"].inside)
+        size = {2: torch.int16, 4: torch.int32}[y.element_size()]
+        if bool((y.view(size) == -1).any()):
+            first = (y.view(size) == -1).nonzero()[0].tolist()
+            raise EmulatorError(f"{kernel}: never wrote y at (image, row, column, channel) {first}")
+        return y.permute(0, 3, 1, 2)
+
+    def configure(
+        self,
+        device: Device = Device(),
+        schedule: str = "round_robin",
+        seed: int = 1,
+        tracking: bool = True,
+    ) -> None:
+        """For the launches that follow."""
+        number = SCHEDULES.index(schedule)
+        self._library.mnv2_configure(number, seed, tracking, device.shared_bytes, device.capability)
+
+    def check(self, name: str, status: int) -> None:
+        """Raises where a launch went wrong; sets `counts` where not."""
+        message = self._library.mnv2_message().decode()
+        if message:
+            raise EmulatorError(f"{name}: {message}")
+        if status:
+            raise RuntimeError(f"{name}: the launch was refused with CUDA error {status}")
+        counts = (ctypes.c_int64 * 4)()
+        self._library.mnv2_counts(counts)
+        self.counts = Counts(*counts)
+
+
+@cache
+def library() -> Library:
+    """All kernels that there are."""
+    return Library(build(sources()))
+
+
+def run(kernel: str | None, x: Tensor, weights: FoldedWeights, **settings) -> Tensor:
+    """`Library.run` of all kernels that there are."""
+    return library().run(kernel, x, weights, **settings)
