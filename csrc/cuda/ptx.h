@@ -97,6 +97,14 @@ MNV2_DEVICE uint4 load_shared<uint4>(SharedAddress address) {
     return v;
 }
 template <>
+MNV2_DEVICE float4 load_shared<float4>(SharedAddress address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address));
+    return v;
+}
+template <>
 MNV2_DEVICE void store_shared<uint16_t>(SharedAddress address, uint16_t v) {
     asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(v));
 }
@@ -120,6 +128,11 @@ template <>
 MNV2_DEVICE void store_shared<uint4>(SharedAddress address, uint4 v) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
                  "r"(v.z), "r"(v.w));
+}
+template <>
+MNV2_DEVICE void store_shared<float4>(SharedAddress address, float4 v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y),
+                 "f"(v.z), "f"(v.w));
 }
 
 // Begins to copy 16 bytes to shared memory, of which the first `bytes` (0 to 16) are read from
