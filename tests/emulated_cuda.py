@@ -11,12 +11,11 @@ import fcntl
 import hashlib
 import os
 import platform
-import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -54,11 +53,12 @@ class EmulatorError(Exception):
 class Device:
     """What a launch is told of the GPU (csrc/cuda/call.h)."""
 
-    multiprocessors: int = 132
-    shared_bytes: int = 227 << 10
-    capability: int = 90
+    multiprocessors: int
+    shared_bytes: int
+    capability: int
 
 
+H200 = Device(132, 227 << 10, 90)
 A100 = Device(108, 163 << 10, 80)
 
 
@@ -95,10 +95,13 @@ def why_not() -> str | None:
     return None
 
 
+EMULATOR = tuple(ROOT / "tests/cuda_on_cpu" / name for name in ("emulator.cpp", "control.cpp"))
+
+
 def sources() -> list[Path]:
     """The files that a library of the kernels is built from."""
     there = [ROOT / f"csrc/cuda/{name}.cu" for name in KERNELS]
-    own = [ROOT / "tests/cuda_on_cpu/library.cpp", ROOT / "tests/cuda_on_cpu/emulator.cpp"]
+    own = [ROOT / "tests/cuda_on_cpu/library.cpp", ROOT / "csrc/cuda/choose.cpp", *EMULATOR]
     return own + [path for path in there if path.exists()]
 
 
@@ -192,13 +195,53 @@ class Guarded:
         return not bool((before == FILL).all() and (after == FILL).all())
 
 
-class Library:
-    """A built library. `counts` are those of the last run."""
+class Emulator:
+    """A built library with tests/cuda_on_cpu in it. `counts` are those of the last launch."""
 
     def __init__(self, path: Path):
-        self._library = ctypes.CDLL(str(path))
-        self._library.mnv2_message.restype = ctypes.c_char_p
+        self.functions = ctypes.CDLL(str(path))
+        self.functions.mnv2_message.restype = ctypes.c_char_p
         self.counts: Counts | None = None
+
+    def launch(
+        self,
+        name: str,
+        start: Callable[[], int],
+        device: Device = H200,
+        schedule: str = "round_robin",
+        seed: int = 1,
+        tracking: bool = True,
+    ) -> None:
+        """Calls `start`, which launches a kernel and returns a cudaError_t.
+
+        Raises EmulatorError with the first thing that the kernel did wrong, RuntimeError where the
+        launch was refused. tracking: see races, and reads of what nobody wrote.
+        """
+        self.functions.mnv2_configure(
+            SCHEDULES.index(schedule), seed, tracking, device.shared_bytes, device.capability
+        )
+        status = start()
+        if message := self.functions.mnv2_message().decode():
+            raise EmulatorError(f"{name}: {message}")
+        if status:
+            raise RuntimeError(f"{name}: the launch was refused with CUDA error {status}")
+        counts = (ctypes.c_int64 * 4)()
+        self.functions.mnv2_counts(counts)
+        self.counts = Counts(*counts)
+
+
+class Library(Emulator):
+    """The kernels."""
+
+    def chosen(self, x: Tensor, weights: FoldedWeights, **settings) -> str:
+        """The kernel that the package would take for a call."""
+        call = _describe(x, weights, **settings)
+        return KERNELS[self.functions.mnv2_choose(ctypes.byref(call))]
+
+    def takes(self, kernel: str, x: Tensor, weights: FoldedWeights, **settings) -> bool:
+        """Whether a kernel can run a call."""
+        call = _describe(x, weights, **settings)
+        return bool(self.functions.mnv2_takes(KERNELS.index(kernel), ctypes.byref(call)))
 
     def run(
         self,
@@ -206,82 +249,79 @@ class Library:
         x: Tensor,
         weights: FoldedWeights,
         *,
-        stride: int,
-        padding: Padding,
-        dilation: int,
-        residual: bool,
-        device: Device = Device(),
+        device: Device = H200,
         schedule: str = "round_robin",
         seed: int = 1,
         tracking: bool = True,
+        place: type = Guarded,
+        **settings,
     ) -> Tensor:
         """One call of a kernel, or of the one that choose() names.
 
+        settings: stride, padding, dilation, residual; the others are those of `launch`.
+
         x (N, C_in, H, W), float16, bfloat16 or float32; weights in the same dtype, their biases in
-        any. Returns y (N, C_out, H_out, W_out), channels_last. Raises EmulatorError with the first
-        thing that went wrong, RuntimeError where the launch was refused.
+        any. Returns y (N, C_out, H_out, W_out), channels_last. Raises as `launch` does, and
+        ValueError where the kernel does not take the call.
         """
-        settings = (stride, padding, dilation, residual)
-        shape = contract.check(x, *weights.tensors(), *settings, *weights.clips())
-        batch, out_channels, height_out, width_out = shape
-        names = ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
+        kernel = kernel or self.chosen(x, weights, **settings)
+        if not self.takes(kernel, x, weights, **settings):
+            raise ValueError(f"{kernel} does not take this call")
+        call = _describe(x, weights, **settings)
         memory = {
-            name: Guarded((t.float() if name.startswith("b_") else t).contiguous())
-            for name in names
+            name: place((t.float() if name.startswith("b_") else t).contiguous())
+            for name in ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
             if (t := getattr(weights, name)) is not None
         }
-        memory["x"] = Guarded(x.permute(0, 2, 3, 1).contiguous())
-        y = torch.empty(batch, height_out, width_out, out_channels, dtype=x.dtype)
+        memory["x"] = place(x.permute(0, 2, 3, 1).contiguous())
+        y = torch.empty(call.N, call.H_out, call.W_out, call.out_channels, dtype=x.dtype)
         y.view(torch.uint8).fill_(FILL)
-        memory["y"] = Guarded(y)
-        kernel_size, _, hidden = weights.w_dw.shape
-        call = _Call(
-            *(batch, x.shape[2], x.shape[3], height_out, width_out),
-            *(x.shape[1], hidden, out_channels, kernel_size, stride, dilation, *padding[:2]),
-            *(weights.w_expand is not None, residual, _ELEMENTS[x.dtype]),
-            (ctypes.c_float * 6)(*(bound for clip in weights.clips() for bound in clip)),
-            **{name: guarded.address for name, guarded in memory.items()},
+        memory["y"] = place(y)
+        for name, placed in memory.items():
+            setattr(call, name, placed.address)
+        arguments = KERNELS.index(kernel), ctypes.byref(call), *astuple(device)
+        self.launch(
+            kernel,
+            lambda: self.functions.mnv2_run(*arguments),
+            device,
+            schedule,
+            seed,
+            tracking,
         )
-        self.configure(device, schedule, seed, tracking)
-        number = KERNELS.index(kernel)
-        status = self._library.mnv2_run(
-            number,
-            ctypes.byref(call),
-            device.multiprocessors,
-            device.shared_bytes,
-            device.capability,
-        )
-        self.check(kernel, status)
         if memory["y"].changed_outside():
             raise EmulatorError(f"{kernel}: wrote outside of y")
         y.view(-1).view(torch.uint8).copy_(memory["y"].inside)
-        size = {2: torch.int16, 4: torch.int32}[y.element_size()]
-        if bool((y.view(size) == -1).any()):
-            first = (y.view(size) == -1).nonzero()[0].tolist()
-            raise EmulatorError(f"{kernel}: never wrote y at (image, row, column, channel) {first}")
+        fill = {2: torch.int16, 4: torch.int32}[y.element_size()]
+        if bool((left := y.view(fill) == -1).any()):
+            raise EmulatorError(
+                f"{kernel}: never wrote y at (image, row, column, channel)"
+                f" {left.nonzero()[0].tolist()}"
+            )
         return y.permute(0, 3, 1, 2)
 
-    def configure(
-        self,
-        device: Device = Device(),
-        schedule: str = "round_robin",
-        seed: int = 1,
-        tracking: bool = True,
-    ) -> None:
-        """For the launches that follow."""
-        number = SCHEDULES.index(schedule)
-        self._library.mnv2_configure(number, seed, tracking, device.shared_bytes, device.capability)
 
-    def check(self, name: str, status: int) -> None:
-        """Raises where a launch went wrong; sets `counts` where not."""
-        message = self._library.mnv2_message().decode()
-        if message:
-            raise EmulatorError(f"{name}: {message}")
-        if status:
-            raise RuntimeError(f"{name}: the launch was refused with CUDA error {status}")
-        counts = (ctypes.c_int64 * 4)()
-        self._library.mnv2_counts(counts)
-        self.counts = Counts(*counts)
+def _describe(
+    x: Tensor,
+    weights: FoldedWeights,
+    *,
+    stride: int,
+    padding: Padding,
+    dilation: int,
+    residual: bool,
+) -> _Call:
+    """A call without its pointers."""
+    shape = contract.check(
+        x, *weights.tensors(), stride, padding, dilation, residual, *weights.clips()
+    )
+    batch, out_channels, height_out, width_out = shape
+    _, in_channels, height, width = x.shape
+    kernel, _, hidden = weights.w_dw.shape
+    return _Call(
+        *(batch, height, width, height_out, width_out, in_channels, hidden, out_channels),
+        *(kernel, stride, dilation, *padding[:2], weights.w_expand is not None, residual),
+        _ELEMENTS[x.dtype],
+        (ctypes.c_float * 6)(*(bound for clip in weights.clips() for bound in clip)),
+    )
 
 
 @cache

@@ -1,32 +1,27 @@
-// What Python calls (tests/emulated_cuda.py).
+// The kernels for Python (tests/emulated_cuda.py).
 #include "../../csrc/cuda/kernels.h"
-#include "emulator.h"
+#include "../../csrc/cuda/patch_plan.h"
+#include "../../csrc/cuda/tile_plan.h"
 
-namespace {
+namespace mnv2::cuda {
+
+#ifndef MNV2_HAS_PATCH
+cudaError_t run_patch(const Call&, const Device&, cudaStream_t) { return cudaErrorUnknown; }
+#endif
+#ifndef MNV2_HAS_TILE
+cudaError_t run_tile(const Call&, const Device&, cudaStream_t) { return cudaErrorUnknown; }
+#endif
+#ifndef MNV2_HAS_GENERIC
+cudaError_t run_generic(const Call&, const Device&, cudaStream_t) { return cudaErrorUnknown; }
+#endif
+
+}  // namespace mnv2::cuda
 
 using namespace mnv2::cuda;
 
-#ifdef MNV2_HAS_PATCH
-constexpr auto patch = run_patch;
-#else
-constexpr cudaError_t (*patch)(const Call&, const Device&, cudaStream_t) = nullptr;
-#endif
-#ifdef MNV2_HAS_TILE
-constexpr auto tile = run_tile;
-#else
-constexpr cudaError_t (*tile)(const Call&, const Device&, cudaStream_t) = nullptr;
-#endif
-#ifdef MNV2_HAS_GENERIC
-constexpr auto generic = run_generic;
-#else
-constexpr cudaError_t (*generic)(const Call&, const Device&, cudaStream_t) = nullptr;
-#endif
+namespace {
 
-}  // namespace
-
-extern "C" {
-
-// The structs of Python, field by field.
+// As in Python, field by field.
 struct PythonCall {
     int64_t N, H, W, H_out, W_out, in_channels, hidden_channels, out_channels;
     int64_t kernel, stride, dilation, pad_top, pad_left, expansion, residual, element;
@@ -34,45 +29,52 @@ struct PythonCall {
     const void *x, *w_expand, *w_dw, *w_project;
     const float *b_expand, *b_dw, *b_project;
     void* y;
+
+    Call call() const {
+        Call to{};
+        to.N = N, to.H = H, to.W = W, to.H_out = H_out, to.W_out = W_out;
+        to.in_channels = in_channels, to.hidden_channels = hidden_channels;
+        to.out_channels = out_channels;
+        to.kernel = kernel, to.stride = stride, to.dilation = dilation;
+        to.pad_top = pad_top, to.pad_left = pad_left;
+        to.expansion = expansion != 0, to.residual = residual != 0;
+        to.element = static_cast<Element>(element);
+        to.clip_expand = {clips[0], clips[1]};
+        to.clip_dw = {clips[2], clips[3]};
+        to.clip_project = {clips[4], clips[5]};
+        to.x = x, to.w_expand = w_expand, to.w_dw = w_dw, to.w_project = w_project;
+        to.b_expand = b_expand, to.b_dw = b_dw, to.b_project = b_project;
+        to.y = y;
+        return to;
+    }
 };
 
-void mnv2_configure(int schedule, uint32_t seed, int tracking, int shared_bytes, int capability) {
-    emulator::configure(
-        {static_cast<emulator::Schedule>(schedule), seed, tracking != 0, shared_bytes, capability});
-}
+}  // namespace
 
-const char* mnv2_message() { return emulator::message(); }
+extern "C" {
 
-void mnv2_counts(int64_t* to) {
-    const emulator::Counts& counts = emulator::counts();
-    to[0] = counts.blocks, to[1] = counts.block_barriers;
-    to[2] = counts.matrices, to[3] = counts.passes;
-}
-
-// `kernel`: of enum Kernel.
-int mnv2_run(int kernel, const PythonCall* from, int multiprocessors, int shared_bytes,
+int mnv2_run(int kernel, const PythonCall* call, int multiprocessors, int shared_bytes,
              int capability) {
-    Call call{};
-    call.N = from->N, call.H = from->H, call.W = from->W;
-    call.H_out = from->H_out, call.W_out = from->W_out;
-    call.in_channels = from->in_channels, call.hidden_channels = from->hidden_channels;
-    call.out_channels = from->out_channels;
-    call.kernel = from->kernel, call.stride = from->stride, call.dilation = from->dilation;
-    call.pad_top = from->pad_top, call.pad_left = from->pad_left;
-    call.expansion = from->expansion != 0, call.residual = from->residual != 0;
-    call.clip_expand = {from->clips[0], from->clips[1]};
-    call.clip_dw = {from->clips[2], from->clips[3]};
-    call.clip_project = {from->clips[4], from->clips[5]};
-    call.element = static_cast<Element>(from->element);
-    call.x = from->x, call.w_expand = from->w_expand, call.w_dw = from->w_dw;
-    call.w_project = from->w_project;
-    call.b_expand = from->b_expand, call.b_dw = from->b_dw, call.b_project = from->b_project;
-    call.y = from->y;
     const Device device{multiprocessors, shared_bytes, capability};
-    constexpr cudaError_t (*kernels[])(const Call&, const Device&, cudaStream_t) = {patch, tile,
-                                                                                    generic};
-    if (kernels[kernel] == nullptr) return cudaErrorInvalidDeviceFunction;
-    return kernels[kernel](call, device, nullptr);
+    return run(static_cast<Kernel>(kernel), call->call(), device, nullptr);
+}
+
+int mnv2_choose(const PythonCall* from) {
+    const Call call = from->call();
+    return static_cast<int>(choose(call, call.element));
+}
+
+int mnv2_takes(int kernel, const PythonCall* from) {
+    const Call call = from->call();
+    switch (static_cast<Kernel>(kernel)) {
+        case Kernel::patch:
+            return patch_takes(call, call.element);
+        case Kernel::tile:
+            return tile_takes(call, call.element);
+        case Kernel::generic:
+            return true;
+    }
+    return false;
 }
 
 }  // extern "C"

@@ -1,0 +1,438 @@
+// Small kernels for the emulator's own tests. Most are right unless `broken` is set, and then do
+// one thing wrong that the emulator must see.
+#include <cstring>
+
+#include "../../csrc/cuda/launch.h"
+#include "../../csrc/cuda/ptx.h"
+
+namespace mnv2::cuda {
+
+namespace {
+
+struct Probe {
+    bool broken;
+    int number;
+    const uint32_t* in;
+    uint32_t* out;
+};
+
+MNV2_DEVICE int lane() { return thread_index() % 32; }
+MNV2_DEVICE int warp() { return thread_index() / 32; }
+MNV2_DEVICE SharedAddress word(int i) { return shared_memory() + i * 4; }
+MNV2_DEVICE void put(int i) { store_shared<uint32_t>(word(i), 100 + i); }
+MNV2_DEVICE uint32_t get(int i) { return load_shared<uint32_t>(word(i)); }
+
+// ---- Barriers
+
+__global__ void read_after_write(Probe p) {
+    if (warp() == p.number) put(lane());
+    if (!p.broken) block_barrier();
+    if (warp() != p.number) p.out[thread_index()] = get(lane());
+}
+
+__global__ void write_after_read(Probe p) {
+    if (warp() == 0) put(lane());
+    block_barrier();
+    if (warp() != p.number) p.out[thread_index()] = get(lane());
+    if (!p.broken) block_barrier();
+    if (warp() == p.number) put(lane());
+}
+
+__global__ void write_after_write(Probe p) {
+    if (warp() == p.number) put(lane());
+    if (!p.broken) block_barrier();
+    if (warp() != p.number) put(lane());
+}
+
+__global__ void read_other_lane(Probe p) {
+    put(thread_index());
+    if (!p.broken) warp_barrier();
+    p.out[thread_index()] = get(thread_index() ^ 1);
+}
+
+__global__ void write_what_other_lane_reads(Probe p) {
+    put(thread_index());
+    warp_barrier();
+    p.out[thread_index()] = get(thread_index() ^ 1);
+    if (!p.broken) warp_barrier();
+    put(thread_index());
+}
+
+// A barrier of the warp is none between warps.
+__global__ void warp_barrier_between_warps(Probe p) {
+    put(thread_index());
+    p.broken ? warp_barrier() : block_barrier();
+    p.out[thread_index()] = get(thread_index() ^ 32);
+}
+
+// Neither is a collective that moves registers one between lanes.
+__global__ void ldmatrix_is_no_barrier(Probe p) {
+    put(thread_index());
+    warp_barrier();
+    uint32_t r[4];
+    load_matrices(r, word(warp() * 32 + lane() % 8 * 4));
+    if (!p.broken) warp_barrier();
+    put(thread_index());
+}
+
+__global__ void ldmatrix_after_write(Probe p) {
+    put(thread_index());
+    if (!p.broken) warp_barrier();
+    uint32_t r[2];
+    load_matrices(r, word(warp() * 32 + lane() % 8 * 4));
+    p.out[thread_index()] = r[1];
+}
+
+__global__ void barrier_left_out_by_one(Probe p) {
+    if (!(p.broken && thread_index() == p.number)) block_barrier();
+    p.out[thread_index()] = 1;
+}
+
+__global__ void warp_barrier_left_out_by_one(Probe p) {
+    if (!(p.broken && thread_index() == p.number)) warp_barrier();
+    p.out[thread_index()] = 1;
+}
+
+__global__ void lanes_at_different_collectives(Probe p) {
+    put(thread_index());
+    block_barrier();
+    uint32_t r[4];
+    if (p.broken && lane() == p.number)
+        warp_barrier();
+    else
+        load_matrices(r, word(lane() % 8 * 4));
+    p.out[thread_index()] = 1;
+}
+
+__global__ void lanes_at_different_barriers(Probe p) {
+    p.broken&& lane() == p.number ? block_barrier() : warp_barrier();
+    block_barrier();
+}
+
+// ---- Addresses
+
+__global__ void store_past_the_end(Probe p) {
+    const int end = 512 + (p.broken ? 2 : 0);
+    store_shared<uint16_t>(shared_memory() + end - 64 + lane() * 2, 1);
+}
+
+__global__ void load_before_the_start(Probe p) {
+    put(thread_index());
+    p.out[thread_index()] = get(thread_index() - (p.broken ? 1 : 0));
+}
+
+__global__ void matrix_past_the_end(Probe p) {
+    for (int i = 0; i < 2; i++) put(thread_index() + i * 64);
+    block_barrier();
+    uint32_t r[4];
+    load_matrices(r, shared_memory() + lane() * 16 + (p.broken ? 16 : 0));
+    p.out[thread_index()] = r[0];
+}
+
+__global__ void misaligned(Probe p) {
+    const SharedAddress at = shared_memory() + thread_index() * 8 + (p.broken ? 2 : 0);
+    store_shared<uint16_t>(at, 1);
+    store_shared<uint16_t>(at + 2, 1);
+    p.out[thread_index()] = load_shared<uint32_t>(at);
+}
+
+__global__ void misaligned_matrix(Probe p) {
+    for (int i = 0; i < 2; i++) put(thread_index() + i * 64);
+    block_barrier();
+    uint32_t r[2];
+    load_matrices(r, shared_memory() + lane() % 8 * 16 + (p.broken ? 8 : 0));
+}
+
+__global__ void copy_from_misaligned(Probe p) {
+    copy_async(word(thread_index() * 4), p.in + (p.broken ? 1 : 0));
+    copy_async_commit();
+    copy_async_wait<0>();
+}
+
+__global__ void read_of_nothing(Probe p) {
+    if (!p.broken || thread_index() != 5) put(thread_index());
+    block_barrier();
+    p.out[thread_index()] = get(thread_index() ^ 1);
+}
+
+__global__ void matrix_of_nothing(Probe p) {
+    if (!p.broken || thread_index() != 5) put(thread_index());
+    block_barrier();
+    uint32_t r[4];
+    load_matrices(r, shared_memory() + lane() % 16 * 16);
+}
+
+// The next block finds nothing of what this one wrote.
+__global__ void read_what_the_last_block_wrote(Probe p) {
+    if (!p.broken || block_index() == 0) put(thread_index());
+    p.out[thread_index()] = get(thread_index());
+}
+
+// ---- Asynchronous copies. Thread i copies words 4 i to 4 i + 3.
+
+__global__ void copy_not_waited_for(Probe p) {
+    copy_async(word(thread_index() * 4), p.in);
+    copy_async_commit();
+    if (!p.broken) copy_async_wait<0>();
+    p.out[thread_index()] = get(thread_index() * 4);
+    copy_async_wait<0>();
+}
+
+__global__ void copy_waited_for_by_its_thread_alone(Probe p) {
+    copy_async(word(thread_index() * 4), p.in);
+    copy_async_commit();
+    copy_async_wait<0>();
+    if (!p.broken) block_barrier();
+    p.out[thread_index()] = get((thread_index() ^ p.number) * 4);
+}
+
+__global__ void barrier_before_the_wait(Probe p) {
+    copy_async(word(thread_index() * 4), p.in);
+    copy_async_commit();
+    if (p.broken) block_barrier();
+    copy_async_wait<0>();
+    if (!p.broken) block_barrier();
+    p.out[thread_index()] = get((thread_index() ^ p.number) * 4);
+}
+
+__global__ void newest_group_not_waited_for(Probe p) {
+    copy_async(word(thread_index() * 8), p.in);
+    copy_async_commit();
+    copy_async(word(thread_index() * 8 + 4), p.in);
+    copy_async_commit();
+    copy_async_wait<1>();
+    p.out[thread_index()] = get(thread_index() * 8 + (p.broken ? 4 : 0));
+    copy_async_wait<0>();
+}
+
+// A group without copies counts.
+__global__ void empty_groups(Probe p) {
+    copy_async(word(thread_index() * 4), p.in);
+    copy_async_commit();
+    if (!p.broken) copy_async_commit();
+    copy_async_wait<1>();
+    p.out[thread_index()] = get(thread_index() * 4);
+    copy_async_wait<0>();
+}
+
+__global__ void copy_without_a_group(Probe p) {
+    copy_async(word(thread_index() * 4), p.in);
+    if (!p.broken) copy_async_commit();
+    copy_async_wait<0>();
+    p.out[thread_index()] = get(thread_index() * 4);
+}
+
+__global__ void ends_with_a_copy(Probe p) {
+    copy_async(word(thread_index() * 4), p.in);
+    copy_async_commit();
+    if (!p.broken) copy_async_wait<0>();
+}
+
+__global__ void copy_over_what_others_read(Probe p) {
+    put(thread_index());
+    block_barrier();
+    p.out[thread_index()] = get(thread_index() ^ p.number);
+    if (!p.broken) block_barrier();
+    if (thread_index() % 4 == 0) copy_async(word(thread_index()), p.in);
+    copy_async_commit();
+    copy_async_wait<0>();
+}
+
+__global__ void store_into_a_copy(Probe p) {
+    copy_async(word(thread_index() * 4), p.in);
+    copy_async_commit();
+    if (!p.broken) copy_async_wait<0>();
+    store_shared<uint32_t>(word(thread_index() * 4), 1);
+    copy_async_wait<0>();
+}
+
+// ---- Clusters of two blocks
+
+__global__ void cluster_read(Probe p) {
+    store_shared(shared_memory() + thread_index() * 8, make_float2(block_index(), 2.f));
+    p.broken ? block_barrier() : cluster_barrier();
+    const float2 other = load_cluster(shared_memory() + thread_index() * 8, 1 - cluster_rank());
+    p.out[block_index() * block_threads() + thread_index()] = static_cast<uint32_t>(other.x);
+    cluster_barrier();
+}
+
+__global__ void cluster_write_after_read(Probe p) {
+    const SharedAddress mine = shared_memory() + thread_index() * 8;
+    store_shared(mine, make_float2(1.f, 2.f));
+    cluster_barrier();
+    p.out[thread_index()] = static_cast<uint32_t>(load_cluster(mine, 1 - cluster_rank()).x);
+    p.broken ? block_barrier() : cluster_barrier();
+    store_shared(mine, make_float2(3.f, 4.f));
+}
+
+__global__ void cluster_block_ends(Probe p) {
+    const SharedAddress mine = shared_memory() + thread_index() * 8;
+    store_shared(mine, make_float2(1.f, 2.f));
+    cluster_barrier();
+    if (cluster_rank() == p.number)
+        p.out[thread_index()] = static_cast<uint32_t>(load_cluster(mine, 1 - p.number).x);
+    if (!p.broken) cluster_barrier();
+}
+
+__global__ void cluster_barrier_left_out(Probe p) {
+    if (!p.broken || cluster_rank() == p.number) cluster_barrier();
+}
+
+// ---- What instructions compute. `in` is 512 bytes for matrices: 16 bytes a row.
+
+MNV2_DEVICE void stage_matrices(const Probe& p) {
+    copy_async(word(lane() * 4), p.in + lane() * 4);
+    copy_async_commit();
+    copy_async_wait<0>();
+    warp_barrier();
+}
+
+template <int Count, bool Transposed>
+__global__ void matrices(Probe p) {
+    stage_matrices(p);
+    uint32_t r[Count];
+    // The lanes of matrices that are not loaded give no address.
+    const SharedAddress row = lane() < 8 * Count ? word(lane() * 4) : 1;
+    if constexpr (Transposed)
+        load_matrices_transposed(r, row);
+    else
+        load_matrices(r, row);
+    for (int m = 0; m < Count; m++) p.out[m * 32 + lane()] = r[m];
+}
+
+// The first 8 rows lie `number` bytes apart: the same row is one address.
+__global__ void passes(Probe p) {
+    for (int i = 0; i < 32; i++) store_shared(word((i * 32 + lane()) * 4), make_uint4(0, 0, 0, 0));
+    warp_barrier();
+    uint32_t r[2];
+    load_matrices(r, shared_memory() + lane() % 8 * p.number);
+    p.out[lane()] = r[0];
+}
+
+// `in`: a of every lane, then b, then sums.
+template <class T, int K>
+__global__ void product(Probe p) {
+    const uint32_t* in = p.in + lane();
+    float sums[4];
+    Pair a[4] = {}, b[2] = {};
+    for (int i = 0; i < K / 4; i++) a[i] = in[i * 32];
+    for (int i = 0; i < K / 8; i++) b[i] = in[(K / 4 + i) * 32];
+    memcpy(sums, p.in + (K / 4 + K / 8) * 32 + lane() * 4, 16);
+    if constexpr (K == 16)
+        multiply_add_k16<T>(sums, a, b[0], b[1]);
+    else
+        multiply_add_k8<T>(sums, a[0], a[1], b[0]);
+    memcpy(p.out + lane() * 4, sums, 16);
+}
+
+// `in`: `number` times three pairs. `out`: what each of the functions makes of them.
+template <class T>
+__global__ void arithmetic(Probe p) {
+    for (int i = thread_index(); i < p.number; i += block_threads()) {
+        const Pair a = p.in[3 * i], b = p.in[3 * i + 1], c = p.in[3 * i + 2];
+        Pair* out = p.out + 4 * i;
+        out[0] = multiply_add<T>(a, b, c);
+        out[1] = multiply_add_relu<T>(a, b, c);
+        out[2] = minimum<T>(a, b);
+        out[3] = maximum<T>(a, b);
+    }
+}
+
+// `in`: `number` times two floats. `out`: packed, packed behind a ReLU, minimum, maximum.
+template <class T>
+__global__ void rounding(Probe p) {
+    for (int i = thread_index(); i < p.number; i += block_threads()) {
+        float v[2];
+        memcpy(v, p.in + 2 * i, 8);
+        uint32_t* out = p.out + 6 * i;
+        out[0] = pack<T>(v[0], v[1]);
+        out[1] = pack_relu<T>(v[0], v[1]);
+        const float2 back = unpack<T>(out[0]);
+        const float floats[4] = {minimum(v[0], v[1]), maximum(v[0], v[1]), back.x, back.y};
+        memcpy(out + 2, floats, 16);
+    }
+}
+
+// Copies the first `number` bytes of `in`; the others become 0.
+__global__ void copy_with_zeros(Probe p) {
+    copy_async(word(lane() * 4), p.number > 0 ? p.in : nullptr, p.number);
+    copy_async_commit();
+    copy_async_wait<0>();
+    for (int i = 0; i < 4; i++) p.out[i] = get(lane() * 4 + i);
+}
+
+struct Entry {
+    const char* name;
+    void (*kernel)(Probe);
+    Grid grid;
+};
+
+constexpr Grid kTwoWarps{1, 64, 512}, kWarp{1, 32, 512}, kCopies{1, 64, 2048};
+constexpr Grid kTwoBlocks{2, 64, 512}, kCluster{4, 64, 512, 2};
+
+#define MNV2_PROBE(kernel, grid) {#kernel, kernel, grid}
+const Entry entries[] = {
+    MNV2_PROBE(read_after_write, kTwoWarps),
+    MNV2_PROBE(write_after_read, kTwoWarps),
+    MNV2_PROBE(write_after_write, kTwoWarps),
+    MNV2_PROBE(read_other_lane, kTwoWarps),
+    MNV2_PROBE(write_what_other_lane_reads, kTwoWarps),
+    MNV2_PROBE(warp_barrier_between_warps, kTwoWarps),
+    MNV2_PROBE(ldmatrix_is_no_barrier, kTwoWarps),
+    MNV2_PROBE(ldmatrix_after_write, kTwoWarps),
+    MNV2_PROBE(barrier_left_out_by_one, kTwoWarps),
+    MNV2_PROBE(warp_barrier_left_out_by_one, kTwoWarps),
+    MNV2_PROBE(lanes_at_different_collectives, kTwoWarps),
+    MNV2_PROBE(lanes_at_different_barriers, kTwoWarps),
+    MNV2_PROBE(store_past_the_end, kWarp),
+    MNV2_PROBE(load_before_the_start, kTwoWarps),
+    MNV2_PROBE(matrix_past_the_end, kTwoWarps),
+    MNV2_PROBE(misaligned, kTwoWarps),
+    MNV2_PROBE(misaligned_matrix, kTwoWarps),
+    MNV2_PROBE(copy_from_misaligned, kCopies),
+    MNV2_PROBE(read_of_nothing, kTwoWarps),
+    MNV2_PROBE(matrix_of_nothing, kTwoWarps),
+    MNV2_PROBE(read_what_the_last_block_wrote, kTwoBlocks),
+    MNV2_PROBE(copy_not_waited_for, kCopies),
+    MNV2_PROBE(copy_waited_for_by_its_thread_alone, kCopies),
+    MNV2_PROBE(barrier_before_the_wait, kCopies),
+    MNV2_PROBE(newest_group_not_waited_for, kCopies),
+    MNV2_PROBE(empty_groups, kCopies),
+    MNV2_PROBE(copy_without_a_group, kCopies),
+    MNV2_PROBE(ends_with_a_copy, kCopies),
+    MNV2_PROBE(copy_over_what_others_read, kTwoWarps),
+    MNV2_PROBE(store_into_a_copy, kCopies),
+    MNV2_PROBE(cluster_read, kCluster),
+    MNV2_PROBE(cluster_write_after_read, kCluster),
+    MNV2_PROBE(cluster_block_ends, kCluster),
+    MNV2_PROBE(cluster_barrier_left_out, kCluster),
+    {"x4", matrices<4, false>, kWarp},
+    {"x2", matrices<2, false>, kWarp},
+    {"x4 transposed", matrices<4, true>, kWarp},
+    {"x2 transposed", matrices<2, true>, kWarp},
+    {"x1 transposed", matrices<1, true>, kWarp},
+    {"passes", passes, {1, 32, 16384}},
+    {"half k16", product<__half, 16>, kWarp},
+    {"half k8", product<__half, 8>, kWarp},
+    {"bfloat16 k16", product<__nv_bfloat16, 16>, kWarp},
+    {"bfloat16 k8", product<__nv_bfloat16, 8>, kWarp},
+    {"half arithmetic", arithmetic<__half>, kWarp},
+    {"bfloat16 arithmetic", arithmetic<__nv_bfloat16>, kWarp},
+    {"half rounding", rounding<__half>, kWarp},
+    {"bfloat16 rounding", rounding<__nv_bfloat16>, kWarp},
+    {"copy with zeros", copy_with_zeros, kWarp},
+};
+
+}  // namespace
+
+}  // namespace mnv2::cuda
+
+// -1: there is no such probe.
+extern "C" int mnv2_probe(const char* name, int broken, int number, const uint32_t* in,
+                          uint32_t* out) {
+    using namespace mnv2::cuda;
+    for (const Entry& entry : entries)
+        if (strcmp(entry.name, name) == 0)
+            return launch(entry.kernel, entry.grid, nullptr, Probe{broken != 0, number, in, out});
+    return -1;
+}
