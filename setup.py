@@ -1,11 +1,15 @@
 """Build the package with its one compiled extension, or without it where that cannot be built.
 
 Environment: MNV2_KERNELS_SKIP_CPP=1 leaves the extension out, MNV2_KERNELS_FORCE_BUILD=1 makes a
-failing compiler an error, DEBUG=1 builds for a debugger.
+failing compiler an error, DEBUG=1 builds for a debugger. MNV2_KERNELS_CUDA=0 leaves out the CUDA
+kernels, which are built where torch has CUDA and nvcc is found, and MNV2_KERNELS_CUDA=1 makes it an
+error that they cannot be; TORCH_CUDA_ARCH_LIST names the GPUs that they are for.
 """
 
 import hashlib
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,8 +24,16 @@ CPU_SOURCES = [
     "csrc/cpu/avx512.cpp",
     "csrc/cpu/avx2.cpp",
     "csrc/cpu/generic.cpp",
+    "csrc/cuda/choose.cpp",
 ]
-
+CUDA_SOURCES = [
+    "csrc/ops_cuda.cpp",
+    "csrc/cuda/patch.cu",
+    "csrc/cuda/tile.cu",
+    "csrc/cuda/generic.cu",
+]
+# Code for these compute capabilities, and for later ones what the driver compiles at first use.
+CUDA_CAPABILITIES = ("80", "90")
 
 GENERATED = Path("build/generated")
 
@@ -39,13 +51,77 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def write_source_hash() -> None:
-    """A header and not a macro: a change of one file then compiles that file, not all of them."""
-    header = GENERATED / "source_hash.h"
-    text = f'#define MNV2_SOURCE_HASH "{source_hash()}"\n'
+def write_header(name: str, macro: str, value: str) -> None:
+    """A header and not a flag: a change of it then compiles one file, not all of them."""
+    header = GENERATED / name
+    text = f'#define {macro} "{value}"\n'
     if not header.exists() or header.read_text() != text:
         GENERATED.mkdir(parents=True, exist_ok=True)
         header.write_text(text)
+
+
+def write_headers(why_no_cuda: str | None) -> None:
+    """What csrc/bindings.cpp says of the build."""
+    write_header("source_hash.h", "MNV2_SOURCE_HASH", source_hash())
+    if why_no_cuda is None:
+        write_header("cuda_build.h", "MNV2_CUDA_VERSION", nvcc_version())
+    else:
+        write_header("cuda_build.h", "MNV2_WHY_NO_CUDA", why_no_cuda)
+
+
+def nvcc_version() -> str | None:
+    """The CUDA version of the compiler that torch would call, None where there is none."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    try:
+        command = [str(Path(CUDA_HOME or "", "bin", "nvcc")), "--version"]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return re.search(r"release (\d+\.\d+)", printed)[1]
+
+
+def why_no_cuda() -> str | None:
+    """Why the CUDA kernels are not built here, None where they are."""
+    import torch
+
+    if os.environ.get("MNV2_KERNELS_CUDA") == "0":
+        return "MNV2_KERNELS_CUDA=0 left them out"
+    if torch.version.cuda is None:
+        return "torch has no CUDA"
+    version = nvcc_version()
+    if version is None:
+        return "nvcc was not found when it was built"
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"nvcc was of CUDA {version} when it was built, torch of CUDA {torch.version.cuda}"
+    return None
+
+
+def architecture_flags() -> list[str]:
+    """For nvcc; none where TORCH_CUDA_ARCH_LIST is set, which torch turns into flags itself."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return []
+    last = CUDA_CAPABILITIES[-1]
+    codes = [(c, f"sm_{c}") for c in CUDA_CAPABILITIES] + [(last, f"compute_{last}")]
+    return [f"-gencode=arch=compute_{c},code={code}" for c, code in codes]
+
+
+def module(cuda: bool):
+    """mnv2_kernels._C as setuptools is to build it."""
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    optimise = ["-O0", "-g"] if enabled("DEBUG") else ["-O3"]
+    cxx = [*optimise, "-fopenmp", "-fvisibility=hidden", "-Wall"]
+    nvcc = [*optimise, "-Xcompiler=-fvisibility=hidden", *architecture_flags()]
+    headers = (".h", ".inc", ".cuh")
+    return (CUDAExtension if cuda else CppExtension)(
+        "mnv2_kernels._C",
+        CPU_SOURCES + (CUDA_SOURCES if cuda else []),
+        include_dirs=[str(GENERATED.resolve())],
+        depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in headers],
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=["-fopenmp"],
+    )
 
 
 def extension() -> dict:
@@ -53,34 +129,46 @@ def extension() -> dict:
     if enabled("MNV2_KERNELS_SKIP_CPP"):
         return {}
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension
     except ImportError as error:
         print(f"mnv2_kernels: building without the extension: {error}", file=sys.stderr)
         return {}
 
     class OptionalBuildExtension(BuildExtension):
-        """A missing or failing compiler costs the fast kernels, not the installation."""
+        """A missing or failing compiler costs the kernels it would compile, nothing else."""
 
         def run(self):
+            reason = why_no_cuda()
+            cuda_asked = enabled("MNV2_KERNELS_CUDA")
+            if cuda_asked and reason is not None:
+                raise RuntimeError(f"MNV2_KERNELS_CUDA=1 asks for CUDA kernels, but {reason}")
+            forced = cuda_asked or enabled("MNV2_KERNELS_FORCE_BUILD")
+            if reason is None:
+                # A run that fails leaves these changed.
+                compiler, inplace = self.compiler, self.inplace
+                try:
+                    return self.build(None)
+                except Exception as error:
+                    if forced:
+                        raise
+                    print(f"mnv2_kernels: no CUDA kernels were built: {error}", file=sys.stderr)
+                self.compiler, self.inplace = compiler, inplace
+                vars(self.extensions[0]).update(vars(module(cuda=False)))
+                reason = "nvcc failed when it was built"
             try:
-                write_source_hash()
-                super().run()
+                self.build(reason)
             except Exception as error:
-                if enabled("MNV2_KERNELS_FORCE_BUILD"):
+                if forced:
                     raise
                 self.extensions = []
                 print(f"mnv2_kernels: the extension was not built: {error}", file=sys.stderr)
 
-    optimise = ["-O0", "-g"] if enabled("DEBUG") else ["-O3"]
-    module = CppExtension(
-        "mnv2_kernels._C",
-        CPU_SOURCES,
-        include_dirs=[str(GENERATED.resolve())],
-        depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inc")],
-        extra_compile_args=[*optimise, "-fopenmp", "-fvisibility=hidden", "-Wall"],
-        extra_link_args=["-fopenmp"],
-    )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": OptionalBuildExtension}}
+        def build(self, why_no_cuda):
+            write_headers(why_no_cuda)
+            super().run()
+
+    modules = [module(cuda=why_no_cuda() is None)]
+    return {"ext_modules": modules, "cmdclass": {"build_ext": OptionalBuildExtension}}
 
 
 setup(**extension())

@@ -3,13 +3,19 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/version.h>
 
 #include <algorithm>
+#include <array>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cuda/choose.h"
+#include "cuda_build.h"
+#include "host.h"
 #include "source_hash.h"
 
 namespace {
@@ -42,7 +48,49 @@ pybind11::dict build_info() {
 #else
     info["openmp"] = false;
 #endif
+#ifdef MNV2_CUDA_VERSION
+    info["cuda"] = MNV2_CUDA_VERSION;
+#else
+    info["cuda"] = pybind11::none();
+    info["why_no_cuda"] = MNV2_WHY_NO_CUDA;
+#endif
     return info;
+}
+
+mnv2::cuda::Element element(const std::string& dtype) {
+    if (dtype == "float16") return mnv2::cuda::Element::half;
+    if (dtype == "bfloat16") return mnv2::cuda::Element::bfloat16;
+    if (dtype == "float32") return mnv2::cuda::Element::single;
+    throw pybind11::value_error("cuda_kernel: dtype must be float16, bfloat16 or float32, got '" +
+                                dtype + "'");
+}
+
+using Bounds = std::pair<double, double>;
+
+mnv2::Clip clip(const Bounds& bounds) {
+    return {static_cast<float>(bounds.first), static_cast<float>(bounds.second)};
+}
+
+// The CUDA kernel that runs a block on x (N, in_channels, height, width), whatever N. A pure
+// function: needs no GPU.
+const char* cuda_kernel(int64_t in_channels, int64_t hidden_channels, int64_t out_channels,
+                        bool expansion, int64_t kernel, int64_t stride, int64_t dilation,
+                        const std::array<int64_t, 4>& padding, bool residual,
+                        const Bounds& clip_expand, const Bounds& clip_dw,
+                        const Bounds& clip_project, int64_t height, int64_t width,
+                        const std::string& dtype) {
+    mnv2::BlockSizes sizes{};
+    sizes.N = 1, sizes.H = height, sizes.W = width;
+    sizes.H_out = mnv2::output_size(height, kernel, stride, padding[0] + padding[2], dilation);
+    sizes.W_out = mnv2::output_size(width, kernel, stride, padding[1] + padding[3], dilation);
+    sizes.in_channels = in_channels, sizes.hidden_channels = hidden_channels;
+    sizes.out_channels = out_channels;
+    sizes.kernel = kernel, sizes.stride = stride, sizes.dilation = dilation;
+    sizes.pad_top = padding[0], sizes.pad_left = padding[1];
+    sizes.clip_expand = clip(clip_expand), sizes.clip_dw = clip(clip_dw);
+    sizes.clip_project = clip(clip_project);
+    sizes.expansion = expansion, sizes.residual = residual;
+    return mnv2::cuda::name(mnv2::cuda::choose(sizes, element(dtype)));
 }
 
 const Kernel& available_kernel(const std::string& name) {
@@ -76,8 +124,15 @@ double fma_peak(const std::string& name, int64_t threads, double seconds) {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of mnv2_kernels; the op is torch.ops.mnv2.inverted_residual.";
     m.def("cpu_kernels", &cpu_kernels, "CPU kernels by instruction set, best first.");
-    m.def("build_info", &build_info, "Compiler, torch version, OpenMP and hash of the sources.");
-    m.def("fma_peak", &fma_peak, pybind11::arg("kernel"), pybind11::arg("threads"),
-          pybind11::arg("seconds"), pybind11::call_guard<pybind11::gil_scoped_release>(),
+    m.def("build_info", &build_info,
+          "Compiler, torch version, OpenMP, CUDA version and hash of the sources.");
+    using pybind11::arg;
+    m.def("cuda_kernel", &cuda_kernel, arg("in_channels"), arg("hidden_channels"),
+          arg("out_channels"), arg("expansion"), arg("kernel_size"), arg("stride"), arg("dilation"),
+          arg("padding"), arg("residual"), arg("clip_expand"), arg("clip_dw"), arg("clip_project"),
+          arg("height"), arg("width"), arg("dtype"),
+          "Name of the CUDA kernel that runs a block on images of this size.");
+    m.def("fma_peak", &fma_peak, arg("kernel"), arg("threads"), arg("seconds"),
+          pybind11::call_guard<pybind11::gil_scoped_release>(),
           "GFLOP/s of multiply-adds in registers: the bound that benchmarks divide by.");
 }

@@ -35,11 +35,6 @@ void check_dtypes(const std::array<at::Tensor, 7>& tensors) {
     }
 }
 
-int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-    const int64_t room = size + pad - dilation * (kernel - 1) - 1;
-    return room < 0 ? 0 : room / stride + 1;
-}
-
 Clip checked_clip(const char* name, at::ArrayRef<double> clip) {
     TORCH_CHECK_VALUE(clip.size() == 2 && clip[0] <= clip[1], "inverted_residual: ", name,
                       " must be (lower, upper) with lower <= upper, got ", clip);
@@ -53,6 +48,11 @@ void check_bias(const char* name, const at::Tensor& bias, const char* letter, in
 }
 
 }  // namespace
+
+int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+    const int64_t room = size + pad - dilation * (kernel - 1) - 1;
+    return room < 0 ? 0 : room / stride + 1;
+}
 
 Call make_call(const at::Tensor& x_, const OptionalTensor& w_expand_,
                const OptionalTensor& b_expand_, const at::Tensor& w_dw_,

@@ -20,6 +20,9 @@ struct Call {
     BlockSizes sizes;
 };
 
+// Rows (or columns) of the result; `pad` is that of both sides together.
+int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation);
+
 Call make_call(const at::Tensor& x, const OptionalTensor& w_expand, const OptionalTensor& b_expand,
                const at::Tensor& w_dw, const OptionalTensor& b_dw, const at::Tensor& w_project,
                const OptionalTensor& b_project, int64_t stride, at::IntArrayRef padding,

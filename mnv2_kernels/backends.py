@@ -5,33 +5,58 @@ A backend is a kernel behind `torch.ops.mnv2.inverted_residual` on one device, o
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import triton_kernels
-from .extension import missing
+from .block import BlockConfig, Clip, Padding
+from .extension import cuda_missing, missing
 from .extension import module as _C
+
+
+class Block(NamedTuple):
+    """What a kernel is chosen by beside x: plain values, which can be hashed and traced."""
+
+    in_channels: int
+    hidden_channels: int
+    out_channels: int
+    expansion: bool
+    kernel_size: int
+    stride: int
+    dilation: int
+    padding: Padding
+    residual: bool
+    clip_expand: Clip
+    clip_dw: Clip
+    clip_project: Clip
+
+    @classmethod
+    def of(cls, config: BlockConfig, clips: tuple[Clip, Clip, Clip]) -> "Block":
+        names = cls._fields[:-3]
+        return cls(*(getattr(config, name) for name in names), *clips)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """`why_not(x)` is None where the backend runs on x by itself, otherwise the sentence to show.
+    """`why_not(x, block)` is None where the backend runs by itself, otherwise the sentence to show.
 
-    x None asks about the machine alone. `why_not_asked`, where it differs, is the same for a
-    backend that was asked for by name.
+    x None asks about the machine alone, block None about x alone. `why_not_asked`, where it
+    differs, is the same for a backend that was asked for by name.
     """
 
     name: str
-    why_not: Callable[[Tensor | None], str | None]
-    why_not_asked: Callable[[Tensor | None], str | None] | None = None
+    why_not: Callable[..., str | None]
+    why_not_asked: Callable[..., str | None] | None = None
 
-    def why_refused(self, x: Tensor | None) -> str | None:
+    def why_refused(self, x: Tensor | None, block: Block | None = None) -> str | None:
         """None where the backend can run on x if asked for by name."""
-        return (self.why_not_asked or self.why_not)(x)
+        return (self.why_not_asked or self.why_not)(x, block)
 
 
-def _why_not_cpu(x: Tensor | None) -> str | None:
+def _why_not_cpu(x: Tensor | None, block: Block | None = None) -> str | None:
     if missing is not None:
         return missing
     if x is None:
@@ -43,7 +68,32 @@ def _why_not_cpu(x: Tensor | None) -> str | None:
     return None
 
 
-def _why_not_triton(x: Tensor | None) -> str | None:
+def _why_not_cuda(x: Tensor | None, block: Block | None = None) -> str | None:
+    reason = _why_not_cuda_asked(x)
+    if reason is not None or x is None:
+        return reason
+    if x.dtype == torch.float32:
+        slow = "x is float32"
+    elif block is not None and cuda_kernel(x, block) == "generic":
+        slow = "the block has sizes or clips"
+    else:
+        return None
+    if _why_not_triton_asked(x) is not None:
+        return None  # Better than nothing.
+    return f"{slow}, for which it has no tensor cores; backend='cuda' runs it anyway"
+
+
+def _why_not_cuda_asked(x: Tensor | None, block: Block | None = None) -> str | None:
+    if cuda_missing is not None:
+        return cuda_missing
+    if x is None:
+        return None
+    if not x.is_cuda:
+        return f"x must be on a GPU, got {x.device}"
+    return _why_not_gpu(x.device) or _why_not_dtype(x)
+
+
+def _why_not_triton(x: Tensor | None, block: Block | None = None) -> str | None:
     if x is not None and x.device.type == "cpu":
         return (
             "x must be on a GPU, got cpu; there Triton's slow interpreter runs the kernel if"
@@ -58,7 +108,7 @@ def _why_not_triton(x: Tensor | None) -> str | None:
     return reason
 
 
-def _why_not_triton_asked(x: Tensor | None) -> str | None:
+def _why_not_triton_asked(x: Tensor | None, block: Block | None = None) -> str | None:
     if triton_kernels.missing is not None:
         return triton_kernels.missing
     if x is None:
@@ -67,9 +117,25 @@ def _why_not_triton_asked(x: Tensor | None) -> str | None:
         return f"x must be on a GPU, or on the CPU for Triton's interpreter, got {x.device}"
     if x.is_cuda and (reason := _why_not_gpu(x.device)) is not None:
         return reason
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"x must be float32, float16 or bfloat16, got {x.dtype}"
-    return None
+    return _why_not_dtype(x)
+
+
+def _why_not_dtype(x: Tensor) -> str | None:
+    if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return None
+    return f"x must be float32, float16 or bfloat16, got {x.dtype}"
+
+
+def cuda_kernel(x: Tensor, block: Block) -> str | None:
+    """Name of the CUDA kernel that runs the block on x (N, C_in, H, W), whatever N and device.
+
+    None without the compiled extension, and where x has not four dimensions.
+    """
+    if _C is None or x.dim() != 4:
+        return None
+    # Sizes may be symbols for the compiler, which asks about a common one.
+    height, width = (56, 56) if torch.compiler.is_compiling() else x.shape[2:]
+    return _cuda_kernel(block, height, width, x.dtype)
 
 
 def _asked_once_a_graph(question: Callable) -> Callable:
@@ -99,37 +165,51 @@ def _why_not_gpu(device: torch.device) -> str | None:
     return None
 
 
+@_asked_once_a_graph
+def _cuda_kernel(block: Block, height: int, width: int, dtype: torch.dtype) -> str:
+    return _known_cuda_kernel(block, height, width, dtype)
+
+
+@lru_cache(4096)
+def _known_cuda_kernel(block: Block, height: int, width: int, dtype: torch.dtype) -> str:
+    return _C.cuda_kernel(*block, height, width, str(dtype).removeprefix("torch."))
+
+
 BACKENDS = (
     Backend("cpu", _why_not_cpu),
+    Backend("cuda", _why_not_cuda, _why_not_cuda_asked),
     Backend("triton", _why_not_triton, _why_not_triton_asked),
-    Backend("reference", lambda x: None),
+    Backend("reference", lambda x, block=None: None),
 )
 
 _last: str | None = None
 
 
-def choose(name: str | None, x: Tensor) -> str:
-    """The name of the backend that will run on x; raises where the asked-for one cannot."""
+def choose(name: str | None, x: Tensor, block: Block | None = None) -> str:
+    """The name of the backend that will run the block on x; raises where the asked-for one cannot.
+
+    Only the choice among kernels for GPUs looks at the block.
+    """
     global _last
     if name is None:
         for backend in BACKENDS:
-            if backend.why_not(x) is None:
+            if backend.why_not(x, block) is None:
                 _last = backend.name
                 return _last
     backend = next((b for b in BACKENDS if b.name == name), None)
     if backend is None:
         names = ", ".join(b.name for b in BACKENDS)
         raise ValueError(f"inverted_residual: backend must be one of {names}, got {name!r}")
-    reason = backend.why_refused(x)
+    reason = backend.why_refused(x, block)
     if reason is not None:
         raise RuntimeError(f"inverted_residual: backend {name!r} cannot run here: {reason}")
     _last = name
     return name
 
 
-def why_no_kernel(x: Tensor) -> str | None:
+def why_no_kernel(x: Tensor, block: Block | None = None) -> str | None:
     """None where a backend other than the reference can run on x, otherwise all the reasons."""
-    reasons = [b.why_not(x) for b in BACKENDS if b.name != "reference"]
+    reasons = [b.why_not(x, block) for b in BACKENDS if b.name != "reference"]
     return "; ".join(reasons) if all(reasons) else None
 
 
@@ -153,13 +233,16 @@ def _describe(name: str) -> str:
     if name == "triton":
         where = "NVIDIA GPUs" if torch.cuda.is_available() else "no GPU here: interpreter alone"
         return f"float16, bfloat16 and float32, Triton {triton_kernels.version} ({where})"
+    if name == "cuda":
+        where = "NVIDIA GPUs" if torch.cuda.is_available() else "no GPU here"
+        return f"float16, bfloat16 and float32, CUDA {_C.build_info()['cuda']} ({where})"
     kernels = _C.cpu_kernels()
     used = next(k["name"] for k in kernels if k["selected"])
     return f"float32, {used} (built for: {', '.join(k['name'] for k in kernels)})"
 
 
-def load(library: torch.library.Library) -> None:
-    """Give the op a CPU kernel that says what is missing, where there is no compiled one.
+def load(library: torch.library.Library, triton_op: Callable) -> None:
+    """Give the op a kernel on the devices for which there is no compiled one.
 
     Importing the extension has registered its kernels with the dispatcher already.
     """
@@ -169,3 +252,5 @@ def load(library: torch.library.Library) -> None:
             raise RuntimeError(f"inverted_residual: {missing}")
 
         library.impl("inverted_residual", unavailable, "CPU")
+    if cuda_missing is not None:
+        library.impl("inverted_residual", lambda *args: triton_op(*args), "CUDA")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .backends import choose, why_no_kernel
-from .block import BlockConfig
+from .backends import Block, choose, why_no_kernel
+from .block import NO_CLIP, BlockConfig
 from .fold import BlockLayers, ConvNorm, fold_layers
 from .ops import op_arguments, run
 
@@ -54,11 +54,16 @@ class FusedModule(nn.Module):
         """Sizes of the block."""
         return self.block_layers.config
 
+    @property
+    def chosen_by(self) -> Block:
+        """What a backend is chosen by, beside x."""
+        return self._watched.block
+
     def why_plain(self, x: Tensor | None = None) -> str | None:
         """Why a forward of x would run the plain layers; None where it would run fused."""
         reason = self._why_layers_needed()
         if reason is None and self.backend is None and x is not None:
-            return why_no_kernel(x)
+            return why_no_kernel(x, self.chosen_by)
         return reason
 
     def _why_layers_needed(self) -> str | None:
@@ -74,7 +79,7 @@ class FusedModule(nn.Module):
         """What a forward of x runs on; None for the plain layers."""
         if self._why_layers_needed() is not None:
             return None
-        backend = choose(self.backend, x)
+        backend = choose(self.backend, x, self._watched.block)
         # The layers themselves are as good as the reference, which has to be asked for.
         return None if backend == "reference" != self.backend else backend
 
@@ -129,6 +134,8 @@ class _Watched:
             "dilation": config.dilation,
             "residual": config.residual,
         }
+        clips = (layers.expand.clip if layers.expand else NO_CLIP, *(s.clip for s in stages[-2:]))
+        self.block = Block.of(config, clips)
         self.batch_norms = [n for n in norms if isinstance(n, nn.modules.batchnorm._BatchNorm)]
         self.hooks = [getattr(m, kind) for m in inner for kind in _HOOKS]
         # Those without children too: a parametrization would become their first.

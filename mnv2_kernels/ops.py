@@ -1,8 +1,9 @@
 """THE op, `torch.ops.mnv2.inverted_residual`: schema, contract, fake kernel, gradients, FLOPs.
 
-Kernels register themselves for their device under this one schema (csrc/ops_cpu.cpp for CPU);
-everything that PyTorch needs to know beyond the kernel is here, once for all of them. The Triton
-kernel has a twin of the op, `inverted_residual_triton`, into which torch.compile can look.
+Kernels register themselves for their device under this one schema (csrc/ops_cpu.cpp for CPU,
+csrc/ops_cuda.cpp for CUDA; where the latter is not built, the Triton kernel does); everything that
+PyTorch needs to know beyond the kernel is here, once for all of them. The Triton kernel has a twin
+of the op, `inverted_residual_triton`, into which torch.compile can look.
 """
 
 import math
@@ -15,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference, triton_kernels
-from .backends import choose, load
+from .backends import Block, choose, load
 from .block import Padding, same_padding
 from .contract import check, check_once
 from .fold import FoldedWeights
@@ -47,7 +48,6 @@ _library.define(
 _library.impl(
     "inverted_residual_interpreted", lambda *args: triton_kernels.inverted_residual(*args), "CPU"
 )
-load(_library)
 _op = torch.ops.mnv2.inverted_residual.default
 
 
@@ -79,8 +79,8 @@ def inverted_residual_triton(
 # Without GPUs there is nothing that a compiler could look into, and looking costs an import of it.
 _register = torch.library.triton_op if torch.version.cuda else torch.library.custom_op
 _triton_op = _register("mnv2::inverted_residual_triton", mutates_args=())(inverted_residual_triton)
-_library.impl("inverted_residual", lambda *args: _triton_op(*args), "CUDA")
-_ops = {"cpu": _op, "triton": torch.ops.mnv2.inverted_residual_triton.default}
+load(_library, _triton_op)
+_ops = {"cpu": _op, "cuda": _op, "triton": torch.ops.mnv2.inverted_residual_triton.default}
 
 
 def inverted_residual(
@@ -118,7 +118,8 @@ def inverted_residual(
     if padding is None:
         padding = same_padding(weights.w_dw.shape[0], dilation)
     arguments = op_arguments(weights, stride, padding, dilation, residual)
-    return run(choose(backend, x), x, arguments)
+    block = _block(arguments) if x.is_cuda else None
+    return run(choose(backend, x, block), x, arguments)
 
 
 def op_arguments(
@@ -126,6 +127,30 @@ def op_arguments(
 ) -> tuple:
     """All arguments of the op but x."""
     return (*weights.tensors(), stride, padding, dilation, residual, *weights.clips())
+
+
+def _block(arguments: tuple) -> Block | None:
+    """What a choice looks at of the op's arguments; None where these break the contract."""
+    w_expand, _, w_dw, _, w_project, _, stride, padding, dilation, residual, *clips = arguments
+    if w_dw.dim() != 3 or w_project.dim() != 2 or (w_expand is not None and w_expand.dim() != 2):
+        return None
+    kernel, _, hidden = w_dw.shape
+    block = Block(
+        in_channels=hidden if w_expand is None else w_expand.shape[0],
+        hidden_channels=hidden,
+        out_channels=w_project.shape[1],
+        expansion=w_expand is not None,
+        kernel_size=kernel,
+        stride=stride,
+        dilation=dilation,
+        padding=tuple(padding),
+        residual=residual,
+        clip_expand=tuple(clips[0]),
+        clip_dw=tuple(clips[1]),
+        clip_project=tuple(clips[2]),
+    )
+    keeps_it = kernel in (3, 5) and stride in (1, 2) and dilation in (1, 2) and min(block[:3]) > 0
+    return block if keeps_it and [len(t) for t in (padding, *clips)] == [4, 2, 2, 2] else None
 
 
 def run(backend: str, x: Tensor, arguments: tuple) -> Tensor:

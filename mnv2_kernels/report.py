@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .backends import BACKENDS
+from .backends import BACKENDS, cuda_kernel
 from .block import BlockConfig
 from .cost import tensor_bytes
 from .fused import FusedInvertedResidual, FusedModule
@@ -25,8 +25,8 @@ class Row:
     state: "fused" runs in one pass; "plain" would if it could, now runs layer by layer;
     "fusable" is an original that `fuse` would replace; "declined" looks like such a block but
     cannot be fused exactly. reason: why it does not run fused. backend: the name of what runs
-    after `fuse`, None for the plain layers. input_hw and bytes_saved (expansion and depthwise
-    output of one image) are known with an input shape only.
+    after `fuse`, None for the plain layers. input_hw, bytes_saved (expansion and depthwise output
+    of one image) and kernel (which one of the backend "cuda") are known with an input shape only.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Row:
     reason: str | None = None
     input_hw: tuple[int, int] | None = None
     bytes_saved: int | None = None
+    kernel: str | None = None
 
 
 class Report(tuple[Row, ...]):
@@ -95,19 +96,23 @@ def _rows(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> Iterator[Row]:
 
 def _row(name: str, state: State, block: FusedModule, size: tuple[int, int] | None) -> Row:
     weight = block.block_layers.project.conv.weight
-    # A backend looks at device and dtype alone, and those of the input are those of the weight.
-    reason, backend = block.why_plain(weight), None
-    if reason is None:
-        asked = next((b for b in BACKENDS if b.name == block.backend), None)
-        chosen = asked or next(b for b in BACKENDS if b.why_not(weight) is None)
-        backend, reason = chosen.name, chosen.why_refused(weight)
-    elif state == "fused":
-        state = "plain"
-    saved = None
+    # Device and dtype of the input are those of the weight.
+    x, chosen_by, saved = weight, None, None
     if size is not None:
+        x = weight.new_empty(()).expand(1, block.config.in_channels, *size)
+        chosen_by = block.chosen_by
         sizes = tensor_bytes(block.config, *size, itemsize=weight.element_size())
         saved = sizes.expanded + sizes.depthwise
-    return Row(name, state, block.config, backend, reason, size, saved)
+    reason, backend, kernel = block.why_plain(x), None, None
+    if reason is None:
+        asked = next((b for b in BACKENDS if b.name == block.backend), None)
+        chosen = asked or next(b for b in BACKENDS if b.why_not(x, chosen_by) is None)
+        backend, reason = chosen.name, chosen.why_refused(x, chosen_by)
+        if backend == "cuda" and reason is None and chosen_by is not None:
+            kernel = cuda_kernel(x, chosen_by)
+    elif state == "fused":
+        state = "plain"
+    return Row(name, state, block.config, backend, reason, size, saved, kernel)
 
 
 def _input_sizes(model: nn.Module, input_shape: Iterable[int]) -> dict[str, tuple[int, int]]:
@@ -145,7 +150,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.state,
         row.config.name + (" residual" * row.config.residual) if row.config else "",
         "x".join(map(str, row.input_hw)) if row.input_hw else "",
-        row.backend or "",
+        f"{row.backend}: {row.kernel}" if row.kernel else row.backend or "",
         "" if row.bytes_saved is None else _bytes(row.bytes_saved),
         row.reason or "",
     )
