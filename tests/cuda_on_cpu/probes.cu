@@ -22,9 +22,16 @@ MNV2_DEVICE SharedAddress word(int i) { return shared_memory() + i * 4; }
 MNV2_DEVICE void put(int i) { store_shared<uint32_t>(word(i), 100 + i); }
 MNV2_DEVICE uint32_t get(int i) { return load_shared<uint32_t>(word(i)); }
 
+// So that what follows is never the first access.
+MNV2_DEVICE void fill(int words = 2) {
+    for (int i = 0; i < words; i++) put(thread_index() + i * block_threads());
+    block_barrier();
+}
+
 // ---- Barriers
 
 __global__ void read_after_write(Probe p) {
+    fill();
     if (warp() == p.number) put(lane());
     if (!p.broken) block_barrier();
     if (warp() != p.number) p.out[thread_index()] = get(lane());
@@ -45,6 +52,7 @@ __global__ void write_after_write(Probe p) {
 }
 
 __global__ void read_other_lane(Probe p) {
+    fill();
     put(thread_index());
     if (!p.broken) warp_barrier();
     p.out[thread_index()] = get(thread_index() ^ 1);
@@ -60,6 +68,7 @@ __global__ void write_what_other_lane_reads(Probe p) {
 
 // A barrier of the warp is none between warps.
 __global__ void warp_barrier_between_warps(Probe p) {
+    fill();
     put(thread_index());
     p.broken ? warp_barrier() : block_barrier();
     p.out[thread_index()] = get(thread_index() ^ 32);
@@ -118,12 +127,11 @@ __global__ void store_past_the_end(Probe p) {
 
 __global__ void load_before_the_start(Probe p) {
     put(thread_index());
-    p.out[thread_index()] = get(thread_index() - (p.broken ? 1 : 0));
+    p.out[thread_index()] = get(thread_index() - (p.broken && thread_index() == 0));
 }
 
 __global__ void matrix_past_the_end(Probe p) {
-    for (int i = 0; i < 2; i++) put(thread_index() + i * 64);
-    block_barrier();
+    fill();
     uint32_t r[4];
     load_matrices(r, shared_memory() + lane() * 16 + (p.broken ? 16 : 0));
     p.out[thread_index()] = r[0];
@@ -137,8 +145,7 @@ __global__ void misaligned(Probe p) {
 }
 
 __global__ void misaligned_matrix(Probe p) {
-    for (int i = 0; i < 2; i++) put(thread_index() + i * 64);
-    block_barrier();
+    fill();
     uint32_t r[2];
     load_matrices(r, shared_memory() + lane() % 8 * 16 + (p.broken ? 8 : 0));
 }
@@ -179,6 +186,7 @@ __global__ void copy_not_waited_for(Probe p) {
 }
 
 __global__ void copy_waited_for_by_its_thread_alone(Probe p) {
+    fill(4);
     copy_async(word(thread_index() * 4), p.in);
     copy_async_commit();
     copy_async_wait<0>();
@@ -187,6 +195,7 @@ __global__ void copy_waited_for_by_its_thread_alone(Probe p) {
 }
 
 __global__ void barrier_before_the_wait(Probe p) {
+    fill(4);
     copy_async(word(thread_index() * 4), p.in);
     copy_async_commit();
     if (p.broken) block_barrier();
@@ -249,6 +258,8 @@ __global__ void store_into_a_copy(Probe p) {
 // ---- Clusters of two blocks
 
 __global__ void cluster_read(Probe p) {
+    fill();
+    cluster_barrier();
     store_shared(shared_memory() + thread_index() * 8, make_float2(block_index(), 2.f));
     p.broken ? block_barrier() : cluster_barrier();
     const float2 other = load_cluster(shared_memory() + thread_index() * 8, 1 - cluster_rank());
