@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import cache
@@ -98,33 +98,25 @@ def why_not() -> str | None:
 EMULATOR = tuple(ROOT / "tests/cuda_on_cpu" / name for name in ("emulator.cpp", "control.cpp"))
 
 
-def sources() -> list[Path]:
-    """The files that a library of the kernels is built from."""
-    there = [ROOT / f"csrc/cuda/{name}.cu" for name in KERNELS]
-    own = [ROOT / "tests/cuda_on_cpu/library.cpp", ROOT / "csrc/cuda/choose.cpp", *EMULATOR]
-    return own + [path for path in there if path.exists()]
-
-
 def build(
-    sources: Sequence[Path], flags: Sequence[str] = (), compiled_as: dict[Path, str] | None = None
+    sources: Sequence[Path], flags: Sequence[str] = (), texts: Mapping[Path, str] | None = None
 ) -> Path:
     """Compile and link; returns the library. What was built from the same text is taken again.
 
-    `compiled_as` has texts to compile instead of those of some files.
+    texts: what to compile instead of the text of some sources.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
-    names = {path.stem.upper() for path in sources if path.suffix == ".cu"}
-    flags = [*FLAGS, *flags, *(f"-DMNV2_HAS_{name}" for name in sorted(names))]
-    texts = compiled_as or {}
+    flags, texts = [*FLAGS, *flags], texts or {}
+
+    def compile_one(path: Path) -> Path:
+        return _compile(path, texts.get(path) or path.read_text(), flags)
+
     with ThreadPoolExecutor(2) as pool:
-        objects = list(
-            pool.map(lambda path: _compile(path, texts.get(path, path.read_text()), flags), sources)
-        )
-    key = hashlib.sha256(" ".join(str(o) for o in objects).encode()).hexdigest()[:20]
+        objects = [str(path) for path in pool.map(compile_one, sources)]
+    key = hashlib.sha256(" ".join(objects).encode()).hexdigest()[:20]
     library = CACHE / f"{key}.so"
     sanitize = [flag for flag in flags if flag.startswith("-fsanitize")]
-    link = ["g++", "-shared", *sanitize, *map(str, objects)]
-    _make(library, lambda to: [*link, "-o", to])
+    _make(library, lambda to: ["g++", "-shared", *sanitize, *objects, "-o", to])
     return library
 
 
@@ -231,21 +223,25 @@ class Emulator:
 
 
 class Library(Emulator):
-    """The kernels."""
+    """A library with one of the kernels."""
 
-    def chosen(self, x: Tensor, weights: FoldedWeights, **settings) -> str:
-        """The kernel that the package would take for a call."""
-        call = _describe(x, weights, **settings)
-        return KERNELS[self.functions.mnv2_choose(ctypes.byref(call))]
+    def __init__(
+        self, kernel: str, flags: Sequence[str] = (), texts: Mapping[Path, str] | None = None
+    ):
+        """flags, texts: of `build`."""
+        source = ROOT / f"csrc/cuda/{kernel}.cu"
+        shared = [ROOT / "tests/cuda_on_cpu/library.cpp", ROOT / "csrc/cuda/choose.cpp"]
+        flags = [*flags, f"-DMNV2_RUN=run_{kernel}"]
+        super().__init__(build([source, *shared, *EMULATOR], flags, texts))
+        self.kernel = kernel
 
-    def takes(self, kernel: str, x: Tensor, weights: FoldedWeights, **settings) -> bool:
-        """Whether a kernel can run a call."""
+    def takes(self, x: Tensor, weights: FoldedWeights, **settings) -> bool:
+        """Whether the kernel can run a call."""
         call = _describe(x, weights, **settings)
-        return bool(self.functions.mnv2_takes(KERNELS.index(kernel), ctypes.byref(call)))
+        return bool(self.functions.mnv2_takes(KERNELS.index(self.kernel), ctypes.byref(call)))
 
     def run(
         self,
-        kernel: str | None,
         x: Tensor,
         weights: FoldedWeights,
         *,
@@ -256,7 +252,7 @@ class Library(Emulator):
         place: type = Guarded,
         **settings,
     ) -> Tensor:
-        """One call of a kernel, or of the one that choose() names.
+        """One call of the kernel.
 
         settings: stride, padding, dilation, residual; the others are those of `launch`.
 
@@ -264,8 +260,8 @@ class Library(Emulator):
         any. Returns y (N, C_out, H_out, W_out), channels_last. Raises as `launch` does, and
         ValueError where the kernel does not take the call.
         """
-        kernel = kernel or self.chosen(x, weights, **settings)
-        if not self.takes(kernel, x, weights, **settings):
+        kernel = self.kernel
+        if not self.takes(x, weights, **settings):
             raise ValueError(f"{kernel} does not take this call")
         call = _describe(x, weights, **settings)
         memory = {
@@ -279,7 +275,7 @@ class Library(Emulator):
         memory["y"] = place(y)
         for name, placed in memory.items():
             setattr(call, name, placed.address)
-        arguments = KERNELS.index(kernel), ctypes.byref(call), *astuple(device)
+        arguments = ctypes.byref(call), *astuple(device)
         self.launch(
             kernel,
             lambda: self.functions.mnv2_run(*arguments),
@@ -325,11 +321,17 @@ def _describe(
 
 
 @cache
-def library() -> Library:
-    """All kernels that there are."""
-    return Library(build(sources()))
+def library(kernel: str) -> Library:
+    """The library of a kernel as it is in the package."""
+    return Library(kernel)
+
+
+def chosen(x: Tensor, weights: FoldedWeights, **settings) -> str:
+    """The kernel that the package would take for a call."""
+    call = _describe(x, weights, **settings)
+    return KERNELS[library("generic").functions.mnv2_choose(ctypes.byref(call))]
 
 
 def run(kernel: str | None, x: Tensor, weights: FoldedWeights, **settings) -> Tensor:
-    """`Library.run` of all kernels that there are."""
-    return library().run(kernel, x, weights, **settings)
+    """`Library.run` of a kernel, or of the one that the package would take."""
+    return library(kernel or chosen(x, weights, **settings)).run(x, weights, **settings)

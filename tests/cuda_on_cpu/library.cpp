@@ -1,21 +1,8 @@
-// The kernels for Python (tests/emulated_cuda.py).
+// One kernel for Python (tests/emulated_cuda.py), which gives the name of its launcher as MNV2_RUN,
+// and what is asked about all of them.
 #include "../../csrc/cuda/kernels.h"
 #include "../../csrc/cuda/patch_plan.h"
 #include "../../csrc/cuda/tile_plan.h"
-
-namespace mnv2::cuda {
-
-#ifndef MNV2_HAS_PATCH
-cudaError_t run_patch(const Call&, const Device&, cudaStream_t) { return cudaErrorUnknown; }
-#endif
-#ifndef MNV2_HAS_TILE
-cudaError_t run_tile(const Call&, const Device&, cudaStream_t) { return cudaErrorUnknown; }
-#endif
-#ifndef MNV2_HAS_GENERIC
-cudaError_t run_generic(const Call&, const Device&, cudaStream_t) { return cudaErrorUnknown; }
-#endif
-
-}  // namespace mnv2::cuda
 
 using namespace mnv2::cuda;
 
@@ -53,10 +40,8 @@ struct PythonCall {
 
 extern "C" {
 
-int mnv2_run(int kernel, const PythonCall* call, int multiprocessors, int shared_bytes,
-             int capability) {
-    const Device device{multiprocessors, shared_bytes, capability};
-    return run(static_cast<Kernel>(kernel), call->call(), device, nullptr);
+int mnv2_run(const PythonCall* call, int multiprocessors, int shared_bytes, int capability) {
+    return MNV2_RUN(call->call(), {multiprocessors, shared_bytes, capability}, nullptr);
 }
 
 int mnv2_choose(const PythonCall* from) {
