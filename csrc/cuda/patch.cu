@@ -138,19 +138,26 @@ Pair twice(float value) {
     return bits * 0x10001u;
 }
 
-template <class T, class Sizes, bool HalfSums>
-cudaError_t launch_patch(const Call& call, const Device& device, cudaStream_t stream) {
-    // As many as have registers: 255 a thread where there are 2.
-    constexpr int blocks = Sizes::kPixels * Sizes::kOutTiles <= 16 ? 3 : 2;
+template <class Sizes>
+PatchCall plan_patch(const Call& call, bool half_sums) {
     PatchCall arguments{};
     arguments.call = call;
-    arguments.weights = patch_weights<Sizes>(call.hidden_channels, HalfSums);
+    arguments.weights = patch_weights<Sizes>(call.hidden_channels, half_sums);
     arguments.tile = best_patch_tile<Sizes>(call, arguments.weights.end);
+    const int64_t tiles = call.N * arguments.tile.tile_cols * arguments.tile.tile_rows;
+    // More do not fit into a GPU's memory.
+    arguments.tiles = static_cast<int>(std::min<int64_t>(tiles, INT32_MAX));
+    return arguments;
+}
+
+template <class T, class Sizes, bool HalfSums>
+cudaError_t launch_patch(PatchCall arguments, const Device& device, cudaStream_t stream) {
+    // As many as have registers: 255 a thread where there are 2.
+    constexpr int blocks = Sizes::kPixels * Sizes::kOutTiles <= 16 ? 3 : 2;
+    const Call& call = arguments.call;
     arguments.uppers = {call.clip_expand.upper, twice<T>(call.clip_expand.upper),
                         twice<T>(call.clip_dw.upper)};
-    const int64_t tiles = call.N * arguments.tile.tile_cols * arguments.tile.tile_rows;
-    if (tiles > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
-    arguments.tiles = static_cast<int>(tiles);
+    if (arguments.tiles > INT32_MAX / 2) return cudaErrorInvalidConfiguration;
     const int shared_bytes = arguments.weights.end + arguments.tile.x_elements * 2;
     const int resident = std::min(blocks, device.shared_bytes / shared_bytes);
     const Grid grid{std::min(arguments.tiles, resident * device.multiprocessors), kPatchThreads,
@@ -158,23 +165,32 @@ cudaError_t launch_patch(const Call& call, const Device& device, cudaStream_t st
     return launch(inverted_residual_patch<T, Sizes, HalfSums, blocks>, grid, stream, arguments);
 }
 
+template <class T, bool HalfSums>
+cudaError_t run_element(const Call& call, const Device& device, cudaStream_t stream) {
+    cudaError_t error = cudaErrorInvalidValue;
+    bool few = false;
+    with_patch_sizes<HalfSums, false>(call, [&](auto sizes) {
+        using Sizes = decltype(sizes);
+        const PatchCall arguments = plan_patch<Sizes>(call, HalfSums);
+        few = arguments.tiles <= device.multiprocessors;
+        if (!few) error = launch_patch<T, Sizes, HalfSums>(arguments, device, stream);
+    });
+    if (few)
+        with_patch_sizes<HalfSums, true>(call, [&](auto sizes) {
+            using Sizes = decltype(sizes);
+            error =
+                launch_patch<T, Sizes, HalfSums>(plan_patch<Sizes>(call, HalfSums), device, stream);
+        });
+    return error;
+}
+
 }  // namespace
 
 cudaError_t run_patch(const Call& call, const Device& device, cudaStream_t stream) {
-    cudaError_t error = cudaErrorInvalidValue;
-    if (half_sums(call, call.element))
-        with_patch_sizes<true>(call, [&](auto sizes) {
-            error = launch_patch<__half, decltype(sizes), true>(call, device, stream);
-        });
-    else if (call.element == Element::half)
-        with_patch_sizes<false>(call, [&](auto sizes) {
-            error = launch_patch<__half, decltype(sizes), false>(call, device, stream);
-        });
-    else
-        with_patch_sizes<false>(call, [&](auto sizes) {
-            error = launch_patch<__nv_bfloat16, decltype(sizes), false>(call, device, stream);
-        });
-    return error;
+    if (call.element == Element::bfloat16)
+        return run_element<__nv_bfloat16, false>(call, device, stream);
+    if (half_sums(call, call.element)) return run_element<__half, true>(call, device, stream);
+    return run_element<__half, false>(call, device, stream);
 }
 
 }  // namespace mnv2::cuda

@@ -132,18 +132,19 @@ constexpr bool half_sums(const BlockSizes& sizes, Element element) {
     return element == Element::half && sizes.clip_expand.upper <= 64.f;
 }
 
-// Calls `use` with the PatchSizes of the instance for a block, if there is one.
-template <bool HalfSums, class Use>
+// Calls `use` with the PatchSizes of the instance for a block, if there is one. Few patches are
+// small ones, so that there are more of them; the order of all sums is the same.
+template <bool HalfSums, bool Few, class Use>
 constexpr void with_patch_sizes(const BlockSizes& sizes, Use&& use) {
     // Sums in float take the registers of half the pixels.
-    constexpr int rows = HalfSums ? 4 : 2;
+    constexpr int rows = HalfSums && !Few ? 4 : 2, cols = Few ? 2 : 4;
     const int64_t in = sizes.in_channels, out = sizes.out_channels;
     if (in > 32 || out > 32) return;
     if (sizes.stride == 1)
-        in <= 24 && out <= 24 ? use(PatchSizes<24, 24, 1, rows, 4>{})
-                              : use(PatchSizes<32, 32, 1, rows, 4>{});
+        in <= 24 && out <= 24 ? use(PatchSizes<24, 24, 1, rows, cols>{})
+                              : use(PatchSizes<32, 32, 1, rows, cols>{});
     else if (in <= 16 && out <= 24)
-        use(PatchSizes<16, 24, 2, 2, 4>{});
+        use(PatchSizes<16, 24, 2, 2, cols>{});
     else
         in <= 24 ? use(PatchSizes<24, 32, 2, 2, 2>{}) : use(PatchSizes<32, 32, 2, 2, 2>{});
 }
@@ -162,9 +163,9 @@ inline bool patch_takes(const BlockSizes& sizes, Element element) {
         fits = best_patch_tile<Sizes>(sizes, weight_bytes).patch_cols > 0;
     };
     if (half_sums(sizes, element))
-        with_patch_sizes<true>(sizes, [&](auto instance) { check(instance, true); });
+        with_patch_sizes<true, false>(sizes, [&](auto instance) { check(instance, true); });
     else
-        with_patch_sizes<false>(sizes, [&](auto instance) { check(instance, false); });
+        with_patch_sizes<false, false>(sizes, [&](auto instance) { check(instance, false); });
     return fits;
 }
 
