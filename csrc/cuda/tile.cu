@@ -1,0 +1,134 @@
+// The tile kernel: a tile of the image in shared memory, where the three convolutions pass a chunk
+// of hidden channels at a time from one to the next.
+//
+// Expansion and projection are matrix products on tensor cores; the sums of the projection stay in
+// registers over all chunks. Between them lies the expanded tile, with a halo that is zero outside
+// the image, and behind the depthwise its result. The projection of a chunk and the expansion of
+// the next need no barrier between them. Without expansion the pixels of x themselves are copied to
+// the haloed tile.
+#include "kernels.h"
+#include "launch.h"
+#include "tile_depthwise.cuh"
+
+namespace mnv2::cuda {
+
+namespace tile {
+
+// The haloed tile is zero outside the image for good.
+MNV2_DEVICE void write_zeros(const TilePlan& plan, SharedAddress e) {
+    const int bytes = plan.in_rows * plan.in_cols * plan.images * plan.e_pitch * 2;
+    for (int i = thread_index() * 16; i < bytes; i += block_threads() * 16)
+        store_shared(e + i, make_uint4(0, 0, 0, 0));
+}
+
+// Where the pixels that are expanded lie in the haloed tile.
+MNV2_DEVICE void write_places(const Call& call, const TilePlan& plan, const Place& at,
+                              SharedAddress to) {
+    for_in_pixels(call, plan, at, 1, [&](int pixel, int place, int64_t) {
+        store_shared(to + pixel * 2, static_cast<uint16_t>(place));
+    });
+}
+
+// The projection takes channels by 16.
+MNV2_DEVICE void fill_up_channels(const TilePlan& plan, SharedAddress d, int channels) {
+    if (channels % 16 == 0) return;
+    for (int pixel = thread_index(); pixel < plan.pixels; pixel += block_threads())
+        store_shared(d + (pixel * plan.d_pitch + channels) * 2, make_uint4(0, 0, 0, 0));
+}
+
+template <class T, int Kernel, bool HalfSums, int NTiles>
+__global__ void __launch_bounds__(tile_most_warps(Kernel) * 32)
+    inverted_residual_tile(const __grid_constant__ TileCall arguments) {
+    const Call& call = arguments.call;
+    const TilePlan& plan = arguments.plan;
+    const SharedAddress shared = shared_memory();
+    const Place at = locate(call, plan);
+
+    stage_expand_weights(call, plan, shared, 0);
+    if (call.expansion) {
+        stage_x(call, plan, at, shared + plan.x);
+        write_places(call, plan, at, shared + plan.places);
+    }
+    copy_async_commit();
+    write_zeros(plan, shared + plan.e);
+    write_jobs(plan, static_cast<int>(call.stride), shared + plan.job_table);
+
+    // Two buffers are filled while both products run, one during the depthwise. It holds the
+    // expansion of the next chunk and the projection of this one.
+    const auto stage_next = [&](int chunk) {
+        if (chunk + 1 < plan.chunks) stage_expand_weights(call, plan, shared, chunk + 1);
+        stage_project_weights(call, plan, at.group, shared, chunk);
+        copy_async_commit();
+    };
+
+    Projection<T, NTiles> projection;
+    for (int chunk = 0; chunk < plan.chunks; chunk++) {
+        const int channels = channels_of_chunk(call, plan, chunk);
+        const ChunkWeights weights = chunk_weights(plan, shared, chunk);
+        copy_async_wait<0>();
+        block_barrier();
+        if (!call.expansion) {
+            stage_expanded(call, plan, at, chunk * plan.chunk, channels, shared + plan.e);
+            copy_async_commit();
+        }
+        if (plan.buffers == 2) stage_next(chunk);
+        if (chunk > 0)
+            projection.add(plan, shared, chunk_weights(plan, shared, chunk - 1).w_project,
+                           plan.chunk);
+        if (call.expansion) {
+            expand<T>(call, plan, at, shared, weights);
+        } else if (plan.buffers == 2) {
+            copy_async_wait<1>();
+        } else {
+            copy_async_wait<0>();
+        }
+        block_barrier();
+        if (plan.buffers == 1) stage_next(chunk);
+        if (call.stride > call.dilation) {
+            depthwise<T, Kernel, 2, HalfSums>(call, plan, shared, weights, channels);
+        } else {
+            depthwise<T, Kernel, 1, HalfSums>(call, plan, shared, weights, channels);
+        }
+        fill_up_channels(plan, shared + plan.d, channels);
+    }
+    copy_async_wait<0>();
+    block_barrier();
+    projection.add(plan, shared, chunk_weights(plan, shared, plan.chunks - 1).w_project,
+                   channels_of_chunk(call, plan, plan.chunks - 1));
+    projection.store(call, plan, at);
+}
+
+template <class T, int Kernel, bool HalfSums>
+cudaError_t launch_tile(const Call& call, const Device& device, cudaStream_t stream) {
+    static_assert(sizeof(typename Channels<T, HalfSums>::Packed) ==
+                  2 * tile_job_channels(HalfSums));
+    const TileCall arguments{
+        call, plan_tile(call, call.element, device.shared_bytes, device.multiprocessors)};
+    const TilePlan& plan = arguments.plan;
+    const int64_t tiles =
+        static_cast<int64_t>(tile::ceil_div(call.N, plan.images)) * plan.tile_rows * plan.tile_cols;
+    const Grid grid{tiles * plan.groups, plan.threads(), plan.end};
+    switch (plan.n_tiles) {
+        case 2:
+            return launch(inverted_residual_tile<T, Kernel, HalfSums, 2>, grid, stream, arguments);
+        case 3:
+            return launch(inverted_residual_tile<T, Kernel, HalfSums, 3>, grid, stream, arguments);
+        default:
+            return launch(inverted_residual_tile<T, Kernel, HalfSums, 4>, grid, stream, arguments);
+    }
+}
+
+}  // namespace tile
+
+cudaError_t run_tile(const Call& call, const Device& device, cudaStream_t stream) {
+    const bool half = call.element == Element::half;
+    if (tile_half_sums(call, call.element))
+        return tile::launch_tile<__half, 3, true>(call, device, stream);
+    if (call.kernel == 3)
+        return half ? tile::launch_tile<__half, 3, false>(call, device, stream)
+                    : tile::launch_tile<__nv_bfloat16, 3, false>(call, device, stream);
+    return half ? tile::launch_tile<__half, 5, false>(call, device, stream)
+                : tile::launch_tile<__nv_bfloat16, 5, false>(call, device, stream);
+}
+
+}  // namespace mnv2::cuda

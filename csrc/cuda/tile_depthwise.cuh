@@ -1,0 +1,189 @@
+// The depthwise convolution of the tile kernel, from one tile in shared memory to another.
+//
+// A job is a few channels of a strip, two output columns wide. The thread walks down it and keeps
+// the sums of all output rows that the row of pixels at hand adds to.
+#pragma once
+#include "tile_products.cuh"
+
+namespace mnv2::cuda::tile {
+
+// The channels of a job, of weights, pixels and sums; sums in T, or in float.
+template <class T, bool HalfSums>
+struct Channels;
+
+template <class T>
+struct Channels<T, true> {
+    using Packed = uint2;
+    Pair v[2];
+
+    MNV2_DEVICE static Channels bias(SharedAddress from) {
+        const float2 low = load_shared<float2>(from), high = load_shared<float2>(from + 8);
+        return {{pack<T>(low.x, low.y), pack<T>(high.x, high.y)}};
+    }
+    MNV2_DEVICE static Channels from(Packed packed) { return {{packed.x, packed.y}}; }
+    MNV2_DEVICE void add(const Channels& a, const Channels& b) {
+        v[0] = multiply_add<T>(a.v[0], b.v[0], v[0]);
+        v[1] = multiply_add<T>(a.v[1], b.v[1], v[1]);
+    }
+    MNV2_DEVICE Packed result(const PairClip& clip) const {
+        return make_uint2(clipped<T>(v[0], clip), clipped<T>(v[1], clip));
+    }
+};
+
+template <class T>
+struct Channels<T, false> {
+    using Packed = uint32_t;
+    float2 v;
+
+    MNV2_DEVICE static Channels bias(SharedAddress from) { return {load_shared<float2>(from)}; }
+    MNV2_DEVICE static Channels from(Packed packed) { return {unpack<T>(packed)}; }
+    MNV2_DEVICE void add(const Channels& a, const Channels& b) {
+        v = make_float2(fmaf(a.v.x, b.v.x, v.x), fmaf(a.v.y, b.v.y, v.y));
+    }
+    MNV2_DEVICE Packed result(const PairClip& clip) const {
+        return clipped<T>(pack<T>(v.x, v.y), clip);
+    }
+};
+
+// What a thread has to know of a job.
+struct Job {
+    int place;    // of its first tap in the haloed tile
+    int pixel;    // its first output pixel in the tile
+    int rows;     // of output; 0: nothing to do
+    bool second;  // whether the second column is in the tile
+};
+
+MNV2_DEVICE void write_jobs(const TilePlan& plan, int stride, SharedAddress to) {
+    const int strips = plan.strips, segments = plan.segments, step = plan.out_step;
+    for (int job = thread_index(); job < plan.jobs; job += block_threads()) {
+        const int strip = job % strips, segment = job / strips % segments;
+        const int image = job / (strips * segments);
+        const int col = strip / step * step * kTileStrip + strip % step;
+        const int row = segment / step * step * plan.job_rows + segment % step;
+        const int left = row < plan.rows && col < plan.cols ? (plan.rows - row - 1) / step + 1 : 0;
+        const uint32_t rows = min(left, plan.job_rows);
+        const uint32_t second = col + step < plan.cols;
+        const uint32_t place = (image * plan.in_rows + row * stride) * plan.in_cols + col * stride;
+        const uint32_t pixel = (image * plan.rows + row) * plan.cols + col;
+        store_shared(to + job * 8, make_uint2(place | rows << 16, pixel | second << 16));
+    }
+}
+
+MNV2_DEVICE Job read_job(SharedAddress from) {
+    const uint2 v = load_shared<uint2>(from);
+    return {static_cast<int>(v.x & 0xffff), static_cast<int>(v.y & 0xffff),
+            static_cast<int>(v.x >> 16), v.y >> 16 != 0};
+}
+
+// The walk of one job. Step: rows of pixels from the taps of one output row to those of the next.
+// They come in groups of Step: group u starts the sums of output row u and ends those of row u -
+// kRing + 1.
+template <class T, int Kernel, int Step, bool HalfSums>
+struct Walk {
+    static constexpr int kRing = (Kernel + Step - 1) / Step;
+    // Of the first group: rows that no tap reads.
+    static constexpr int kUnused = kRing * Step - Kernel;
+    static constexpr int kCols = Step * (kTileStrip - 1) + Kernel;
+    using Sums = Channels<T, HalfSums>;
+    using Packed = typename Sums::Packed;
+
+    const Packed (&weight)[Kernel * Kernel];
+    const Sums& bias;
+    const PairClip& clip;
+    SharedAddress from, to;
+    int from_row, from_col, to_row, to_col;  // bytes to the next
+    int rows;
+    bool second;
+    Sums ring[kRing][kTileStrip];
+
+    MNV2_DEVICE void run() {
+#pragma unroll
+        for (int slot = 0; slot < kRing; slot++)
+            for (int s = 0; s < kTileStrip; s++) ring[slot][s] = bias;
+        for (int group = 0; group < rows + kRing - 1; group += kRing) run_slots<0>(group);
+    }
+
+    // Groups `group` and up to kRing - 1 more. The sums of output row u lie in slot u % kRing.
+    template <int Slot>
+    MNV2_DEVICE void run_slots(int group) {
+        add_group<Slot>(group == 0);
+        constexpr int last = (Slot + 1) % kRing;
+        if (group >= kRing - 1) {
+            store(to, ring[last][0]);
+            if (second) store(to + to_col, ring[last][1]);
+            to += to_row;
+        }
+        if constexpr (Slot + 1 < kRing)
+            if (group + 1 < rows + kRing - 1) run_slots<Slot + 1>(group + 1);
+    }
+
+    template <int Slot>
+    MNV2_DEVICE void add_group(bool first) {
+#pragma unroll
+        for (int s = 0; s < kTileStrip; s++) ring[Slot][s] = bias;
+#pragma unroll
+        for (int v = 0; v < Step; v++) {
+            const SharedAddress row = v < kUnused && first ? from + from_row : from;
+            from += from_row;
+            Sums pixel[kCols];
+#pragma unroll
+            for (int c = 0; c < kCols; c++)
+                pixel[c] = Sums::from(load_shared<Packed>(row + c * from_col));
+#pragma unroll
+            for (int j = 0; j < kRing; j++) {
+                const int tap_row = j * Step + v - kUnused;
+                if (tap_row < 0) continue;
+#pragma unroll
+                for (int t = 0; t < Kernel; t++) {
+                    const Sums w = Sums::from(weight[tap_row * Kernel + t]);
+#pragma unroll
+                    for (int s = 0; s < kTileStrip; s++)
+                        ring[(Slot - j + kRing) % kRing][s].add(pixel[s * Step + t], w);
+                }
+            }
+        }
+    }
+
+    MNV2_DEVICE void store(SharedAddress address, const Sums& sums) const {
+        store_shared(address, sums.result(clip));
+    }
+};
+
+// The channels of a chunk, for every output pixel of the tile.
+template <class T, int Kernel, int Step, bool HalfSums>
+MNV2_DEVICE void depthwise(const Call& call, const TilePlan& plan, SharedAddress shared,
+                           const ChunkWeights& weights, int channels) {
+    using TheWalk = Walk<T, Kernel, Step, HalfSums>;
+    using Packed = typename TheWalk::Packed;
+    constexpr int job_channels = sizeof(Packed) / 2;
+    const int lanes = plan.chunk / job_channels, channel = thread_index() % lanes * job_channels;
+    if (channel >= channels) return;
+    Packed weight[Kernel * Kernel];
+#pragma unroll
+    for (int tap = 0; tap < Kernel * Kernel; tap++)
+        weight[tap] = load_shared<Packed>(weights.w_dw + (tap * plan.chunk + channel) * 2);
+    const auto bias = Channels<T, HalfSums>::bias(weights.b_dw + channel * 4);
+    const PairClip clip = pair_clip<T>(call.clip_dw);
+    for (int i = thread_index() / lanes; i < plan.jobs; i += block_threads() / lanes) {
+        const Job job = read_job(shared + plan.job_table + i * 8);
+        if (job.rows == 0) continue;
+        const int col_bytes = plan.in_step * plan.e_pitch * 2;
+        const int to_col = plan.out_step * plan.d_pitch * 2;
+        TheWalk walk{weight,
+                     bias,
+                     clip,
+                     shared + plan.e + (job.place * plan.e_pitch + channel) * 2,
+                     shared + plan.d + (job.pixel * plan.d_pitch + channel) * 2,
+                     plan.in_cols * col_bytes,
+                     col_bytes,
+                     plan.cols * to_col,
+                     to_col,
+                     job.rows,
+                     job.second};
+        // The first group begins with the rows that no tap reads.
+        walk.from -= TheWalk::kUnused * walk.from_row;
+        walk.run();
+    }
+}
+
+}  // namespace mnv2::cuda::tile

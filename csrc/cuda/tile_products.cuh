@@ -1,0 +1,175 @@
+// Expansion and projection of the tile kernel: products of 16 x 16 by 16 x 8 matrices.
+#pragma once
+#include "tile_stage.cuh"
+
+namespace mnv2::cuda::tile {
+
+// A clip of pairs. Rounding keeps order, so that clipping behind it changes nothing.
+struct PairClip {
+    Pair lower, upper;
+};
+template <class T>
+MNV2_DEVICE PairClip pair_clip(const Clip& clip) {
+    return {pack<T>(clip.lower, clip.lower), pack<T>(clip.upper, clip.upper)};
+}
+template <class T>
+MNV2_DEVICE Pair clipped(Pair v, const PairClip& clip) {
+    return minimum<T>(maximum<T>(v, clip.lower), clip.upper);
+}
+
+constexpr int kUnitRows = 2, kUnitTiles = 4;  // of the expansion: 32 pixels x 32 channels
+
+// Every pixel under the tile, expanded to the channels of a chunk, to its place in the haloed tile.
+template <class T>
+MNV2_DEVICE void expand(const Call& call, const TilePlan& plan, const Place& at,
+                        SharedAddress shared, const ChunkWeights& weights) {
+    const int lane = thread_index() % 32, warps = block_threads() / 32;
+    const int pixels = at.in_pixels();
+    const int row_units = (pixels + kUnitRows * 16 - 1) / (kUnitRows * 16);
+    const int units = row_units * (plan.chunk / (kUnitTiles * 8));
+    const PairClip clip = pair_clip<T>(call.clip_expand);
+    for (int unit = thread_index() / 32; unit < units; unit += warps) {
+        const int first_pixel = unit % row_units * kUnitRows * 16;
+        const int first_channel = unit / row_units * kUnitTiles * 8;
+
+        SharedAddress a_row[kUnitRows];
+#pragma unroll
+        for (int m = 0; m < kUnitRows; m++)
+            a_row[m] = shared + plan.x + lane / 16 * 16 +
+                       min(first_pixel + m * 16 + lane % 16, pixels - 1) * plan.x_pitch * 2;
+        SharedAddress b_row =
+            weights.w_expand + (lane % 16 * plan.expand_pitch + first_channel) * 2 + lane / 16 * 16;
+
+        float sums[kUnitRows][kUnitTiles][4];
+#pragma unroll
+        for (int n = 0; n < kUnitTiles; n++) {
+            const float2 bias =
+                load_shared<float2>(weights.b_expand + (first_channel + n * 8 + lane % 4 * 2) * 4);
+#pragma unroll
+            for (int m = 0; m < kUnitRows; m++) {
+                sums[m][n][0] = sums[m][n][2] = bias.x;
+                sums[m][n][1] = sums[m][n][3] = bias.y;
+            }
+        }
+        for (int k = 0; k < plan.expand_rows; k += 16) {
+            Pair a[kUnitRows][4], b[kUnitTiles / 2][4];
+#pragma unroll
+            for (int m = 0; m < kUnitRows; m++) load_matrices(a[m], a_row[m] + k * 2);
+#pragma unroll
+            for (int n = 0; n < kUnitTiles / 2; n++) load_matrices_transposed(b[n], b_row + n * 32);
+            b_row += plan.expand_pitch * 32;
+#pragma unroll
+            for (int n = 0; n < kUnitTiles; n++) {
+#pragma unroll
+                for (int m = 0; m < kUnitRows; m++)
+                    multiply_add_k16<T>(sums[m][n], a[m], b[n / 2][n % 2 * 2],
+                                        b[n / 2][n % 2 * 2 + 1]);
+            }
+        }
+
+#pragma unroll
+        for (int m = 0; m < kUnitRows; m++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int pixel = first_pixel + m * 16 + h * 8 + lane / 4;
+                if (pixel >= pixels) continue;
+                const int place = load_shared<uint16_t>(shared + plan.places + pixel * 2);
+                const SharedAddress to =
+                    shared + plan.e + (place * plan.e_pitch + first_channel + lane % 4 * 2) * 2;
+#pragma unroll
+                for (int n = 0; n < kUnitTiles; n++)
+                    store_shared(
+                        to + n * 16,
+                        clipped<T>(pack<T>(sums[m][n][2 * h], sums[m][n][2 * h + 1]), clip));
+            }
+        }
+    }
+}
+
+// A warp's part of the projection. Its tiles of 16 pixels are warps_m apart, so that a tile of few
+// pixels keeps all warps busy.
+template <class T, int NTiles>
+struct Projection {
+    float sums[kTileRowsOfMatrices][NTiles][4] = {};
+
+    // Adds the products of one chunk.
+    MNV2_DEVICE void add(const TilePlan& plan, SharedAddress shared, SharedAddress w_project,
+                         int channels) {
+        const int lane = thread_index() % 32, warp = thread_index() / 32;
+        const int warp_m = warp % plan.warps_m, warp_n = warp / plan.warps_m;
+        SharedAddress a_row[kTileRowsOfMatrices];
+#pragma unroll
+        for (int m = 0; m < kTileRowsOfMatrices; m++)
+            a_row[m] = shared + plan.d + lane / 16 * 16 +
+                       min((warp_m + m * plan.warps_m) * 16 + lane % 16, plan.pixels - 1) *
+                           plan.d_pitch * 2;
+        SharedAddress b_row =
+            w_project + (lane % 16 * plan.project_pitch + warp_n * NTiles * 8) * 2;
+        const int used =
+            (plan.pixels + 15) / 16 - warp_m;  // tiles of this warp and beyond, and others
+
+        for (int k = 0; k < channels; k += 16) {
+            Pair b[NTiles][2];
+#pragma unroll
+            for (int n = 0; n + 1 < NTiles; n += 2) {
+                Pair both[4];
+                load_matrices_transposed(both, b_row + lane / 16 * 16 + n * 16);
+                b[n][0] = both[0], b[n][1] = both[1], b[n + 1][0] = both[2], b[n + 1][1] = both[3];
+            }
+            if constexpr (NTiles % 2 == 1)
+                load_matrices_transposed(b[NTiles - 1], b_row + (NTiles - 1) * 16);
+            b_row += plan.project_pitch * 32;
+#pragma unroll
+            for (int m = 0; m < kTileRowsOfMatrices; m++) {
+                // Only the last one may have nothing to do: plan_tile sees to that.
+                if (m == kTileRowsOfMatrices - 1 && used <= m * plan.warps_m) break;
+                Pair a[4];
+                load_matrices(a, a_row[m] + k * 2);
+#pragma unroll
+                for (int n = 0; n < NTiles; n++)
+                    multiply_add_k16<T>(sums[m][n], a, b[n][0], b[n][1]);
+            }
+        }
+    }
+
+    // Bias, clip, residual, rounding, and out.
+    MNV2_DEVICE void store(const Call& call, const TilePlan& plan, const Place& at) const {
+        const int lane = thread_index() % 32, warp = thread_index() / 32;
+        const int warp_m = warp % plan.warps_m, warp_n = warp / plan.warps_m;
+        const int out = static_cast<int>(call.out_channels);
+        const int first = at.group * plan.group_channels + warp_n * NTiles * 8 + lane % 4 * 2;
+        const auto* x = static_cast<const uint16_t*>(call.x);
+        auto* y = static_cast<uint16_t*>(call.y);
+#pragma unroll
+        for (int m = 0; m < kTileRowsOfMatrices; m++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int pixel = (warp_m + m * plan.warps_m) * 16 + h * 8 + lane / 4;
+                const int line = pixel / plan.cols, image = line / plan.rows;
+                const int row = at.row + line % plan.rows, col = at.col + pixel % plan.cols;
+                if (image >= at.images || row >= call.H_out || col >= call.W_out) continue;
+                const int64_t from =
+                    (((at.first_image + image) * call.H_out + row) * call.W_out + col) * out;
+#pragma unroll
+                for (int n = 0; n < NTiles; n++) {
+                    const int channel = first + n * 8;
+                    if (channel >= out) continue;
+                    float low = sums[m][n][2 * h], high = sums[m][n][2 * h + 1];
+                    if (call.b_project != nullptr)
+                        low += call.b_project[channel], high += call.b_project[channel + 1];
+                    const Clip clip = call.clip_project;
+                    low = minimum(maximum(low, clip.lower), clip.upper);
+                    high = minimum(maximum(high, clip.lower), clip.upper);
+                    if (call.residual) {
+                        const float2 added =
+                            unpack<T>(*reinterpret_cast<const Pair*>(x + from + channel));
+                        low += added.x, high += added.y;
+                    }
+                    *reinterpret_cast<Pair*>(y + from + channel) = pack<T>(low, high);
+                }
+            }
+        }
+    }
+};
+
+}  // namespace mnv2::cuda::tile

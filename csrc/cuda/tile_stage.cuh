@@ -1,0 +1,157 @@
+// Where a block of threads of the tile kernel is, and how x and weights get into shared memory.
+#pragma once
+#include "call.h"
+#include "ptx.h"
+#include "tile_plan.h"
+
+namespace mnv2::cuda::tile {
+
+struct TileCall {
+    Call call;
+    TilePlan plan;
+};
+
+// Lanes that copy one row of weights or one pixel of x: 128 bytes at a time.
+constexpr int kCopyLanes = 8;
+
+struct Place {
+    int64_t first_image;
+    int images;
+    int row, col;  // of the first output pixel
+    int group;     // of output channels
+    // The part of the input under the tile that is in the image: where it begins, in the image and
+    // in the tile.
+    int64_t in_row, in_col;
+    int halo_row, halo_col;
+    int in_rows, in_cols;
+
+    MNV2_DEVICE int in_pixels() const { return images * in_rows * in_cols; }
+};
+
+MNV2_DEVICE Place locate(const Call& call, const TilePlan& plan) {
+    Place at;
+    int number = block_index();
+    at.group = number % plan.groups, number /= plan.groups;
+    at.col = number % plan.tile_cols * plan.cols, number /= plan.tile_cols;
+    at.row = number % plan.tile_rows * plan.rows, number /= plan.tile_rows;
+    at.first_image = static_cast<int64_t>(number) * plan.images;
+    at.images = static_cast<int>(min(static_cast<int64_t>(plan.images), call.N - at.first_image));
+    const int64_t row = at.row * call.stride - call.pad_top;
+    const int64_t col = at.col * call.stride - call.pad_left;
+    at.in_row = row < 0 ? 0 : row, at.in_col = col < 0 ? 0 : col;
+    at.halo_row = static_cast<int>(at.in_row - row),
+    at.halo_col = static_cast<int>(at.in_col - col);
+    at.in_rows = static_cast<int>(min(row + plan.in_rows, call.H) - at.in_row);
+    at.in_cols = static_cast<int>(min(col + plan.in_cols, call.W) - at.in_col);
+    return at;
+}
+
+// Calls use(pixel, place in the haloed tile, pixel of x) for every pixel under the tile that is in
+// the image: `lanes` lanes with each, a power of 2.
+template <class Use>
+MNV2_DEVICE void for_in_pixels(const Call& call, const TilePlan& plan, const Place& at, int lanes,
+                               Use&& use) {
+    const int warp = thread_index() / 32, warps = block_threads() / 32;
+    for (int line = warp; line < at.images * at.in_rows; line += warps) {
+        const int image = line / at.in_rows, row = line % at.in_rows;
+        const int64_t first =
+            ((at.first_image + image) * call.H + at.in_row + row) * call.W + at.in_col;
+        const int place = (image * plan.in_rows + at.halo_row + row) * plan.in_cols + at.halo_col;
+        for (int col = thread_index() % 32 / lanes; col < at.in_cols; col += 32 / lanes)
+            use(line * at.in_cols + col, place + col, first + col);
+    }
+}
+
+// The pixels of x under the tile, one after the other, their channels filled up to a multiple
+// of 16.
+MNV2_DEVICE void stage_x(const Call& call, const TilePlan& plan, const Place& at,
+                         SharedAddress to) {
+    const auto* x = static_cast<const uint16_t*>(call.x);
+    const int octets = static_cast<int>(call.in_channels) / 8;
+    for_in_pixels(call, plan, at, kCopyLanes, [&](int pixel, int, int64_t of_x) {
+        for (int o = thread_index() % kCopyLanes; o < plan.expand_rows / 8; o += kCopyLanes)
+            copy_async(to + (pixel * plan.x_pitch + o * 8) * 2,
+                       x + of_x * call.in_channels + (o < octets ? o * 8 : 0), o < octets ? 16 : 0);
+    });
+}
+
+// `channels` channels of x from channel `first` on, in place of the expansion.
+MNV2_DEVICE void stage_expanded(const Call& call, const TilePlan& plan, const Place& at, int first,
+                                int channels, SharedAddress to) {
+    const auto* x = static_cast<const uint16_t*>(call.x);
+    const int lanes = plan.chunk / 8, octet = thread_index() % lanes;
+    if (octet * 8 >= channels) return;
+    for_in_pixels(call, plan, at, lanes, [&](int, int place, int64_t of_x) {
+        copy_async(to + (place * plan.e_pitch + octet * 8) * 2,
+                   x + of_x * call.in_channels + first + octet * 8);
+    });
+}
+
+// rows x octets pieces of 16 bytes; those from valid_rows and valid_octets on are zeros.
+MNV2_DEVICE void stage_matrix(const uint16_t* from, int64_t stride, SharedAddress to, int pitch,
+                              int rows, int valid_rows, int octets, int valid_octets) {
+    const int lane = thread_index() % kCopyLanes;
+    for (int row = thread_index() / kCopyLanes; row < rows; row += block_threads() / kCopyLanes) {
+        for (int o = lane; o < octets; o += kCopyLanes) {
+            const bool there = row < valid_rows && o < valid_octets;
+            copy_async(to + (row * pitch + o * 8) * 2, there ? from + row * stride + o * 8 : from,
+                       there ? 16 : 0);
+        }
+    }
+}
+
+MNV2_DEVICE void stage_bias(const float* bias, int first, int channels, int chunk, SharedAddress to,
+                            const void* anything) {
+    for (int i = thread_index() * 4; i < chunk; i += block_threads() * 4) {
+        const bool there = bias != nullptr && i < channels;
+        copy_async(to + i * 4, there ? bias + first + i : anything, there ? 16 : 0);
+    }
+}
+
+// Where the weights of a chunk of hidden channels are.
+struct ChunkWeights {
+    SharedAddress w_expand, w_project, w_dw, b_expand, b_dw;
+};
+
+MNV2_DEVICE ChunkWeights chunk_weights(const TilePlan& plan, SharedAddress shared, int number) {
+    const int buffer = plan.buffers == 2 ? number % 2 : 0;
+    const SharedAddress biases = shared + plan.biases + number % 2 * plan.bias_bytes;
+    return {shared + plan.w_expand + buffer * plan.expand_bytes,
+            shared + plan.w_project + buffer * plan.project_bytes,
+            shared + plan.w_dw + number % 2 * plan.dw_bytes, biases, biases + plan.chunk * 4};
+}
+
+MNV2_DEVICE int channels_of_chunk(const Call& call, const TilePlan& plan, int number) {
+    return min(plan.chunk, static_cast<int>(call.hidden_channels) - number * plan.chunk);
+}
+
+// What expansion and depthwise need of a chunk.
+MNV2_DEVICE void stage_expand_weights(const Call& call, const TilePlan& plan, SharedAddress shared,
+                                      int number) {
+    const ChunkWeights to = chunk_weights(plan, shared, number);
+    const int first = number * plan.chunk, channels = channels_of_chunk(call, plan, number);
+    const int64_t hidden = call.hidden_channels;
+    if (call.expansion) {
+        stage_matrix(static_cast<const uint16_t*>(call.w_expand) + first, hidden, to.w_expand,
+                     plan.expand_pitch, plan.expand_rows, static_cast<int>(call.in_channels),
+                     plan.chunk / 8, channels / 8);
+        stage_bias(call.b_expand, first, channels, plan.chunk, to.b_expand, call.x);
+    }
+    const int taps = static_cast<int>(call.kernel * call.kernel);
+    stage_matrix(static_cast<const uint16_t*>(call.w_dw) + first, hidden, to.w_dw, plan.chunk, taps,
+                 taps, channels / 8, channels / 8);
+    stage_bias(call.b_dw, first, channels, plan.chunk, to.b_dw, call.x);
+}
+
+MNV2_DEVICE void stage_project_weights(const Call& call, const TilePlan& plan, int group,
+                                       SharedAddress shared, int number) {
+    const int first = number * plan.chunk, channels = channels_of_chunk(call, plan, number);
+    const int out = static_cast<int>(call.out_channels), first_out = group * plan.group_channels;
+    stage_matrix(static_cast<const uint16_t*>(call.w_project) + static_cast<int64_t>(first) * out +
+                     first_out,
+                 out, chunk_weights(plan, shared, number).w_project, plan.project_pitch,
+                 (channels + 15) / 16 * 16, channels, plan.group_channels / 8,
+                 min(plan.group_channels, out - first_out) / 8);
+}
+
+}  // namespace mnv2::cuda::tile
