@@ -6,9 +6,6 @@ the hidden loop for each hidden output (an element of the depthwise's result) of
 
 import argparse
 import json
-import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -30,13 +27,13 @@ from mnv2_kernels.triton_kernels.launch import plan_launch
 from mnv2_kernels.triton_kernels.patch import inverted_residual_patch
 
 from .harness import distinct_blocks
+from .machine_code import disassemble, opcode, resources
 
 ARCHITECTURES = (80, 90)
 # What the matrix products of the tables are computed in; float32 means IEEE's.
 ARITHMETIC = ("float16", "bfloat16", "tf32")
 WARP = 32
 
-_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _FP32_POINTERS = ("b_expand", "b_dw", "b_project")
 _ACTIVATIONS = ("x", "w_expand", "w_dw", "w_project", "y")
@@ -122,58 +119,19 @@ def compile_block(
         target=GPUTarget("cuda", architecture, WARP),
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
-    registers, spill_bytes, listing = _disassemble(compiled.asm["cubin"])
-    start, end, instructions = _longest_loop(listing)
+    registers, spill_bytes = resources(compiled.asm["cubin"])
+    (listing,) = disassemble(compiled.asm["cubin"]).values()
+    loop = listing.longest_loop()
     threads = config.num_warps * WARP
     hidden_outputs = config.patches * config.patch_h * config.patch_w * config.chunk / threads
     return Code(
         registers=registers,
         spill_bytes=spill_bytes,
         shared_bytes=compiled.metadata.shared,
-        hidden_loop=Counter(_opcode(i) for i in instructions[start:end]),
-        per_hidden_output=(end - start) / hidden_outputs,
-        outside=len(instructions) - (end - start),
+        hidden_loop=Counter(map(opcode, loop)),
+        per_hidden_output=len(loop) / hidden_outputs,
+        outside=len(listing.instructions) - len(loop),
     )
-
-
-def _disassemble(cubin: bytes) -> tuple[int, int, str]:
-    """(registers a thread, bytes of stack a thread, listing)."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        listing = _tool("nvdisasm", "-c", file.name)
-    registers, stack = (int(re.search(rf"{n}:(\d+)", usage)[1]) for n in ("REG", "STACK"))
-    return registers, stack, listing
-
-
-def _tool(name: str, *arguments: str) -> str:
-    command = [str(_TOOLS / name), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def _longest_loop(listing: str) -> tuple[int, int, list[str]]:
-    """(first instruction, one past the last, all) of the longest loop; of all without any loop."""
-    labels, instructions = {}, []
-    for line in listing.splitlines():
-        if label := re.match(r"\s*(\.L\S+):", line):
-            labels[label[1]] = len(instructions)
-        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(code[1].strip())
-    # What follows the exit is padding and a branch to itself.
-    last_exit = max(i for i, text in enumerate(instructions) if _opcode(text) == "EXIT")
-    instructions = instructions[: last_exit + 1]
-    loops = []
-    for i, text in enumerate(instructions):
-        target = re.search(r"BRA.*`\((\.L\S+)\)", text)
-        if target and labels.get(target[1], i + 1) <= i:
-            loops.append((labels[target[1]], i + 1))
-    start, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, len(instructions)))
-    return start, end, instructions
-
-
-def _opcode(instruction: str) -> str:
-    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
 
 
 def table_rows() -> Iterator[TableRow]:
