@@ -73,14 +73,14 @@ def _why_not_cuda(x: Tensor | None, block: Block | None = None) -> str | None:
     if reason is not None or x is None:
         return reason
     if x.dtype == torch.float32:
-        slow = "x is float32"
+        slow = "float32"
     elif block is not None and cuda_kernel(x, block) == "generic":
-        slow = "the block has sizes or clips"
+        slow = "such a block"
     else:
         return None
     if _why_not_triton_asked(x) is not None:
         return None  # Better than nothing.
-    return f"{slow}, for which it has no tensor cores; backend='cuda' runs it anyway"
+    return f"the kernel for {slow} has no tensor cores; backend='cuda' runs it anyway"
 
 
 def _why_not_cuda_asked(x: Tensor | None, block: Block | None = None) -> str | None:
