@@ -6,6 +6,8 @@
 // the image, and behind the depthwise its result. The projection of a chunk and the expansion of
 // the next need no barrier between them. Without expansion the pixels of x themselves are copied to
 // the haloed tile.
+#include <cstring>
+
 #include "kernels.h"
 #include "launch.h"
 #include "tile_depthwise.cuh"
@@ -17,6 +19,7 @@ namespace tile {
 // The haloed tile is zero outside the image for good.
 MNV2_DEVICE void write_zeros(const TilePlan& plan, SharedAddress e) {
     const int bytes = plan.in_rows * plan.in_cols * plan.images * plan.e_pitch * 2;
+#pragma unroll 1
     for (int i = thread_index() * 16; i < bytes; i += block_threads() * 16)
         store_shared(e + i, make_uint4(0, 0, 0, 0));
 }
@@ -29,23 +32,18 @@ MNV2_DEVICE void write_places(const Call& call, const TilePlan& plan, const Plac
     });
 }
 
-// The projection takes channels by 16.
-MNV2_DEVICE void fill_up_channels(const TilePlan& plan, SharedAddress d, int channels) {
-    if (channels % 16 == 0) return;
-    for (int pixel = thread_index(); pixel < plan.pixels; pixel += block_threads())
-        store_shared(d + (pixel * plan.d_pitch + channels) * 2, make_uint4(0, 0, 0, 0));
-}
-
 template <class T, int Kernel, bool HalfSums, int NTiles>
 __global__ void __launch_bounds__(tile_most_warps(Kernel) * 32)
     inverted_residual_tile(const __grid_constant__ TileCall arguments) {
     const Call& call = arguments.call;
     const TilePlan& plan = arguments.plan;
     const SharedAddress shared = shared_memory();
-    const Place at = locate(call, plan);
+    int in_pixels = 0;
 
     stage_expand_weights(call, plan, shared, 0);
     if (call.expansion) {
+        const Place at = locate(call, plan);
+        in_pixels = at.in_pixels();
         stage_x(call, plan, at, shared + plan.x);
         write_places(call, plan, at, shared + plan.places);
     }
@@ -57,26 +55,24 @@ __global__ void __launch_bounds__(tile_most_warps(Kernel) * 32)
     // expansion of the next chunk and the projection of this one.
     const auto stage_next = [&](int chunk) {
         if (chunk + 1 < plan.chunks) stage_expand_weights(call, plan, shared, chunk + 1);
-        stage_project_weights(call, plan, at.group, shared, chunk);
+        stage_project_weights(call, plan, shared, chunk);
         copy_async_commit();
     };
 
     Projection<T, NTiles> projection;
-    for (int chunk = 0; chunk < plan.chunks; chunk++) {
-        const int channels = channels_of_chunk(call, plan, chunk);
-        const ChunkWeights weights = chunk_weights(plan, shared, chunk);
+    for (int chunk = 0;; chunk++) {
+        const bool ends = chunk == plan.chunks;
         copy_async_wait<0>();
         block_barrier();
-        if (!call.expansion) {
-            stage_expanded(call, plan, at, chunk * plan.chunk, channels, shared + plan.e);
+        if (!call.expansion && !ends) {
+            stage_expanded(call, plan, chunk, shared + plan.e);
             copy_async_commit();
         }
-        if (plan.buffers == 2) stage_next(chunk);
-        if (chunk > 0)
-            projection.add(plan, shared, chunk_weights(plan, shared, chunk - 1).w_project,
-                           plan.chunk);
+        if (plan.buffers == 2 && !ends) stage_next(chunk);
+        if (chunk > 0) projection.add(call, plan, shared, chunk - 1);
+        if (ends) break;
         if (call.expansion) {
-            expand<T>(call, plan, at, shared, weights);
+            expand<T>(arguments, in_pixels, shared, chunk);
         } else if (plan.buffers == 2) {
             copy_async_wait<1>();
         } else {
@@ -85,17 +81,26 @@ __global__ void __launch_bounds__(tile_most_warps(Kernel) * 32)
         block_barrier();
         if (plan.buffers == 1) stage_next(chunk);
         if (call.stride > call.dilation) {
-            depthwise<T, Kernel, 2, HalfSums>(call, plan, shared, weights, channels);
+            depthwise<T, Kernel, 2, HalfSums>(arguments, shared, chunk);
         } else {
-            depthwise<T, Kernel, 1, HalfSums>(call, plan, shared, weights, channels);
+            depthwise<T, Kernel, 1, HalfSums>(arguments, shared, chunk);
         }
-        fill_up_channels(plan, shared + plan.d, channels);
     }
-    copy_async_wait<0>();
-    block_barrier();
-    projection.add(plan, shared, chunk_weights(plan, shared, plan.chunks - 1).w_project,
-                   channels_of_chunk(call, plan, plan.chunks - 1));
-    projection.store(call, plan, at);
+    projection.store(call, plan);
+}
+
+// A bound rounded to T, in both halves of a pair.
+template <class T>
+Pair twice(float bound) {
+    const T rounded(bound);
+    uint16_t bits;
+    std::memcpy(&bits, &rounded, sizeof(bits));
+    return bits * 0x10001u;
+}
+
+template <class T>
+PairClip pair_clip(const Clip& clip) {
+    return {twice<T>(clip.lower), twice<T>(clip.upper)};
 }
 
 template <class T, int Kernel, bool HalfSums>
@@ -103,7 +108,8 @@ cudaError_t launch_tile(const Call& call, const Device& device, cudaStream_t str
     static_assert(sizeof(typename Channels<T, HalfSums>::Packed) ==
                   2 * tile_job_channels(HalfSums));
     const TileCall arguments{
-        call, plan_tile(call, call.element, device.shared_bytes, device.multiprocessors)};
+        call, plan_tile(call, call.element, device.shared_bytes, device.multiprocessors),
+        pair_clip<T>(call.clip_expand), pair_clip<T>(call.clip_dw)};
     const TilePlan& plan = arguments.plan;
     const int64_t tiles =
         static_cast<int64_t>(tile::ceil_div(call.N, plan.images)) * plan.tile_rows * plan.tile_cols;

@@ -55,6 +55,7 @@ struct Job {
 
 MNV2_DEVICE void write_jobs(const TilePlan& plan, int stride, SharedAddress to) {
     const int strips = plan.strips, segments = plan.segments, step = plan.out_step;
+#pragma unroll 1
     for (int job = thread_index(); job < plan.jobs; job += block_threads()) {
         const int strip = job % strips, segment = job / strips % segments;
         const int image = job / (strips * segments);
@@ -90,8 +91,8 @@ struct Walk {
     const Packed (&weight)[Kernel * Kernel];
     const Sums& bias;
     const PairClip& clip;
+    const TileSteps& steps;
     SharedAddress from, to;
-    int from_row, from_col, to_row, to_col;  // bytes to the next
     int rows;
     bool second;
     Sums ring[kRing][kTileStrip];
@@ -100,6 +101,7 @@ struct Walk {
 #pragma unroll
         for (int slot = 0; slot < kRing; slot++)
             for (int s = 0; s < kTileStrip; s++) ring[slot][s] = bias;
+#pragma unroll 1
         for (int group = 0; group < rows + kRing - 1; group += kRing) run_slots<0>(group);
     }
 
@@ -110,8 +112,8 @@ struct Walk {
         constexpr int last = (Slot + 1) % kRing;
         if (group >= kRing - 1) {
             store(to, ring[last][0]);
-            if (second) store(to + to_col, ring[last][1]);
-            to += to_row;
+            if (second) store(to + steps.to_col, ring[last][1]);
+            to += steps.to_row;
         }
         if constexpr (Slot + 1 < kRing)
             if (group + 1 < rows + kRing - 1) run_slots<Slot + 1>(group + 1);
@@ -123,12 +125,12 @@ struct Walk {
         for (int s = 0; s < kTileStrip; s++) ring[Slot][s] = bias;
 #pragma unroll
         for (int v = 0; v < Step; v++) {
-            const SharedAddress row = v < kUnused && first ? from + from_row : from;
-            from += from_row;
+            const SharedAddress row = v < kUnused && first ? from + steps.from_row : from;
+            from += steps.from_row;
             Sums pixel[kCols];
 #pragma unroll
             for (int c = 0; c < kCols; c++)
-                pixel[c] = Sums::from(load_shared<Packed>(row + c * from_col));
+                pixel[c] = Sums::from(load_shared<Packed>(row + c * steps.from_col));
 #pragma unroll
             for (int j = 0; j < kRing; j++) {
                 const int tap_row = j * Step + v - kUnused;
@@ -149,10 +151,22 @@ struct Walk {
     }
 };
 
+// The projection takes channels by 16.
+MNV2_DEVICE void fill_up_channels(const TilePlan& plan, SharedAddress d, int channels) {
+    if (channels % 16 == 0) return;
+#pragma unroll 1
+    for (int pixel = thread_index(); pixel < plan.pixels; pixel += block_threads())
+        store_shared(d + (pixel * plan.d_pitch + channels) * 2, make_uint4(0, 0, 0, 0));
+}
+
 // The channels of a chunk, for every output pixel of the tile.
 template <class T, int Kernel, int Step, bool HalfSums>
-MNV2_DEVICE void depthwise(const Call& call, const TilePlan& plan, SharedAddress shared,
-                           const ChunkWeights& weights, int channels) {
+MNV2_DEVICE void depthwise(const TileCall& arguments, SharedAddress shared, int chunk) {
+    const Call& call = arguments.call;
+    const TilePlan& plan = arguments.plan;
+    const ChunkWeights weights = chunk_weights(plan, shared, chunk);
+    const int channels = channels_of_chunk(call, plan, chunk);
+    fill_up_channels(plan, shared + plan.d, channels);
     using TheWalk = Walk<T, Kernel, Step, HalfSums>;
     using Packed = typename TheWalk::Packed;
     constexpr int job_channels = sizeof(Packed) / 2;
@@ -163,25 +177,20 @@ MNV2_DEVICE void depthwise(const Call& call, const TilePlan& plan, SharedAddress
     for (int tap = 0; tap < Kernel * Kernel; tap++)
         weight[tap] = load_shared<Packed>(weights.w_dw + (tap * plan.chunk + channel) * 2);
     const auto bias = Channels<T, HalfSums>::bias(weights.b_dw + channel * 4);
-    const PairClip clip = pair_clip<T>(call.clip_dw);
+#pragma unroll 1
     for (int i = thread_index() / lanes; i < plan.jobs; i += block_threads() / lanes) {
         const Job job = read_job(shared + plan.job_table + i * 8);
         if (job.rows == 0) continue;
-        const int col_bytes = plan.in_step * plan.e_pitch * 2;
-        const int to_col = plan.out_step * plan.d_pitch * 2;
         TheWalk walk{weight,
                      bias,
-                     clip,
+                     arguments.clip_dw,
+                     plan.steps,
                      shared + plan.e + (job.place * plan.e_pitch + channel) * 2,
                      shared + plan.d + (job.pixel * plan.d_pitch + channel) * 2,
-                     plan.in_cols * col_bytes,
-                     col_bytes,
-                     plan.cols * to_col,
-                     to_col,
                      job.rows,
                      job.second};
         // The first group begins with the rows that no tap reads.
-        walk.from -= TheWalk::kUnused * walk.from_row;
+        walk.from -= TheWalk::kUnused * plan.steps.from_row;
         walk.run();
     }
 }

@@ -25,6 +25,11 @@ constexpr int round_up(int value, int step) { return (value + step - 1) / step *
 constexpr int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 }  // namespace tile
 
+// Bytes from one row and column of a depthwise job to the next: of its input and of its output.
+struct TileSteps {
+    int from_row, from_col, to_row, to_col;
+};
+
 struct TilePlan {
     // The tile: rows x cols output pixels of each of `images` whole images, or of a part of one.
     int rows, cols, images;
@@ -37,7 +42,8 @@ struct TilePlan {
     int chunk, chunks;           // hidden channels at a time, and how often
     int buffers;                 // of the weights of a chunk
     // Depthwise jobs: strips of two columns by `job_rows` rows.
-    int in_step, out_step;                 // pixels between neighbours in a job, in and out
+    int out_step;  // pixels between outputs that are neighbours in a job
+    TileSteps steps;
     int strips, segments, jobs, job_rows;  // strips and segments of an image
     int job_rounds;                        // rows of a depthwise job that a thread walks in a chunk
     // Pitches, in elements of 2 bytes: odd multiples of 16 bytes where ldmatrix reads.
@@ -86,7 +92,6 @@ inline TilePlan lay_out_tile(const BlockSizes& sizes, Element element, int rows,
     p.chunks = tile::ceil_div(sizes.hidden_channels, chunk);
 
     p.out_step = tile_out_step(sizes);
-    p.in_step = static_cast<int>(sizes.dilation);
     // The last strip may reach past the tile.
     p.in_cols = (tile::round_up(cols, kTileStrip * p.out_step) - 1) * stride + extent + 1;
     p.in_rows = (rows - 1) * stride + extent + 1;
@@ -110,6 +115,10 @@ inline TilePlan lay_out_tile(const BlockSizes& sizes, Element element, int rows,
     p.e_pitch = chunk == 64 ? 72 : stride * p.out_step == 1 ? 48 : 40;
     p.d_pitch = p.expand_pitch = chunk + 8;
     p.project_pitch = tile::round_up(p.group_channels, 16) + 8;
+    p.steps.from_col = static_cast<int>(sizes.dilation) * p.e_pitch * 2;
+    p.steps.from_row = p.in_cols * p.steps.from_col;
+    p.steps.to_col = p.out_step * p.d_pitch * 2;
+    p.steps.to_row = p.cols * p.steps.to_col;
     const int in_pixels = p.in_rows * p.in_cols * images;
     const int x_pixels =
         std::min<int64_t>(p.in_rows, sizes.H) * std::min<int64_t>(p.in_cols, sizes.W) * images;

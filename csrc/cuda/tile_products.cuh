@@ -4,14 +4,6 @@
 
 namespace mnv2::cuda::tile {
 
-// A clip of pairs. Rounding keeps order, so that clipping behind it changes nothing.
-struct PairClip {
-    Pair lower, upper;
-};
-template <class T>
-MNV2_DEVICE PairClip pair_clip(const Clip& clip) {
-    return {pack<T>(clip.lower, clip.lower), pack<T>(clip.upper, clip.upper)};
-}
 template <class T>
 MNV2_DEVICE Pair clipped(Pair v, const PairClip& clip) {
     return minimum<T>(maximum<T>(v, clip.lower), clip.upper);
@@ -21,13 +13,14 @@ constexpr int kUnitRows = 2, kUnitTiles = 4;  // of the expansion: 32 pixels x 3
 
 // Every pixel under the tile, expanded to the channels of a chunk, to its place in the haloed tile.
 template <class T>
-MNV2_DEVICE void expand(const Call& call, const TilePlan& plan, const Place& at,
-                        SharedAddress shared, const ChunkWeights& weights) {
+MNV2_DEVICE void expand(const TileCall& arguments, int pixels, SharedAddress shared, int chunk) {
+    const TilePlan& plan = arguments.plan;
+    const ChunkWeights weights = chunk_weights(plan, shared, chunk);
     const int lane = thread_index() % 32, warps = block_threads() / 32;
-    const int pixels = at.in_pixels();
     const int row_units = (pixels + kUnitRows * 16 - 1) / (kUnitRows * 16);
     const int units = row_units * (plan.chunk / (kUnitTiles * 8));
-    const PairClip clip = pair_clip<T>(call.clip_expand);
+    const PairClip clip = arguments.clip_expand;
+#pragma unroll 1
     for (int unit = thread_index() / 32; unit < units; unit += warps) {
         const int first_pixel = unit % row_units * kUnitRows * 16;
         const int first_channel = unit / row_units * kUnitTiles * 8;
@@ -51,6 +44,7 @@ MNV2_DEVICE void expand(const Call& call, const TilePlan& plan, const Place& at,
                 sums[m][n][1] = sums[m][n][3] = bias.y;
             }
         }
+#pragma unroll 1
         for (int k = 0; k < plan.expand_rows; k += 16) {
             Pair a[kUnitRows][4], b[kUnitTiles / 2][4];
 #pragma unroll
@@ -93,8 +87,9 @@ struct Projection {
     float sums[kTileRowsOfMatrices][NTiles][4] = {};
 
     // Adds the products of one chunk.
-    MNV2_DEVICE void add(const TilePlan& plan, SharedAddress shared, SharedAddress w_project,
-                         int channels) {
+    MNV2_DEVICE void add(const Call& call, const TilePlan& plan, SharedAddress shared, int chunk) {
+        const SharedAddress w_project = chunk_weights(plan, shared, chunk).w_project;
+        const int channels = channels_of_chunk(call, plan, chunk);
         const int lane = thread_index() % 32, warp = thread_index() / 32;
         const int warp_m = warp % plan.warps_m, warp_n = warp / plan.warps_m;
         SharedAddress a_row[kTileRowsOfMatrices];
@@ -108,6 +103,7 @@ struct Projection {
         const int used =
             (plan.pixels + 15) / 16 - warp_m;  // tiles of this warp and beyond, and others
 
+#pragma unroll 1
         for (int k = 0; k < channels; k += 16) {
             Pair b[NTiles][2];
 #pragma unroll
@@ -133,13 +129,23 @@ struct Projection {
     }
 
     // Bias, clip, residual, rounding, and out.
-    MNV2_DEVICE void store(const Call& call, const TilePlan& plan, const Place& at) const {
+    MNV2_DEVICE void store(const Call& call, const TilePlan& plan) const {
+        const Place at = locate(call, plan);
         const int lane = thread_index() % 32, warp = thread_index() / 32;
         const int warp_m = warp % plan.warps_m, warp_n = warp / plan.warps_m;
         const int out = static_cast<int>(call.out_channels);
-        const int first = at.group * plan.group_channels + warp_n * NTiles * 8 + lane % 4 * 2;
-        const auto* x = static_cast<const uint16_t*>(call.x);
-        auto* y = static_cast<uint16_t*>(call.y);
+        const int first =
+            output_group(plan) * plan.group_channels + warp_n * NTiles * 8 + lane % 4 * 2;
+        const auto* x = static_cast<const uint16_t*>(call.x) + first;
+        auto* y = static_cast<uint16_t*>(call.y) + first;
+        float2 bias[NTiles];
+#pragma unroll
+        for (int n = 0; n < NTiles; n++) {
+            bias[n] = make_float2(0.f, 0.f);
+            if (call.b_project != nullptr && first + n * 8 < out)
+                bias[n] =
+                    make_float2(call.b_project[first + n * 8], call.b_project[first + n * 8 + 1]);
+        }
 #pragma unroll
         for (int m = 0; m < kTileRowsOfMatrices; m++) {
 #pragma unroll
@@ -150,22 +156,23 @@ struct Projection {
                 if (image >= at.images || row >= call.H_out || col >= call.W_out) continue;
                 const int64_t from =
                     (((at.first_image + image) * call.H_out + row) * call.W_out + col) * out;
+                Pair added[NTiles] = {};
+                if (call.residual) {
+#pragma unroll
+                    for (int n = 0; n < NTiles; n++)
+                        if (first + n * 8 < out)
+                            added[n] = *reinterpret_cast<const Pair*>(x + from + n * 8);
+                }
 #pragma unroll
                 for (int n = 0; n < NTiles; n++) {
-                    const int channel = first + n * 8;
-                    if (channel >= out) continue;
-                    float low = sums[m][n][2 * h], high = sums[m][n][2 * h + 1];
-                    if (call.b_project != nullptr)
-                        low += call.b_project[channel], high += call.b_project[channel + 1];
                     const Clip clip = call.clip_project;
+                    float low = sums[m][n][2 * h] + bias[n].x;
+                    float high = sums[m][n][2 * h + 1] + bias[n].y;
                     low = minimum(maximum(low, clip.lower), clip.upper);
                     high = minimum(maximum(high, clip.lower), clip.upper);
-                    if (call.residual) {
-                        const float2 added =
-                            unpack<T>(*reinterpret_cast<const Pair*>(x + from + channel));
-                        low += added.x, high += added.y;
-                    }
-                    *reinterpret_cast<Pair*>(y + from + channel) = pack<T>(low, high);
+                    if (call.residual) low += unpack<T>(added[n]).x, high += unpack<T>(added[n]).y;
+                    if (first + n * 8 < out)
+                        *reinterpret_cast<Pair*>(y + from + n * 8) = pack<T>(low, high);
                 }
             }
         }

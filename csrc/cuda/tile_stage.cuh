@@ -6,9 +6,15 @@
 
 namespace mnv2::cuda::tile {
 
+// A clip of pairs. Rounding keeps order, so that clipping behind it changes nothing.
+struct PairClip {
+    Pair lower, upper;
+};
+
 struct TileCall {
     Call call;
     TilePlan plan;
+    PairClip clip_expand, clip_dw;
 };
 
 // Lanes that copy one row of weights or one pixel of x: 128 bytes at a time.
@@ -18,7 +24,6 @@ struct Place {
     int64_t first_image;
     int images;
     int row, col;  // of the first output pixel
-    int group;     // of output channels
     // The part of the input under the tile that is in the image: where it begins, in the image and
     // in the tile.
     int64_t in_row, in_col;
@@ -28,10 +33,10 @@ struct Place {
     MNV2_DEVICE int in_pixels() const { return images * in_rows * in_cols; }
 };
 
+// Asked for again where it is needed: kept, it would take registers from the sums.
 MNV2_DEVICE Place locate(const Call& call, const TilePlan& plan) {
     Place at;
-    int number = block_index();
-    at.group = number % plan.groups, number /= plan.groups;
+    int number = opaque(block_index()) / plan.groups;
     at.col = number % plan.tile_cols * plan.cols, number /= plan.tile_cols;
     at.row = number % plan.tile_rows * plan.rows, number /= plan.tile_rows;
     at.first_image = static_cast<int64_t>(number) * plan.images;
@@ -46,17 +51,22 @@ MNV2_DEVICE Place locate(const Call& call, const TilePlan& plan) {
     return at;
 }
 
+// Which output channels the block computes.
+MNV2_DEVICE int output_group(const TilePlan& plan) { return block_index() % plan.groups; }
+
 // Calls use(pixel, place in the haloed tile, pixel of x) for every pixel under the tile that is in
 // the image: `lanes` lanes with each, a power of 2.
 template <class Use>
 MNV2_DEVICE void for_in_pixels(const Call& call, const TilePlan& plan, const Place& at, int lanes,
                                Use&& use) {
     const int warp = thread_index() / 32, warps = block_threads() / 32;
+#pragma unroll 1
     for (int line = warp; line < at.images * at.in_rows; line += warps) {
         const int image = line / at.in_rows, row = line % at.in_rows;
         const int64_t first =
             ((at.first_image + image) * call.H + at.in_row + row) * call.W + at.in_col;
         const int place = (image * plan.in_rows + at.halo_row + row) * plan.in_cols + at.halo_col;
+#pragma unroll 1
         for (int col = thread_index() % 32 / lanes; col < at.in_cols; col += 32 / lanes)
             use(line * at.in_cols + col, place + col, first + col);
     }
@@ -69,21 +79,10 @@ MNV2_DEVICE void stage_x(const Call& call, const TilePlan& plan, const Place& at
     const auto* x = static_cast<const uint16_t*>(call.x);
     const int octets = static_cast<int>(call.in_channels) / 8;
     for_in_pixels(call, plan, at, kCopyLanes, [&](int pixel, int, int64_t of_x) {
+#pragma unroll 1
         for (int o = thread_index() % kCopyLanes; o < plan.expand_rows / 8; o += kCopyLanes)
             copy_async(to + (pixel * plan.x_pitch + o * 8) * 2,
                        x + of_x * call.in_channels + (o < octets ? o * 8 : 0), o < octets ? 16 : 0);
-    });
-}
-
-// `channels` channels of x from channel `first` on, in place of the expansion.
-MNV2_DEVICE void stage_expanded(const Call& call, const TilePlan& plan, const Place& at, int first,
-                                int channels, SharedAddress to) {
-    const auto* x = static_cast<const uint16_t*>(call.x);
-    const int lanes = plan.chunk / 8, octet = thread_index() % lanes;
-    if (octet * 8 >= channels) return;
-    for_in_pixels(call, plan, at, lanes, [&](int, int place, int64_t of_x) {
-        copy_async(to + (place * plan.e_pitch + octet * 8) * 2,
-                   x + of_x * call.in_channels + first + octet * 8);
     });
 }
 
@@ -91,7 +90,9 @@ MNV2_DEVICE void stage_expanded(const Call& call, const TilePlan& plan, const Pl
 MNV2_DEVICE void stage_matrix(const uint16_t* from, int64_t stride, SharedAddress to, int pitch,
                               int rows, int valid_rows, int octets, int valid_octets) {
     const int lane = thread_index() % kCopyLanes;
+#pragma unroll 1
     for (int row = thread_index() / kCopyLanes; row < rows; row += block_threads() / kCopyLanes) {
+#pragma unroll 1
         for (int o = lane; o < octets; o += kCopyLanes) {
             const bool there = row < valid_rows && o < valid_octets;
             copy_async(to + (row * pitch + o * 8) * 2, there ? from + row * stride + o * 8 : from,
@@ -125,6 +126,18 @@ MNV2_DEVICE int channels_of_chunk(const Call& call, const TilePlan& plan, int nu
     return min(plan.chunk, static_cast<int>(call.hidden_channels) - number * plan.chunk);
 }
 
+// The channels of a chunk of x, in place of the expansion.
+MNV2_DEVICE void stage_expanded(const Call& call, const TilePlan& plan, int number,
+                                SharedAddress to) {
+    const Place at = locate(call, plan);
+    const int lanes = plan.chunk / 8, octet = thread_index() % lanes;
+    if (octet * 8 >= channels_of_chunk(call, plan, number)) return;
+    const auto* x = static_cast<const uint16_t*>(call.x) + number * plan.chunk + octet * 8;
+    for_in_pixels(call, plan, at, lanes, [&](int, int place, int64_t of_x) {
+        copy_async(to + (place * plan.e_pitch + octet * 8) * 2, x + of_x * call.in_channels);
+    });
+}
+
 // What expansion and depthwise need of a chunk.
 MNV2_DEVICE void stage_expand_weights(const Call& call, const TilePlan& plan, SharedAddress shared,
                                       int number) {
@@ -143,10 +156,11 @@ MNV2_DEVICE void stage_expand_weights(const Call& call, const TilePlan& plan, Sh
     stage_bias(call.b_dw, first, channels, plan.chunk, to.b_dw, call.x);
 }
 
-MNV2_DEVICE void stage_project_weights(const Call& call, const TilePlan& plan, int group,
-                                       SharedAddress shared, int number) {
+MNV2_DEVICE void stage_project_weights(const Call& call, const TilePlan& plan, SharedAddress shared,
+                                       int number) {
     const int first = number * plan.chunk, channels = channels_of_chunk(call, plan, number);
-    const int out = static_cast<int>(call.out_channels), first_out = group * plan.group_channels;
+    const int out = static_cast<int>(call.out_channels),
+              first_out = output_group(plan) * plan.group_channels;
     stage_matrix(static_cast<const uint16_t*>(call.w_project) + static_cast<int64_t>(first) * out +
                      first_out,
                  out, chunk_weights(plan, shared, number).w_project, plan.project_pitch,
