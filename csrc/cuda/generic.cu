@@ -18,8 +18,8 @@ namespace {
 // sums += a b for one thread: row i of a is at rows[i], and row k of b, of 4 channels, at
 // b + k * b_pitch. `terms` is a multiple of 4.
 template <int Rows>
-MNV2_DEVICE void multiply_add(float (&sums)[Rows][4], const SharedAddress (&rows)[Rows],
-                              SharedAddress b, int b_pitch, int terms) {
+MNV2_DEVICE void add_product(float (&sums)[Rows][4], const SharedAddress (&rows)[Rows],
+                             SharedAddress b, int b_pitch, int terms) {
 #pragma unroll 1
     for (int k = 0; k < terms; k += 4) {
         float4 w[4];
@@ -37,25 +37,6 @@ MNV2_DEVICE void multiply_add(float (&sums)[Rows][4], const SharedAddress (&rows
                 sums[row][3] = fmaf(values[i], w[i].w, sums[row][3]);
             }
         }
-    }
-}
-
-// What every step of a tile needs to know.
-struct Place {
-    SharedAddress shared;
-    Origin origin;
-};
-
-// Taps and, behind them, the biases of the depthwise and of the expansion, for one chunk.
-template <class T>
-MNV2_DEVICE void stage_taps(const Call& call, int64_t hidden, SharedAddress to) {
-    const int taps = static_cast<int>(call.kernel * call.kernel);
-    stage_weight<T, kGenericChunk>(call.w_dw, 0, taps, taps, hidden, call.hidden_channels, to);
-    if (thread_index() < 2 * kGenericChunk) {
-        const int channel = thread_index() % kGenericChunk;
-        const float* bias = thread_index() < kGenericChunk ? call.b_dw : call.b_expand;
-        store_shared<float>(to + (taps * kGenericChunk + thread_index()) * 4,
-                            bias_or_zero(bias, hidden + channel, call.hidden_channels));
     }
 }
 
@@ -89,7 +70,7 @@ MNV2_DEVICE void expand(const Call& call, const GenericTile& tile, const Place& 
                                 place.shared + tile.x, tile.x_pitch);
             block_barrier();
         }
-        multiply_add<Rows>(sums, rows, w_expand + channel * 4, kGenericChunk * 4, terms);
+        add_product<Rows>(sums, rows, w_expand + channel * 4, kGenericChunk * 4, terms);
         if (tile.keeps_x) {
 #pragma unroll
             for (int i = 0; i < Rows; i++) rows[i] += terms * 4;
@@ -193,8 +174,8 @@ MNV2_DEVICE void project(const Call& call, const GenericTile& tile, const Place&
                                                first_channel + group * Sizes::kGroupChannels,
                                                call.out_channels, w_project);
         block_barrier();
-        multiply_add<kGenericRows>(sums[group], rows, w_project + output_channel<Sizes>() * 4,
-                                   Sizes::kGroupChannels * 4, terms);
+        add_product<kGenericRows>(sums[group], rows, w_project + output_channel<Sizes>() * 4,
+                                  Sizes::kGroupChannels * 4, terms);
         block_barrier();
     }
 }
@@ -203,6 +184,7 @@ template <class T, class Sizes>
 MNV2_DEVICE void store_tile(const Call& call, const GenericTile& tile, int64_t image,
                             int64_t first_row, int64_t first_col, int64_t first_channel,
                             const float (&sums)[Sizes::kOutGroups][kGenericRows][4]) {
+    const int64_t end_channel = min(first_channel + tile.out_channels, call.out_channels);
 #pragma unroll
     for (int i = 0; i < kGenericRows; i++) {
         const int pixel = output_pixel<Sizes>(i);
@@ -212,10 +194,9 @@ MNV2_DEVICE void store_tile(const Call& call, const GenericTile& tile, int64_t i
 #pragma unroll
         for (int j = 0; j < Sizes::kOutGroups * kGenericCols; j++) {
             const int group = j / kGenericCols;
-            const int channel_here =
-                group * Sizes::kGroupChannels + output_channel<Sizes>() + j % kGenericCols;
-            const int64_t channel = first_channel + channel_here;
-            if (channel_here >= tile.out_channels || channel >= call.out_channels) continue;
+            const int64_t channel = first_channel + group * Sizes::kGroupChannels +
+                                    output_channel<Sizes>() + j % kGenericCols;
+            if (channel >= end_channel) continue;
             const float bias = bias_or_zero(call.b_project, channel, call.out_channels);
             float value = clip(sums[group][i][j % kGenericCols] + bias, call.clip_project);
             // x has the shape of y.

@@ -30,9 +30,8 @@ struct GenericSizes {
     static constexpr int kOutThreads = OutThreads, kOutGroups = OutGroups;
     static constexpr int kGroupChannels = OutThreads * kGenericCols;
     static constexpr int kPixelThreads = kGenericThreads / OutThreads;
-    static constexpr int kPixels =
-        kPixelThreads * kGenericRows;  // of the output, the most of a tile
-    // Of the depthwise: pixels that a thread computes.
+    static constexpr int kPixels = kPixelThreads * kGenericRows;  // of a tile, at most
+    // Pixels of the depthwise that a thread computes.
     static constexpr int kDepthwiseRows = kPixels / kGenericPixelThreads;
 };
 
@@ -103,12 +102,22 @@ constexpr int64_t generic_cost(const BlockSizes& sizes, const GenericTile& tile)
     return tile.tile_rows * tile.tile_cols * (expansion + rest);
 }
 
+// Every block has a tile: one pixel of the block that needs most fits.
+template <class Sizes>
+constexpr bool generic_fits_all() {
+    BlockSizes sizes{};
+    sizes.H_out = sizes.W_out = sizes.in_channels = sizes.out_channels = 1 << 20;
+    sizes.kernel = 5, sizes.dilation = 2, sizes.stride = 2, sizes.expansion = true;
+    return generic_tile<Sizes>(sizes, 1, 1, false).end <= kGenericSharedBytes;
+}
+static_assert(generic_fits_all<GenericNarrow>() && generic_fits_all<GenericWide>());
+
 // The shape of the tiles for an image, whatever the batch.
 template <class Sizes>
 constexpr GenericTile best_generic_tile(const BlockSizes& sizes) {
     GenericTile best{};
     int64_t best_cost = INT64_MAX;
-    // So many input channels never stay, and their bytes are not worth counting in an int.
+    // Those of more channels than this overflow an int, and not one pixel of them fits.
     const bool may_keep = sizes.expansion && sizes.in_channels <= kGenericSharedBytes / 4;
     const int most_cols = static_cast<int>(std::min<int64_t>(Sizes::kPixels, sizes.W_out));
     int64_t narrower = 0;  // tile columns of the next narrower tile

@@ -42,6 +42,12 @@ struct Origin {
     int64_t image, row, col;  // of the first pixel of the expansion under a tile
 };
 
+// What every step of a tile needs to know.
+struct Place {
+    SharedAddress shared;
+    Origin origin;
+};
+
 MNV2_DEVICE void stage_pixel_table(const Call& call, const GenericTile& tile, const Origin& origin,
                                    SharedAddress table) {
 #pragma unroll 1
@@ -93,7 +99,7 @@ MNV2_DEVICE void stage_pixels(const Call& call, const Origin& origin, SharedAddr
     }
 }
 
-// Rows first_row to first_row + Rows - 1 and columns first_col to first_col + Cols - 1 of a weight.
+// Rows first_row to first_row + rows - 1 and columns first_col to first_col + Cols - 1 of a weight.
 template <class T, int Cols>
 MNV2_DEVICE void stage_weight(const void* weight, int64_t first_row, int rows, int64_t all_rows,
                               int64_t first_col, int64_t all_cols, SharedAddress to) {
@@ -120,6 +126,19 @@ MNV2_DEVICE void stage_weight(const void* weight, int64_t first_row, int rows, i
 
 MNV2_DEVICE float bias_or_zero(const float* bias, int64_t channel, int64_t channels) {
     return bias != nullptr && channel < channels ? bias[channel] : 0.f;
+}
+
+// Taps and, behind them, the biases of the depthwise and of the expansion, for one chunk.
+template <class T>
+MNV2_DEVICE void stage_taps(const Call& call, int64_t hidden, SharedAddress to) {
+    const int taps = static_cast<int>(call.kernel * call.kernel);
+    stage_weight<T, kGenericChunk>(call.w_dw, 0, taps, taps, hidden, call.hidden_channels, to);
+    if (thread_index() < 2 * kGenericChunk) {
+        const int channel = thread_index() % kGenericChunk;
+        const float* bias = thread_index() < kGenericChunk ? call.b_dw : call.b_expand;
+        store_shared<float>(to + (taps * kGenericChunk + thread_index()) * 4,
+                            bias_or_zero(bias, hidden + channel, call.hidden_channels));
+    }
 }
 
 }  // namespace mnv2::cuda
