@@ -137,8 +137,11 @@ def _compile(path: Path, architecture: int) -> tuple[bytes, str]:
                 [*command, "-o", str(new), str(source)], cwd=ROOT, capture_output=True, text=True
             )
             if done.returncode:
-                name = f"{path.name} for sm_{architecture}"
-                raise RuntimeError(f"{name} does not compile:\n{done.stderr[:4000]}")
+                errors = [line for line in done.stderr.splitlines() if "error" in line]
+                message = "\n".join(
+                    [f"{path.name} does not compile for sm_{architecture}:", *errors]
+                )
+                raise RuntimeError(message)
             os.replace(new, cubin)
             log.write_text(done.stderr)
     return cubin.read_bytes(), log.read_text()
