@@ -24,11 +24,13 @@ MNV2_DEVICE void write_zeros(const TilePlan& plan, SharedAddress e) {
         store_shared(e + i, make_uint4(0, 0, 0, 0));
 }
 
-// Where the pixels that are expanded lie in the haloed tile.
+// Where the pixels that are expanded lie in the haloed tile, behind their number.
 MNV2_DEVICE void write_places(const Call& call, const TilePlan& plan, const Place& at,
                               SharedAddress to) {
+    if (thread_index() == 0)
+        store_shared(to, static_cast<uint32_t>(at.images * at.in_rows * at.in_cols));
     for_in_pixels(call, plan, at, 1, [&](int pixel, int place, int64_t) {
-        store_shared(to + pixel * 2, static_cast<uint16_t>(place));
+        store_shared(to + kTilePlacesHead + pixel * 2, static_cast<uint16_t>(place));
     });
 }
 
@@ -38,12 +40,10 @@ __global__ void __launch_bounds__(tile_most_warps(Kernel) * 32)
     const Call& call = arguments.call;
     const TilePlan& plan = arguments.plan;
     const SharedAddress shared = shared_memory();
-    int in_pixels = 0;
 
     stage_expand_weights(call, plan, shared, 0);
     if (call.expansion) {
         const Place at = locate(call, plan);
-        in_pixels = at.in_pixels();
         stage_x(call, plan, at, shared + plan.x);
         write_places(call, plan, at, shared + plan.places);
     }
@@ -69,10 +69,12 @@ __global__ void __launch_bounds__(tile_most_warps(Kernel) * 32)
             copy_async_commit();
         }
         if (plan.buffers == 2 && !ends) stage_next(chunk);
-        if (chunk > 0) projection.add(call, plan, shared, chunk - 1);
+        if (chunk > 0)
+            projection.add(plan, shared + plan.d, chunk_weights(plan, shared, chunk - 1).w_project,
+                           channels_of_chunk(call, plan, chunk - 1));
         if (ends) break;
         if (call.expansion) {
-            expand<T>(arguments, in_pixels, shared, chunk);
+            expand<T>(arguments, shared, chunk);
         } else if (plan.buffers == 2) {
             copy_async_wait<1>();
         } else {

@@ -11,6 +11,8 @@ namespace mnv2::cuda {
 
 constexpr int kTileRowsOfMatrices = 4;       // tiles of 16 pixels that a warp projects
 constexpr int kTileStrip = 2;                // output pixels side by side of one depthwise job
+constexpr int kTileUnitPixels = 32;          // of the piece that a warp expands at a time
+constexpr int kTilePlacesHead = 16;          // bytes before the places of pixels
 constexpr int kTileSharedBytes = 163 << 10;  // of a block on every GPU of capability 8.0 and 9.0
 
 // Channels of one depthwise job: as many as leave registers for the sums of the projection.
@@ -41,6 +43,7 @@ struct TilePlan {
     int groups, group_channels;  // of output channels, one group a block; padded
     int chunk, chunks;           // hidden channels at a time, and how often
     int buffers;                 // of the weights of a chunk
+    int unit_tiles;              // groups of 8 channels that a warp expands at a time: 4 or 2
     // Depthwise jobs: strips of two columns by `job_rows` rows.
     int out_step;  // pixels between outputs that are neighbours in a job
     TileSteps steps;
@@ -122,6 +125,9 @@ inline TilePlan lay_out_tile(const BlockSizes& sizes, Element element, int rows,
     const int in_pixels = p.in_rows * p.in_cols * images;
     const int x_pixels =
         std::min<int64_t>(p.in_rows, sizes.H) * std::min<int64_t>(p.in_cols, sizes.W) * images;
+    const int units = tile::ceil_div(x_pixels, kTileUnitPixels) * chunk / 32;
+    const int warps = warps_m * warps_n;
+    p.unit_tiles = 5 * tile::ceil_div(units, warps) <= 3 * tile::ceil_div(2 * units, warps) ? 4 : 2;
     p.expand_bytes = sizes.expansion ? p.expand_rows * p.expand_pitch * 2 : 0;
     p.project_bytes = chunk * p.project_pitch * 2;
     p.dw_bytes = kernel * kernel * chunk * 2;
@@ -139,7 +145,7 @@ inline TilePlan lay_out_tile(const BlockSizes& sizes, Element element, int rows,
     p.w_project = take(buffers * p.project_bytes);
     p.w_dw = take(2 * p.dw_bytes);
     p.biases = take(2 * p.bias_bytes);
-    p.places = take(sizes.expansion ? x_pixels * 2 : 0);
+    p.places = take(sizes.expansion ? kTilePlacesHead + x_pixels * 2 : 0);
     p.job_table = take(p.jobs * 8);
     p.end = end;
     return p;
@@ -165,9 +171,11 @@ inline double tile_cost(const BlockSizes& sizes, Element element, const TilePlan
     const double in_pixels = std::min<double>(plan.in_rows, sizes.H) *
                              std::min<double>(plan.in_cols, sizes.W) * plan.images;
     if (sizes.expansion) {
-        const double units = std::ceil(in_pixels / 32) * plan.chunk / 32;
+        const double units = std::ceil(in_pixels / kTileUnitPixels) * plan.chunk / 8;
+        const double rounds = std::ceil(units / plan.unit_tiles / warps);
         const double steps = plan.expand_rows / 16;
-        phase(units * (steps * 18 + 50), std::ceil(units / warps) * (steps * 70 + 300));
+        phase(units * (steps * (plan.unit_tiles == 4 ? 4.5 : 6) + 12),
+              rounds * (steps * (plan.unit_tiles == 4 ? 70 : 50) + 250));
     }
     const double products = static_cast<double>(m_tiles) * plan.warps_n * plan.n_tiles;
     const double loads = m_tiles * plan.warps_n + warps * plan.n_tiles / 2;
@@ -179,9 +187,13 @@ inline double tile_cost(const BlockSizes& sizes, Element element, const TilePlan
     alone = std::max(plan.buffers == 1 ? alone + weights / 2 : alone, weights);
     busy = std::max(busy, weights);
 
-    const double bytes = 2 * (in_pixels * sizes.in_channels + plan.pixels * plan.group_channels);
-    busy = busy * plan.chunks + bytes / 14;
-    alone = alone * plan.chunks + bytes / 14 + 2000;
+    // Halos come from the second cache, as do the weights.
+    const double halo = in_pixels * sizes.in_channels / 20;
+    const double own = static_cast<double>(sizes.in_channels * sizes.stride * sizes.stride) +
+                       std::min<double>(plan.group_channels, sizes.out_channels);
+    const double memory = halo + 2 * plan.pixels * own / 14;
+    busy = std::max(busy * plan.chunks, memory) + halo / 2;
+    alone = alone * plan.chunks + memory + 2000;
     const int64_t blocks = static_cast<int64_t>(tile::ceil_div(sizes.N, plan.images)) *
                            plan.tile_rows * plan.tile_cols * plan.groups;
     const int64_t slots = static_cast<int64_t>(resident) * multiprocessors;

@@ -29,8 +29,6 @@ struct Place {
     int64_t in_row, in_col;
     int halo_row, halo_col;
     int in_rows, in_cols;
-
-    MNV2_DEVICE int in_pixels() const { return images * in_rows * in_cols; }
 };
 
 // Asked for again where it is needed: kept, it would take registers from the sums.
