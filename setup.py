@@ -34,6 +34,8 @@ CUDA_SOURCES = [
 ]
 # Code for these compute capabilities, and for later ones what the driver compiles at first use.
 CUDA_CAPABILITIES = ("80", "90")
+# torch takes these conversions and operators of CUDA's types away; the kernels use them.
+TAKEN_AWAY = ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
 
 GENERATED = Path("build/generated")
 
@@ -113,6 +115,7 @@ def module(cuda: bool):
     optimise = ["-O0", "-g"] if enabled("DEBUG") else ["-O3"]
     cxx = [*optimise, "-fopenmp", "-fvisibility=hidden", "-Wall"]
     nvcc = [*optimise, "-Xcompiler=-fvisibility=hidden", *architecture_flags()]
+    nvcc += [f"-U__CUDA_NO_{name}__" for name in TAKEN_AWAY]
     headers = (".h", ".inc", ".cuh")
     return (CUDAExtension if cuda else CppExtension)(
         "mnv2_kernels._C",

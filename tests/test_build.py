@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 from mnv2_kernels.extension import module as _C
 
@@ -284,6 +285,8 @@ def test_what_is_built_with_cuda(toolkit, monkeypatch):
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
     ]
+    defined = {flag for flag in COMMON_NVCC_FLAGS if flag.startswith("-D")}
+    assert defined == {flag.replace("-U", "-D") for flag in flags if flag.startswith("-U")}
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
     with read_setup_py() as found:
         (module,) = found["arguments"]["ext_modules"]

@@ -2,10 +2,11 @@
 
 import subprocess
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 
 import cases
+import cuda_cases
 import emulated_cuda
 import emulated_cuda_op
 import pytest
@@ -174,6 +175,23 @@ def kernel_of(case: Case, dtype: torch.dtype) -> str:
         torch.empty((), dtype=dtype).expand(1, case.config.in_channels, case.height, case.width),
         backends.Block.of(case.config, case.clips),
     )
+
+
+@cache
+def blocks_of(kernel: str, dtype: torch.dtype) -> list[Case]:
+    """Every case of the tests that this kernel is chosen for."""
+    groups = [*cases.groups().values(), cuda_cases.large_images(), cuda_cases.whole_octets()]
+    return [case for group in groups for case in group if kernel_of(case, dtype) == kernel]
+
+
+@compiles
+def test_every_kernel_is_chosen_for_many_cases():
+    """Those that test_cuda_gpu.py runs."""
+    for dtype in DTYPES[:2]:
+        assert len(blocks_of("patch", dtype)) >= 60
+        assert len(blocks_of("tile", dtype)) >= 250
+        assert len(blocks_of("generic", dtype)) >= 200
+    assert len(blocks_of("generic", torch.float32)) >= 500
 
 
 @compiles

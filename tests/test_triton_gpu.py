@@ -1,7 +1,9 @@
 """What only a GPU can show: every shape, sizes beyond 2**31, streams, graphs and memory."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 
 import cases
 import pytest
@@ -63,14 +65,20 @@ def tf32():
         torch.backends.cuda.matmul.fp32_precision = before
 
 
+@pytest.fixture
+def no_cuda_kernels(monkeypatch):
+    """As if they were not in this build."""
+    monkeypatch.setattr(import_module("mnv2_kernels.backends"), "cuda_missing", "left out")
+
+
 @each_case
-def test_a_gpu_takes_triton_unasked(case):
+def test_a_gpu_takes_triton_unasked(case, no_cuda_kernels):
     for dtype in (torch.float16, torch.bfloat16):
         assert unasked(case, dtype) == "triton"
 
 
 @each_case
-def test_float32_takes_triton_unasked_in_tf32_alone(case):
+def test_float32_takes_triton_unasked_in_tf32_alone(case, no_cuda_kernels):
     assert unasked(case, torch.float32) == "reference"
     with tf32():
         assert unasked(case, torch.float32) == "triton"
@@ -108,7 +116,7 @@ def repeated(case: Case, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, 
     return many.permute(0, 3, 1, 2), weights
 
 
-def check_repeated(case: Case, count: int, dtype: torch.dtype) -> None:
+def check_repeated(case: Case, count: int, dtype: torch.dtype, run: Callable = run) -> None:
     x, weights = repeated(case, count, dtype)
     y = run(x, weights, **case.settings)
     ends = torch.stack([x[0], x[-1]])
