@@ -10,29 +10,12 @@
 
 #include "kernels.h"
 #include "launch.h"
-#include "tile_depthwise.cuh"
+#include "tile_choice.h"
+#include "tile_cluster.cuh"
 
 namespace mnv2::cuda {
 
 namespace tile {
-
-// The haloed tile is zero outside the image for good.
-MNV2_DEVICE void write_zeros(const TilePlan& plan, SharedAddress e) {
-    const int bytes = plan.in_rows * plan.in_cols * plan.images * plan.e_pitch * 2;
-#pragma unroll 1
-    for (int i = thread_index() * 16; i < bytes; i += block_threads() * 16)
-        store_shared(e + i, make_uint4(0, 0, 0, 0));
-}
-
-// Where the pixels that are expanded lie in the haloed tile, behind their number.
-MNV2_DEVICE void write_places(const Call& call, const TilePlan& plan, const Place& at,
-                              SharedAddress to) {
-    if (thread_index() == 0)
-        store_shared(to, static_cast<uint32_t>(at.images * at.in_rows * at.in_cols));
-    for_in_pixels(call, plan, at, 1, [&](int pixel, int place, int64_t) {
-        store_shared(to + kTilePlacesHead + pixel * 2, static_cast<uint16_t>(place));
-    });
-}
 
 template <class T, int Kernel, bool HalfSums, int NTiles>
 __global__ void __launch_bounds__(tile_most_warps(Kernel) * 32)
@@ -42,20 +25,15 @@ __global__ void __launch_bounds__(tile_most_warps(Kernel) * 32)
     const SharedAddress shared = shared_memory();
 
     stage_expand_weights(call, plan, shared, 0);
-    if (call.expansion) {
-        const Place at = locate(call, plan);
-        stage_x(call, plan, at, shared + plan.x);
-        write_places(call, plan, at, shared + plan.places);
-    }
+    start_tile(call, plan, shared);
     copy_async_commit();
-    write_zeros(plan, shared + plan.e);
-    write_jobs(plan, static_cast<int>(call.stride), shared + plan.job_table);
 
     // Two buffers are filled while both products run, one during the depthwise. It holds the
     // expansion of the next chunk and the projection of this one.
     const auto stage_next = [&](int chunk) {
         if (chunk + 1 < plan.chunks) stage_expand_weights(call, plan, shared, chunk + 1);
-        stage_project_weights(call, plan, shared, chunk);
+        stage_project_weights(call, plan, chunk * plan.chunk, channels_of_chunk(call, plan, chunk),
+                              chunk_weights(plan, shared, chunk).w_project);
         copy_async_commit();
     };
 
@@ -82,11 +60,7 @@ __global__ void __launch_bounds__(tile_most_warps(Kernel) * 32)
         }
         block_barrier();
         if (plan.buffers == 1) stage_next(chunk);
-        if (call.stride > call.dilation) {
-            depthwise<T, Kernel, 2, HalfSums>(arguments, shared, chunk);
-        } else {
-            depthwise<T, Kernel, 1, HalfSums>(arguments, shared, chunk);
-        }
+        depthwise_of_chunk<T, Kernel, HalfSums>(arguments, shared, chunk);
     }
     projection.store(call, plan);
 }
@@ -109,13 +83,12 @@ template <class T, int Kernel, bool HalfSums>
 cudaError_t launch_tile(const Call& call, const Device& device, cudaStream_t stream) {
     static_assert(sizeof(typename Channels<T, HalfSums>::Packed) ==
                   2 * tile_job_channels(HalfSums));
-    const TileCall arguments{
-        call, plan_tile(call, call.element, device.shared_bytes, device.multiprocessors),
-        pair_clip<T>(call.clip_expand), pair_clip<T>(call.clip_dw)};
+    const TileCall arguments{call, plan_tile(call, call.element, device),
+                             pair_clip<T>(call.clip_expand), pair_clip<T>(call.clip_dw)};
     const TilePlan& plan = arguments.plan;
-    const int64_t tiles =
-        static_cast<int64_t>(tile::ceil_div(call.N, plan.images)) * plan.tile_rows * plan.tile_cols;
-    const Grid grid{tiles * plan.groups, plan.threads(), plan.end};
+    const Grid grid{count_tiles(call, plan) * plan.groups, plan.threads(), plan.end, plan.cluster};
+    if (plan.cluster > 1)
+        return launch(inverted_residual_tile_cluster<T, Kernel, HalfSums>, grid, stream, arguments);
     switch (plan.n_tiles) {
         case 2:
             return launch(inverted_residual_tile<T, Kernel, HalfSums, 2>, grid, stream, arguments);

@@ -53,23 +53,7 @@ struct Job {
     bool second;  // whether the second column is in the tile
 };
 
-MNV2_DEVICE void write_jobs(const TilePlan& plan, int stride, SharedAddress to) {
-    const int strips = plan.strips, segments = plan.segments, step = plan.out_step;
-#pragma unroll 1
-    for (int job = thread_index(); job < plan.jobs; job += block_threads()) {
-        const int strip = job % strips, segment = job / strips % segments;
-        const int image = job / (strips * segments);
-        const int col = strip / step * step * kTileStrip + strip % step;
-        const int row = segment / step * step * plan.job_rows + segment % step;
-        const int left = row < plan.rows && col < plan.cols ? (plan.rows - row - 1) / step + 1 : 0;
-        const uint32_t rows = min(left, plan.job_rows);
-        const uint32_t second = col + step < plan.cols;
-        const uint32_t place = (image * plan.in_rows + row * stride) * plan.in_cols + col * stride;
-        const uint32_t pixel = (image * plan.rows + row) * plan.cols + col;
-        store_shared(to + job * 8, make_uint2(place | rows << 16, pixel | second << 16));
-    }
-}
-
+// As write_jobs has it.
 MNV2_DEVICE Job read_job(SharedAddress from) {
     const uint2 v = load_shared<uint2>(from);
     return {static_cast<int>(v.x & 0xffff), static_cast<int>(v.y & 0xffff),
@@ -151,9 +135,9 @@ struct Walk {
     }
 };
 
-// The projection takes channels by 16.
-MNV2_DEVICE void fill_up_channels(const TilePlan& plan, SharedAddress d, int channels) {
-    if (channels % 16 == 0) return;
+// The projection takes channels by 16: zeros between `channels` and `padded`.
+MNV2_DEVICE void fill_up_channels(const TilePlan& plan, SharedAddress d, int channels, int padded) {
+    if (channels == padded) return;
 #pragma unroll 1
     for (int pixel = thread_index(); pixel < plan.pixels; pixel += block_threads())
         store_shared(d + (pixel * plan.d_pitch + channels) * 2, make_uint4(0, 0, 0, 0));
@@ -166,7 +150,7 @@ MNV2_DEVICE void depthwise(const TileCall& arguments, SharedAddress shared, int 
     const TilePlan& plan = arguments.plan;
     const ChunkWeights weights = chunk_weights(plan, shared, chunk);
     const int channels = channels_of_chunk(call, plan, chunk);
-    fill_up_channels(plan, shared + plan.d, channels);
+    fill_up_channels(plan, shared + plan.d, channels, padded_channels(call, plan, chunk));
     using TheWalk = Walk<T, Kernel, Step, HalfSums>;
     using Packed = typename TheWalk::Packed;
     constexpr int job_channels = sizeof(Packed) / 2;
@@ -192,6 +176,15 @@ MNV2_DEVICE void depthwise(const TileCall& arguments, SharedAddress shared, int 
         // The first group begins with the rows that no tap reads.
         walk.from -= TheWalk::kUnused * plan.steps.from_row;
         walk.run();
+    }
+}
+
+template <class T, int Kernel, bool HalfSums>
+MNV2_DEVICE void depthwise_of_chunk(const TileCall& arguments, SharedAddress shared, int chunk) {
+    if (arguments.call.stride > arguments.call.dilation) {
+        depthwise<T, Kernel, 2, HalfSums>(arguments, shared, chunk);
+    } else {
+        depthwise<T, Kernel, 1, HalfSums>(arguments, shared, chunk);
     }
 }
 

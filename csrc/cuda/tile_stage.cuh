@@ -84,6 +84,53 @@ MNV2_DEVICE void stage_x(const Call& call, const TilePlan& plan, const Place& at
     });
 }
 
+// The haloed tile is zero outside the image for good.
+MNV2_DEVICE void write_zeros(const TilePlan& plan, SharedAddress e) {
+    const int bytes = plan.in_rows * plan.in_cols * plan.images * plan.e_pitch * 2;
+#pragma unroll 1
+    for (int i = thread_index() * 16; i < bytes; i += block_threads() * 16)
+        store_shared(e + i, make_uint4(0, 0, 0, 0));
+}
+
+// Where the pixels that are expanded lie in the haloed tile, behind their number.
+MNV2_DEVICE void write_places(const Call& call, const TilePlan& plan, const Place& at,
+                              SharedAddress to) {
+    if (thread_index() == 0)
+        store_shared(to, static_cast<uint32_t>(at.images * at.in_rows * at.in_cols));
+    for_in_pixels(call, plan, at, 1, [&](int pixel, int place, int64_t) {
+        store_shared(to + kTilePlacesHead + pixel * 2, static_cast<uint16_t>(place));
+    });
+}
+
+// The jobs of the depthwise, 8 bytes each.
+MNV2_DEVICE void write_jobs(const TilePlan& plan, int stride, SharedAddress to) {
+    const int strips = plan.strips, segments = plan.segments, step = plan.out_step;
+#pragma unroll 1
+    for (int job = thread_index(); job < plan.jobs; job += block_threads()) {
+        const int strip = job % strips, segment = job / strips % segments;
+        const int image = job / (strips * segments);
+        const int col = strip / step * step * kTileStrip + strip % step;
+        const int row = segment / step * step * plan.job_rows + segment % step;
+        const int left = row < plan.rows && col < plan.cols ? (plan.rows - row - 1) / step + 1 : 0;
+        const uint32_t rows = min(left, plan.job_rows);
+        const uint32_t second = col + step < plan.cols;
+        const uint32_t place = (image * plan.in_rows + row * stride) * plan.in_cols + col * stride;
+        const uint32_t pixel = (image * plan.rows + row) * plan.cols + col;
+        store_shared(to + job * 8, make_uint2(place | rows << 16, pixel | second << 16));
+    }
+}
+
+// What shared memory has for good: x, unless it comes chunk by chunk, and tables.
+MNV2_DEVICE void start_tile(const Call& call, const TilePlan& plan, SharedAddress shared) {
+    if (call.expansion) {
+        const Place at = locate(call, plan);
+        stage_x(call, plan, at, shared + plan.x);
+        write_places(call, plan, at, shared + plan.places);
+    }
+    write_zeros(plan, shared + plan.e);
+    write_jobs(plan, static_cast<int>(call.stride), shared + plan.job_table);
+}
+
 // rows x octets pieces of 16 bytes; those from valid_rows and valid_octets on are zeros.
 MNV2_DEVICE void stage_matrix(const uint16_t* from, int64_t stride, SharedAddress to, int pitch,
                               int rows, int valid_rows, int octets, int valid_octets) {
@@ -124,6 +171,11 @@ MNV2_DEVICE int channels_of_chunk(const Call& call, const TilePlan& plan, int nu
     return min(plan.chunk, static_cast<int>(call.hidden_channels) - number * plan.chunk);
 }
 
+// As the projection takes them, the last ones zeros.
+MNV2_DEVICE int padded_channels(const Call& call, const TilePlan& plan, int number) {
+    return (channels_of_chunk(call, plan, number) + 15) / 16 * 16;
+}
+
 // The channels of a chunk of x, in place of the expansion.
 MNV2_DEVICE void stage_expanded(const Call& call, const TilePlan& plan, int number,
                                 SharedAddress to) {
@@ -154,16 +206,15 @@ MNV2_DEVICE void stage_expand_weights(const Call& call, const TilePlan& plan, Sh
     stage_bias(call.b_dw, first, channels, plan.chunk, to.b_dw, call.x);
 }
 
-MNV2_DEVICE void stage_project_weights(const Call& call, const TilePlan& plan, SharedAddress shared,
-                                       int number) {
-    const int first = number * plan.chunk, channels = channels_of_chunk(call, plan, number);
+// The rows of w_project of `channels` hidden channels.
+MNV2_DEVICE void stage_project_weights(const Call& call, const TilePlan& plan, int first,
+                                       int channels, SharedAddress to) {
     const int out = static_cast<int>(call.out_channels),
               first_out = output_group(plan) * plan.group_channels;
     stage_matrix(static_cast<const uint16_t*>(call.w_project) + static_cast<int64_t>(first) * out +
                      first_out,
-                 out, chunk_weights(plan, shared, number).w_project, plan.project_pitch,
-                 (channels + 15) / 16 * 16, channels, plan.group_channels / 8,
-                 min(plan.group_channels, out - first_out) / 8);
+                 out, to, plan.project_pitch, (channels + 15) / 16 * 16, channels,
+                 plan.group_channels / 8, min(plan.group_channels, out - first_out) / 8);
 }
 
 }  // namespace mnv2::cuda::tile
