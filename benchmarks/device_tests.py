@@ -1,4 +1,4 @@
-"""A plugin of pytest that tells what became of tests and where Triton kernels ran.
+"""A plugin of pytest that tells what became of tests and where kernels ran.
 
 `-p benchmarks.device_tests`. Every process writes to the folder that MNV2_DEVICE_TESTS names, as
 tests start and end, so that what is known outlives it: PID.outcomes with a line of outcome and id,
@@ -10,8 +10,10 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import torch
 from triton import knobs
 
+from mnv2_kernels import ops
 from mnv2_kernels.triton_kernels import interpreter
 
 launches: Counter[str] = Counter()
@@ -31,10 +33,23 @@ def pytest_configure(config):
 
     interpreter.run = counted
     knobs.runtime.launch_enter_hook.add(count_launch)
+    ops._ops["cuda"] = counting(ops._ops["cuda"])
 
 
 def count_launch(metadata) -> None:
     launches["device"] += 1
+
+
+def counting(op):
+    """The op, with its calls by the backend `cuda` counted where they are not traced."""
+
+    def call(*arguments):
+        y = op(*arguments)
+        if not torch.compiler.is_compiling():
+            launches["cuda"] += 1
+        return y
+
+    return call
 
 
 def file(ending: str) -> Path | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mnv2_kernels import InvertedResidual, cost
+from mnv2_kernels.backends import choose, cuda_kernel
 from mnv2_kernels.block import BlockConfig, inverted_residual_config
 from mnv2_kernels.triton_kernels import configs
 
@@ -112,14 +113,26 @@ def measure_block(
     )
     rows = gpu_rows.measure(context, calls, errors, workload, in_graph=True)
     _, width_out = config.output_hw(size, size)
-    choice = configs.choose(config, dtype, inputs[0].device, width_out)
     for row in rows:
-        if row["provider"] == "fused":
-            row["configuration"] = {"source": choice.source, **asdict(choice.config)}
+        row |= ran_on(row["provider"], model, inputs[0], width_out)
         row["peak_bytes_computed"] = cost.peak_bytes(
             config, size, size, execution=gpu_peers.execution(row["provider"]), **sizes
         )
     return rows
+
+
+def ran_on(provider: str, block: InvertedResidual, x: Tensor, width_out: int) -> harness.Row:
+    """What a row says of the kernel that ran a block: its backend, and which one of that."""
+    backend = {"fused-cuda": "cuda", "fused-triton": "triton"}.get(provider)
+    if provider == "fused":
+        backend = choose(None, x, block.chosen_by) if x.is_cuda else "triton"
+    if backend == "cuda":
+        return {"backend": backend, "kernel": cuda_kernel(x, block.chosen_by)}
+    if backend == "triton":
+        choice = configs.choose(block.config, x.dtype, x.device, width_out)
+        configuration = {"source": choice.source, **asdict(choice.config)}
+        return {"backend": backend, "configuration": configuration}
+    return {}
 
 
 def networks(context: Context) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .gpu_part import NO_TIME, Context, Failed
 from .machine import ROOT
-from .sanitized import SHAPES
+from .sanitized import CALLS
 
 # What each tool prints when all is well.
 SUMMARIES = {
@@ -24,6 +24,7 @@ SUMMARIES = {
     "synccheck": r"ERROR SUMMARY: 0 errors",
 }
 OPTIONS = {"memcheck": ["--padding", "2048"]}
+SCRIPT = [sys.executable, "-m", "benchmarks.sanitized"]
 TAIL = 3000
 # Of no use on the device: one is interpreted by design, one compiles for other GPUs for minutes.
 LEFT_OUT = ("test_triton_interpreted_mutants.py", "test_triton_code.py")
@@ -63,17 +64,15 @@ def child(
 
 
 def run_tests(context: Context) -> None:
-    """Suite `gpu_tests`: tests/test_triton*.py on the device; a dry run collects them alone.
+    """Suite `gpu_tests`: `device_files()` on the device; a dry run collects them alone.
 
-    Without LEFT_OUT. Where time runs out, the row has what was known by then.
+    Where time runs out, the row has what was known by then.
 
     Raises:
-        Failed: a test failed, none ran, the kernel never ran on the device, or the interpreter ran
+        Failed: a test failed, none ran, a kernel never ran on the device, or the interpreter ran
             in a test whose name does not say so.
     """
     files = device_files()
-    if not files:
-        raise Failed("tests: there is no tests/test_triton*.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     if context.dry_run:
         code, output = child([*command, "--collect-only"], context.left())
@@ -96,16 +95,18 @@ def run_tests(context: Context) -> None:
     row = {"suite": "gpu_tests", "exit_code": code, **counts}
     for outcome in ("failed", "unfinished"):
         row[f"{outcome}_tests"] = [name for name, of in tests.items() if of == outcome][:20]
-    row |= {"device_launches": launches["device"], "complaints": wrong}
+    row |= {"device_launches": launches["device"], "cuda_calls": launches["cuda"]}
+    row["complaints"] = wrong
     context.keep([row | ({"output": output[-TAIL:]} if wrong else {})])
-    print(f"tests: {counts}, {launches['device']} launches on the device", flush=True)
+    ran = f"{launches['device']} Triton kernels and {launches['cuda']} CUDA kernels ran"
+    print(f"tests: {counts}, {ran}", flush=True)
     if wrong:
         raise Failed("tests: " + "; ".join(wrong))
 
 
 def device_files() -> list[str]:
     """The tests for the device: what needs none would take time from the others."""
-    paths = ROOT.glob("tests/test_triton*.py")
+    paths = [*ROOT.glob("tests/test_triton*.py"), ROOT / "tests/test_cuda_gpu.py"]
     return sorted(str(path) for path in paths if path.name not in LEFT_OUT)
 
 
@@ -139,7 +140,8 @@ def complaints(code: int | None, counts: dict[str, int], launches: Counter) -> l
         f"pytest ended with {code}": code not in (0, None),
         f"{counts['failed']} failed": counts["failed"] > 0,
         "none passed": counts["passed"] == 0,
-        "no kernel ran on the device": launches["device"] == 0,
+        "no Triton kernel ran on the device": launches["device"] == 0,
+        "no CUDA kernel ran": launches["cuda"] == 0,
         f"the interpreter ran in {interpreted[:3]}": bool(interpreted),
     }
     return [sentence for sentence, wrong in found.items() if wrong]
@@ -154,53 +156,59 @@ def run_sanitizer(context: Context) -> None:
     if context.dry_run:
         context.skip("gpu_sanitizer", "no GPU")
         return
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).exists():
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
         context.skip("gpu_sanitizer", "no compute-sanitizer on this machine")
         raise Failed("sanitizer: compute-sanitizer must be on PATH or in /usr/local/cuda/bin")
-    script = [sys.executable, "-m", "benchmarks.sanitized"]
-    # Compiles the kernels, so that no tool has to wait for that.
-    code, output = child(script, context.left())
-    if code != 0:
-        context.keep([{"suite": "gpu_sanitizer", "tool": None, "output": output[-TAIL:]}])
-        raise Failed(f"sanitizer: the script must pass without one, it ended with {code}")
+    scripts = {name: [*SCRIPT, "--backend", name] for name in CALLS}
     wrong = []
-    runs = [("memcheck", [*script, "--seeded-bug"], found_the_bug)]
-    runs += [(name, script, found_nothing) for name in SUMMARIES]
-    for i, (name, command, judge) in enumerate(runs):
-        seeded = judge is found_the_bug
+    for name, script in list(scripts.items()):
+        # Compiles what Triton has not yet, so that no tool has to wait for that.
+        code, output = child(script, context.left())
+        if code != 0:
+            row = {"suite": "gpu_sanitizer", "tool": None, "backend": name, "exit_code": code}
+            context.keep([row | {"output": output[-TAIL:]}])
+            wrong.append(f"{name}: the script must pass without a tool, it ended with {code}")
+            del scripts[name]
+    runs = [("memcheck", None, [*SCRIPT, "--seeded-bug"])] if scripts else []
+    runs += [(tool, name, script) for tool in SUMMARIES for name, script in scripts.items()]
+    for i, (tool, name, script) in enumerate(runs):
+        labels = {"tool": tool, "backend": name, "seeded_bug": name is None}
+        what = f"{tool} of {name or 'the seeded bug'}"
         if context.left() < 10:
-            context.skip("gpu_sanitizer", NO_TIME, tool=name, seeded_bug=seeded)
-            wrong.append(f"{name}: no time left")
+            context.skip("gpu_sanitizer", NO_TIME, **labels)
+            wrong.append(f"{what}: no time left")
             continue
-        watched = [tool, "--tool", name, "--error-exitcode", "1", *OPTIONS.get(name, [])]
         code, output = child(
-            [*watched, *command],
+            [sanitizer, "--tool", tool, "--error-exitcode", "1", *OPTIONS.get(tool, []), *script],
             context.left() / (len(runs) - i),
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )
-        reason = judge(name, code, output)
-        row = {"suite": "gpu_sanitizer", "tool": name, "seeded_bug": seeded, "exit_code": code}
-        row |= {"passed": reason is None, "calls": 1 if seeded else len(SHAPES)}
+        if name is None:
+            reason = found_the_bug(tool, code, output)
+        else:
+            reason = found_nothing(tool, code, output, calls=len(CALLS[name]))
+        row = {"suite": "gpu_sanitizer", **labels, "exit_code": code, "passed": reason is None}
+        row["calls"] = len(CALLS[name]) if name else 1
         context.keep(
             [row | ({} if reason is None else {"reason": reason, "output": output[-TAIL:]})]
         )
-        print(f"{name}{' of the seeded bug' if seeded else ''}: {reason or 'as it must be'}")
+        print(f"{what}: {reason or 'as it must be'}", flush=True)
         if reason is not None:
-            wrong.append(f"{name}: {reason}")
-            if seeded:
+            wrong.append(f"{what}: {reason}")
+            if name is None:
                 break
     if wrong:
         raise Failed("sanitizer: " + "; ".join(wrong))
 
 
-def found_nothing(tool: str, code: int | None, output: str) -> str | None:
+def found_nothing(tool: str, code: int | None, output: str, *, calls: int) -> str | None:
     """None where a tool ran over every call and found nothing, otherwise what is amiss."""
     if code is None:
         return "it did not end in time"
     if code != 0:
         return f"it ended with {code}"
-    if f"{len(SHAPES)} calls" not in output:
+    if f"\n{calls} calls\n" not in f"\n{output}":
         return "not every call was made"
     return None if re.search(SUMMARIES[tool], output) else "its summary of 0 errors is missing"
 

@@ -41,11 +41,25 @@ def folded(model: nn.Module, x: Tensor) -> Call:
 
 
 def fused(model: nn.Module, x: Tensor) -> Call:
-    """Ours; on a CPU Triton's interpreter is asked for."""
+    """Ours, with the backend that each block takes by itself; on a CPU Triton's interpreter."""
+    return _like(variants(model)["fused"], x) if x.is_cuda else fused_triton(model, x)
+
+
+def fused_cuda(model: nn.Module, x: Tensor) -> Call:
+    """Ours, every block in a CUDA kernel."""
+    _needs_gpu(x)
+    return _fused_by("cuda", model, x)
+
+
+def fused_triton(model: nn.Module, x: Tensor) -> Call:
+    """Ours, every block in the Triton kernel; on a CPU in its interpreter."""
+    return _fused_by("triton", model, x)
+
+
+def _fused_by(backend: str, model: nn.Module, x: Tensor) -> Call:
     copy = _like(variants(model)["fused"], x)
-    if not x.is_cuda:
-        for block in fused_blocks(copy).values():
-            block.backend = "triton"
+    for block in fused_blocks(copy).values():
+        block.backend = backend
     return copy
 
 
@@ -96,7 +110,14 @@ def _needs_gpu(x: Tensor) -> None:
         raise RuntimeError(NEEDS_GPU)
 
 
-BLOCK_PROVIDERS = {"fused": fused, "unfused": unfused, "folded": folded, "eager": eager}
+BLOCK_PROVIDERS = {
+    "fused": fused,
+    "fused-cuda": fused_cuda,
+    "fused-triton": fused_triton,
+    "unfused": unfused,
+    "folded": folded,
+    "eager": eager,
+}
 # Those that compile come last: the others are measured whatever becomes of them.
 NETWORK_PROVIDERS = {
     **BLOCK_PROVIDERS,
@@ -107,6 +128,8 @@ NETWORK_PROVIDERS = {
 # By which traffic of `roofline` each is judged.
 EXECUTIONS = {
     "fused": "fused",
+    "fused-cuda": "fused",
+    "fused-triton": "fused",
     "unfused": "folded",
     "folded": "folded",
     "eager": "eager",

@@ -20,6 +20,12 @@ from .harness import Row
 # Largest error over the largest value, in units of the dtype's spacing at 1. PyTorch's own layers
 # reach 1 in a block and 4 in the network; a tap or a channel too few is above 100 in fp16.
 BLOCK_TOLERANCE, NETWORK_TOLERANCE = 8, 32
+# What the last block of a provider must have run on.
+BACKENDS = {
+    "fused": ("cuda", "triton"),
+    "fused-cuda": ("cuda",),
+    "fused-triton": ("triton",),
+}
 # Images whose float64 tensors are in memory at once.
 AT_A_TIME = 64
 
@@ -76,8 +82,10 @@ def check(name: str, call: Call, workload: Workload) -> float:
         poison(torch.empty(truth.shape, dtype=x.dtype, device=x.device))
         # A graph's result is overwritten by its next call.
         worst = max(worst, error_of(call(x).clone(), truth, workload.tolerance))
-    if name == "fused" and last_backend() != "triton":
-        raise AssertionError(f"the blocks must run on triton, {last_backend()} ran")
+    expected = BACKENDS.get(name)
+    if expected is not None and last_backend() not in expected:
+        names = " or ".join(expected)
+        raise AssertionError(f"the blocks must run on {names}, {last_backend()} ran")
     return worst
 
 

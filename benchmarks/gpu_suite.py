@@ -22,6 +22,7 @@ from mnv2_kernels.triton_kernels import configs
 
 from . import gpu_machine
 from .gpu_blocks import run_blocks, run_network
+from .gpu_build import run_build
 from .gpu_checks import child, run_sanitizer, run_tests
 from .gpu_machine import measure_device
 from .gpu_part import Context, Failed
@@ -61,9 +62,10 @@ class Part(NamedTuple):
 
 
 PARTS = {
+    "build": Part(run_build, 6),
     "device": Part(run_device, 1),
-    "tests": Part(run_tests, 2),
-    "sanitizer": Part(run_sanitizer, 2),
+    "tests": Part(run_tests, 3),
+    "sanitizer": Part(run_sanitizer, 3),
     "tune": Part(run_tune, 3),
     "blocks": Part(run_blocks, 4),
     "network": Part(run_network, 5),

@@ -10,7 +10,7 @@ SUITES = ("gpu_network", "gpu_blocks")
 KEY = ("suite", "block", "model", "batch", "dtype", "provider")
 # The provider of the network that the others are compared with, and those of the blocks.
 OURS = "fused-graph"
-OTHERS = ("unfused", "folded", "eager")
+OTHERS = ("fused-triton", "unfused", "folded", "eager")
 UNMEASURED = "Not yet measured on a GPU."
 
 
@@ -80,12 +80,13 @@ def gpu_block_table(rows: list[Row]) -> str:
         numbers = r["blocks"]
         name = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
         cells = [name, r["config"], f"{r['resolution']}x{r['resolution']}"]
+        cells.append(r.get("kernel") or r.get("backend", "-"))
         cells += [f"{r['seconds']['50%'] * 1e6:.1f}", percent(r["share_of_floor"]), r["limit"]]
         cells += [ratio_cell(r["speedup"].get(other)) for other in OTHERS]
         peak = folded_peak.get(r["block"])
         cells.append(f"{r['peak_bytes'] / MIB:.1f}")
         body.append([*cells, "-" if peak is None else f"{peak / MIB:.1f}"])
-    head = ["block", "in x hidden x out", "input", "us", "of floor", "limit"]
+    head = ["block", "in x hidden x out", "input", "kernel", "us", "of floor", "limit"]
     head += [f"over {other}" for other in OTHERS]
     return markdown([*head, "peak MiB", "folded's"], body)
 

@@ -1,6 +1,7 @@
 """What compute-sanitizer watches: our op on small shapes, or a kernel that stores out of bounds.
 
-    compute-sanitizer --tool memcheck python -m benchmarks.sanitized [--seeded-bug]
+    compute-sanitizer --tool memcheck python -m benchmarks.sanitized --backend cuda
+    compute-sanitizer --tool memcheck python -m benchmarks.sanitized --seeded-bug
 
 With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own, so that a byte
 behind its end is not one of its neighbour's.
@@ -41,8 +42,21 @@ SHAPES = [
     (replace(_PLAIN, dilation=2, padding=same_padding(3, 2)), 8, 9, 1),
     (replace(_PLAIN, padding=(0, 0, 0, 0), residual=False), 5, 7, 1),
     (replace(_PLAIN, padding=(2, 0, 0, 2), residual=False), 4, 6, 33),
+    # For the CUDA kernel of large images; with padding on one side and none.
+    (_PLAIN, 21, 23, 2),
+    (BlockConfig(8, 48, 16, stride=2, padding=(0, 0, 1, 1)), 42, 46, 3),
+    (BlockConfig(16, 96, 24, stride=2), 41, 43, 1),
+    (BlockConfig(24, 144, 32, stride=2), 50, 40, 1),
+    (BlockConfig(32, 192, 32, residual=True), 28, 20, 1),
+    (BlockConfig(32, 40, 8, padding=(0, 0, 0, 0)), 33, 25, 2),
 ]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# What is called of each backend, as (number of a shape, dtype). Triton has one kernel for all of
+# them; which CUDA kernel runs depends on both.
+CALLS = {
+    "triton": [(i, DTYPES[i % len(DTYPES)]) for i in range(len(SHAPES))],
+    "cuda": [(i, dtype) for i in range(len(SHAPES)) for dtype in DTYPES],
+}
 # Of the largest value, in units of the dtype's spacing at 1.
 TOLERANCE = 16
 
@@ -62,14 +76,13 @@ def weights_of(config: BlockConfig, dtype: torch.dtype) -> FoldedWeights:
     )
 
 
-def check(number: int, device: str) -> None:
+def check(number: int, dtype: torch.dtype, device: str, backend: str) -> None:
     """Run one of SHAPES on the device, against the reference in float64 on the CPU.
 
     Raises:
-        AssertionError: the result is wrong, or no Triton kernel has made it.
+        AssertionError: the result is wrong, or another backend has made it.
     """
     config, height, width, batch = SHAPES[number]
-    dtype = DTYPES[number % len(DTYPES)]
     torch.manual_seed(number)
     x = torch.randn(batch, config.in_channels, height, width).to(dtype)
     weights = weights_of(config, dtype)
@@ -77,8 +90,8 @@ def check(number: int, device: str) -> None:
         name: getattr(config, name) for name in ("stride", "padding", "dilation", "residual")
     }
     moved = weights.to(device)
-    y = inverted_residual(x.to(device), moved, backend="triton", **settings).cpu().double()
-    assert last_backend() == "triton", f"triton must have run, {last_backend()} did"
+    y = inverted_residual(x.to(device), moved, backend=backend, **settings).cpu().double()
+    assert last_backend() == backend, f"{backend} must have run, {last_backend()} did"
     truth = reference.inverted_residual(x.double(), weights.to(torch.float64), **settings)
     error = ((y - truth).abs().max() / truth.abs().max()).item()
     allowed = TOLERANCE * torch.finfo(dtype).eps
@@ -95,15 +108,16 @@ def store_one_too_many(y, length, BLOCK: tl.constexpr):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeded-bug", action="store_true", help="store out of bounds instead")
+    parser.add_argument("--backend", choices=CALLS, default="cuda")
     options = parser.parse_args()
+    calls = [] if options.seeded_bug else CALLS[options.backend]
     if options.seeded_bug:
         y = torch.empty(1000, device="cuda")
         store_one_too_many[(1,)](y, y.numel(), BLOCK=1024)
-    else:
-        for number in range(len(SHAPES)):
-            check(number, "cuda")
+    for number, dtype in calls:
+        check(number, dtype, "cuda", options.backend)
     torch.cuda.synchronize()
-    print(f"{1 if options.seeded_bug else len(SHAPES)} calls")
+    print(f"{len(calls)} calls")
 
 
 if __name__ == "__main__":

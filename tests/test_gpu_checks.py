@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -13,6 +14,9 @@ from triton.compiler import ASTSource
 from benchmarks import gpu_checks, harness, sanitized
 from benchmarks.gpu_part import Context, Failed
 from benchmarks.machine import ROOT
+from mnv2_kernels import extension
+from mnv2_kernels.backends import Block, cuda_kernel
+from mnv2_kernels.block import NO_CLIP, RELU6
 
 
 def test_a_child_is_ended_with_its_children():
@@ -24,20 +28,22 @@ def test_a_child_is_ended_with_its_children():
     assert (code, output) == (3, "x\n")
 
 
+RAN = {"device": 5, "cuda": 1}
 GOOD = {"passed": 3, "failed": 0, "skipped": 1, "unfinished": 0}
 
 
 @pytest.mark.parametrize(
     ("code", "counts", "launches", "words"),
     [
-        (0, GOOD, {"device": 5}, None),
-        (0, GOOD, {"device": 5, "interpreted: tests/a.py::test_interpreter": 2}, None),
-        (0, GOOD, {"device": 5, "interpreted: tests/a.py::test_values": 2}, "the interpreter ran"),
-        (0, GOOD, {}, "no kernel ran on the device"),
-        (0, GOOD | {"passed": 0}, {"device": 5}, "none passed"),
-        (1, GOOD | {"failed": 2}, {"device": 5}, "2 failed"),
-        (5, GOOD, {"device": 5}, "pytest ended with 5"),
-        (None, GOOD, {"device": 5}, "ended: their time was over"),
+        (0, GOOD, RAN, None),
+        (0, GOOD, {**RAN, "interpreted: tests/a.py::test_interpreter": 2}, None),
+        (0, GOOD, {**RAN, "interpreted: tests/a.py::test_values": 2}, "the interpreter ran"),
+        (0, GOOD, {"cuda": 1}, "no Triton kernel ran on the device"),
+        (0, GOOD, {"device": 5}, "no CUDA kernel ran"),
+        (0, GOOD | {"passed": 0}, RAN, "none passed"),
+        (1, GOOD | {"failed": 2}, RAN, "2 failed"),
+        (5, GOOD, RAN, "pytest ended with 5"),
+        (None, GOOD, RAN, "ended: their time was over"),
     ],
 )
 def test_tests_that_prove_nothing_are_told(code, counts, launches, words):
@@ -48,7 +54,14 @@ def test_tests_that_prove_nothing_are_told(code, counts, launches, words):
 TESTS = """
 import pytest
 from benchmarks import sanitized
-def test_values(): sanitized.check(13, 'cpu')
+def test_values(): sanitized.check(13, sanitized.DTYPES[1], 'cpu', 'triton')
+def test_cuda():
+    from mnv2_kernels import ops
+    import torch
+    shapes = (1, 4, 3, 3), (4, 8), (8,), (3, 3, 8), (8,), (8, 4)
+    tensors = [torch.zeros(shape) for shape in shapes]
+    settings = (None, 1, [1, 1, 1, 1], 1, False, [0.0, 6.0], [0.0, 6.0], [0.0, 6.0])
+    assert ops._ops["cuda"](*tensors, *settings).shape == (1, 4, 3, 3)
 def test_wrong(): assert False
 @pytest.mark.skip
 def test_none(): pass
@@ -71,13 +84,15 @@ def run_plugin(folder: Path, source: str, seconds: float, *options: str):
 
 
 def test_outcomes_and_launches_are_counted(tmp_path):
-    """On the real plugin: four tests, one of which runs the interpreter."""
+    """On the real plugin: five tests, one of which runs the interpreter, one the op."""
     code, tests, launches = run_plugin(tmp_path, TESTS, 60)
     assert code == 1
     failed = dict.fromkeys(("test_wrong", "test_undone"), "failed")
-    assert tests == {"test_values": "passed", "test_none": "skipped", **failed}
-    counts = {"unfinished": 0, "passed": 1, "skipped": 1, "failed": 2}
+    passed = dict.fromkeys(("test_values", "test_cuda"), "passed")
+    assert tests == {**passed, "test_none": "skipped", **failed}
+    counts = {"unfinished": 0, "passed": 2, "skipped": 1, "failed": 2}
     assert gpu_checks.count(tests) == counts
+    assert launches.pop("cuda") == 1
     ((name, number),) = launches.items()
     assert name.startswith("interpreted: ") and name.endswith("::test_values") and number == 1
     assert gpu_checks.kept(tmp_path / "none") == ({}, Counter())
@@ -86,7 +101,7 @@ def test_outcomes_and_launches_are_counted(tmp_path):
 def test_what_is_known_outlives_a_process_that_is_killed(tmp_path):
     source = TESTS + "def test_killed(): import os; os.kill(os.getpid(), 9)\n"
     code, tests, launches = run_plugin(tmp_path, source, 60)
-    assert code == -9 and sum(launches.values()) == 1
+    assert code == -9 and sum(launches.values()) == 2
     assert tests["test_values"] == "passed" and tests["test_killed"] == "unfinished"
 
 
@@ -110,11 +125,11 @@ def test_the_row_of_a_run_that_is_ended_says_so(tmp_path, monkeypatch):
 def test_the_device_runs_what_needs_it():
     names = {Path(file).name for file in gpu_checks.device_files()}
     left_out = set(gpu_checks.LEFT_OUT)
-    assert "test_triton_gpu.py" in names and not names & left_out
+    assert {"test_triton_gpu.py", "test_cuda_gpu.py"} <= names and not names & left_out
     assert all((ROOT / "tests" / name).exists() for name in left_out)
 
 
-CALLS = f"{len(sanitized.SHAPES)} calls\n"
+CALLS = "72 calls\n"
 CLEAN = "========= ERROR SUMMARY: 0 errors\n"
 HAZARDS = "========= RACECHECK SUMMARY: {} hazards displayed ({} errors, 0 warnings)\n"
 
@@ -128,12 +143,13 @@ HAZARDS = "========= RACECHECK SUMMARY: {} hazards displayed ({} errors, 0 warni
         ("memcheck", 0, CALLS, "summary of 0 errors is missing"),
         ("memcheck", 0, CALLS + CLEAN.replace(" 0 ", " 10 "), "summary of 0 errors is missing"),
         ("memcheck", 0, CLEAN, "not every call was made"),
+        ("memcheck", 0, f"1{CALLS}{CLEAN}", "not every call was made"),
         ("initcheck", 1, CALLS + CLEAN, "ended with 1"),
         ("synccheck", None, "", "did not end in time"),
     ],
 )
 def test_a_sanitizer_that_saw_nothing_is_told(tool, code, output, words):
-    reason = gpu_checks.found_nothing(tool, code, output)
+    reason = gpu_checks.found_nothing(tool, code, output, calls=72)
     assert reason is None if words is None else words in reason
 
 
@@ -146,9 +162,23 @@ def test_the_seeded_bug_must_be_found():
 
 
 def test_what_the_sanitizer_watches_runs(one_thread):
-    assert len(sanitized.SHAPES) >= 20
-    for number in (2, 4, 13, 15):
-        sanitized.check(number, "cpu")
+    calls = sanitized.CALLS["triton"]
+    assert len(calls) == len(sanitized.SHAPES) >= 20
+    for number, dtype in (calls[i] for i in (2, 4, 13, 15)):
+        sanitized.check(number, dtype, "cpu", "triton")
+
+
+@pytest.mark.skipif(extension.module is None, reason="needs the compiled extension")
+def test_the_sanitizer_watches_every_cuda_kernel():
+    kernels = Counter()
+    for number, dtype in sanitized.CALLS["cuda"]:
+        config, height, width, batch = sanitized.SHAPES[number]
+        x = torch.empty((), dtype=dtype).expand(batch, config.in_channels, height, width)
+        # Clips as in FoldedWeights without others.
+        kernels[dtype, cuda_kernel(x, Block.of(config, (RELU6, RELU6, NO_CLIP)))] += 1
+    for dtype in sanitized.DTYPES[:2]:
+        assert {kernels[dtype, name] > 3 for name in ("patch", "tile", "generic")} == {True}
+    assert kernels[torch.float32, "generic"] == len(sanitized.SHAPES)
 
 
 def test_the_seeded_bug_compiles():

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import (
     gpu_blocks,
+    gpu_build,
     gpu_machine,
     gpu_peers,
     gpu_rows,
@@ -20,6 +21,8 @@ from benchmarks import (
 )
 from benchmarks.gpu_part import Context, Failed
 from benchmarks.machine import ROOT
+from mnv2_kernels import extension
+from mnv2_kernels.block import inverted_residual_config
 from mnv2_kernels.variants import plain
 
 CPU = torch.device("cpu")
@@ -53,7 +56,7 @@ def workload():
 
 @pytest.mark.timeout(180)
 def test_a_dry_run_goes_all_the_way(tmp_path):
-    parts = "device,sanitizer,tune,blocks,network"
+    parts = "build,device,sanitizer,tune,blocks,network"
     done = suite("--dry-run", "--out", str(tmp_path), "--parts", parts, "--commit", "abc")
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"{part:<10} ok" in done.stdout for part in parts.split(","))
@@ -61,20 +64,22 @@ def test_a_dry_run_goes_all_the_way(tmp_path):
     assert all(rows.values())
     every = [row for part in rows.values() for row in part]
     assert all(row["dry_run"] and row["commit"] == "abc" and row["gpu"] is None for row in every)
-    assert rows["sanitizer"][0]["skipped"] == rows["tune"][0]["skipped"] == "no GPU"
+    assert {rows[part][0]["skipped"] for part in ("build", "sanitizer", "tune")} == {"no GPU"}
     assert rows["device"][0]["bytes_per_second"] > 0
     measured = {row["provider"]: row for row in rows["blocks"]}
-    assert set(measured) == {"fused", "unfused", "folded", "eager"}
+    assert set(measured) == set(gpu_peers.BLOCK_PROVIDERS)
+    assert measured.pop("fused-cuda")["error"] == "RuntimeError: needs a GPU"
     for name, row in measured.items():
         assert row["seconds"]["50%"] > 0 and 0 <= row["largest_error"] < 8e-3
         assert set(row["speedup"]) == set(measured) - {name}
         assert row["share_of_floor"] == pytest.approx(row["floor_seconds"] / row["seconds"]["50%"])
         assert row["peak_bytes"] > 0 and row["peak_bytes_computed"] > 0
-    assert measured["fused"]["configuration"]["source"]
+    for name in ("fused", "fused-triton"):
+        assert measured[name]["backend"] == "triton" and measured[name]["configuration"]["source"]
     network = {row["provider"]: row for row in rows["network"]}
     assert set(network) == set(gpu_peers.NETWORK_PROVIDERS)
     for name, row in network.items():
-        if name in gpu_peers.BLOCK_PROVIDERS:
+        if name in gpu_peers.BLOCK_PROVIDERS and name != "fused-cuda":
             assert row["images_per_second"] == pytest.approx(1 / row["seconds"]["50%"])
         else:
             assert row["error"] == "RuntimeError: needs a GPU"
@@ -90,7 +95,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 def test_unknown_parts_are_refused(capsys):
     with pytest.raises(SystemExit):
         gpu_suite.parse(["--out", "x", "--parts", "blocks,speed"])
-    assert "--parts must be of device, tests, sanitizer" in capsys.readouterr().err
+    assert "--parts must be of build, device, tests, sanitizer" in capsys.readouterr().err
 
 
 def test_what_no_longer_fits_is_left_out(tmp_path, context):
@@ -224,8 +229,45 @@ def test_plain_layers_do_not_pass_for_the_kernel(workload, one_thread):
         {"fused": gpu_peers.fused}, plain(model), shared.inputs[0], seconds=lambda: 60
     )
     assert errors == {}
-    with torch.inference_mode(), pytest.raises(AssertionError, match="must run on triton"):
+    with torch.inference_mode(), pytest.raises(AssertionError, match="must run on cuda or triton"):
         gpu_rows.check("fused", calls["fused"], shared)
+
+
+def test_a_backend_does_not_pass_for_another(workload, one_thread):
+    shared, model = workload
+    calls, errors = gpu_peers.build(
+        {"fused-triton": gpu_peers.fused_triton}, model, shared.inputs[0], seconds=lambda: 60
+    )
+    assert errors == {}
+    with torch.inference_mode():
+        assert gpu_rows.check("fused-triton", calls["fused-triton"], shared) < 8e-3
+        with pytest.raises(AssertionError, match="blocks must run on cuda, triton ran"):
+            gpu_rows.check("fused-cuda", calls["fused-triton"], shared)
+
+
+def test_a_build_that_fails_says_what_the_compiler_said(context, monkeypatch):
+    lines = ["a line"] * 50 + ["patch.cu(135): error: no instance", "more", "ninja: stopped"]
+    printed = iter([(1, "\n".join(lines)), (None, "\n".join(lines[:50])), (0, ""), (1, "bad so")])
+    monkeypatch.setattr(gpu_build, "child", lambda *args, **variables: next(printed))
+    real = replace(context, dry_run=False)
+    with pytest.raises(Failed, match=r"it ended with 1:\npatch.cu\(135\): error: no instance$"):
+        gpu_build.run_build(real)
+    with pytest.raises(Failed, match=r"its time was over:\n(a line\n){19}a line$"):
+        gpu_build.run_build(real)
+    with pytest.raises(Failed, match="cannot be loaded:\nbad so"):
+        gpu_build.run_build(real)
+    rows = harness.load("gpu_build", context.out)
+    assert [row["exit_code"] for row in rows] == [1, None, 0] and rows[2]["loaded"] is False
+
+
+def test_rows_say_which_kernel_ran():
+    block = harness.block_module(inverted_residual_config(24, 24, 1, 6))
+    x = torch.empty(2, 24, 56, 56, dtype=torch.float16)
+    if extension.module is not None:
+        said = gpu_blocks.ran_on("fused-cuda", block, x, 56)
+        assert said == {"backend": "cuda", "kernel": "patch"}
+    assert set(gpu_blocks.ran_on("fused-triton", block, x, 56)) == {"backend", "configuration"}
+    assert gpu_blocks.ran_on("eager", block, x, 56) == {}
 
 
 def test_inputs_are_taken_in_turns():

@@ -4,7 +4,7 @@ from benchmarks import gpu_tables, harness, plot, report
 
 FACTS = {"gpu": "NVIDIA X", "driver": "580", "cuda": "13.0", "torch": "2.11", "triton": "3.6.0"}
 FACTS |= {"commit": "abc", "date": "2026-01-02T00:00:00+00:00"}
-TIMES = {"fused": 1, "unfused": 3, "folded": 4, "eager": 8}
+TIMES = {"fused": 1, "fused-triton": 2, "unfused": 3, "folded": 4, "eager": 8}
 
 
 def row(suite: str, provider: str, batch: int, **more) -> harness.Row:
@@ -36,6 +36,8 @@ def block_rows(batch: int) -> list[harness.Row]:
             config=config.name,
             resolution=size,
             limit="bytes",
+            backend="cuda",
+            kernel="tile",
         )
         for (config, size), numbers in harness.distinct_blocks().items()
         for provider in TIMES
@@ -65,17 +67,18 @@ def test_blocks(tmp_path):
     lines = blocks.splitlines()
     assert len(lines) == 2 + 12
     assert lines[2] == (
-        "| 1 | 32x32x16-s1-k3 | 112x112 | 10.0 | 50% | bytes | 3.00x | 4.00x | 8.00x | 1.0 | 4.0 |"
+        "| 1 | 32x32x16-s1-k3 | 112x112 | tile | 10.0 | 50% | bytes"
+        " | 2.00x | 3.00x | 4.00x | 8.00x | 1.0 | 4.0 |"
     )
     assert any(line.startswith("| 8-10 | 64x384x64-s1-k3 |") for line in lines)
-    assert "| float16 | 256 | 170 | 50% | 3.00x | 4.00x | 8.00x |" in means
+    assert "| float16 | 256 | 170 | 50% | 2.00x | 3.00x | 4.00x | 8.00x |" in means
     assert "| float16 | 1 | 170 |" in means
     (path,) = plot.gpu_figures(gpu_tables.latest_on_gpu(tmp_path), tmp_path)
     assert path.name == "gpu_speedup.svg" and "over unfused" in path.read_text()
 
 
 def test_a_run_that_was_cut_short_has_no_mean(tmp_path):
-    harness.append(block_rows(256)[:-4], tmp_path)
+    harness.append(block_rows(256)[: -len(TIMES)], tmp_path)
     assert "17 blocks" not in filled(tmp_path)["gpu-blocks"]
     assert list(plot.gpu_figures(gpu_tables.latest_on_gpu(tmp_path), tmp_path)) == []
 
