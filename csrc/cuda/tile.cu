@@ -83,7 +83,7 @@ template <class T, int Kernel, bool HalfSums>
 cudaError_t launch_tile(const Call& call, const Device& device, cudaStream_t stream) {
     static_assert(sizeof(typename Channels<T, HalfSums>::Packed) ==
                   2 * tile_job_channels(HalfSums));
-    const TileCall arguments{call, plan_tile(call, call.element, device),
+    const TileCall arguments{call, known_plan(call, call.element, device),
                              pair_clip<T>(call.clip_expand), pair_clip<T>(call.clip_dw)};
     const TilePlan& plan = arguments.plan;
     const Grid grid{count_tiles(call, plan) * plan.groups, plan.threads(), plan.end, plan.cluster};

@@ -1,6 +1,8 @@
 // By which plan the tile kernel runs a block: plans are compared by a rough count of cycles.
 #pragma once
+#include <array>
 #include <cmath>
+#include <map>
 
 #include "tile_plan.h"
 
@@ -163,6 +165,31 @@ inline TilePlan plan_tile(const BlockSizes& sizes, Element element, const Device
     if (device.capability >= 90)
         for (int cluster = 2; cluster <= 8; cluster++) choice.consider_clusters(cluster);
     return choice.best;
+}
+
+// The same, remembered: the search takes longer than a launch.
+inline const TilePlan& known_plan(const BlockSizes& sizes, Element element, const Device& device) {
+    using Key = std::array<int64_t, 15>;
+    thread_local std::map<Key, TilePlan> plans;
+    const Key key{sizes.N,
+                  sizes.H,
+                  sizes.W,
+                  sizes.H_out,
+                  sizes.W_out,
+                  sizes.in_channels,
+                  sizes.hidden_channels,
+                  sizes.out_channels,
+                  sizes.kernel,
+                  sizes.stride,
+                  sizes.dilation,
+                  sizes.expansion * 2 + tile_half_sums(sizes, element),
+                  device.multiprocessors,
+                  device.shared_bytes,
+                  device.capability};
+    const auto found = plans.find(key);
+    if (found != plans.end()) return found->second;
+    if (plans.size() == 1024) plans.clear();
+    return plans[key] = plan_tile(sizes, element, device);
 }
 
 }  // namespace mnv2::cuda::tile

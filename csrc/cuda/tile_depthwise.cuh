@@ -111,20 +111,19 @@ struct Walk {
         for (int v = 0; v < Step; v++) {
             const SharedAddress row = v < kUnused && first ? from + steps.from_row : from;
             from += steps.from_row;
-            Sums pixel[kCols];
 #pragma unroll
-            for (int c = 0; c < kCols; c++)
-                pixel[c] = Sums::from(load_shared<Packed>(row + c * steps.from_col));
+            for (int c = 0; c < kCols; c++) {
+                const Sums pixel = Sums::from(load_shared<Packed>(row + c * steps.from_col));
 #pragma unroll
-            for (int j = 0; j < kRing; j++) {
-                const int tap_row = j * Step + v - kUnused;
-                if (tap_row < 0) continue;
+                for (int j = 0; j < kRing; j++) {
+                    const int tap_row = j * Step + v - kUnused;
 #pragma unroll
-                for (int t = 0; t < Kernel; t++) {
-                    const Sums w = Sums::from(weight[tap_row * Kernel + t]);
-#pragma unroll
-                    for (int s = 0; s < kTileStrip; s++)
-                        ring[(Slot - j + kRing) % kRing][s].add(pixel[s * Step + t], w);
+                    for (int s = 0; s < kTileStrip; s++) {
+                        const int tap = c - s * Step;
+                        if (tap_row < 0 || tap < 0 || tap >= Kernel) continue;
+                        ring[(Slot - j + kRing) % kRing][s].add(
+                            pixel, Sums::from(weight[tap_row * Kernel + tap]));
+                    }
                 }
             }
         }
