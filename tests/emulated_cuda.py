@@ -95,6 +95,7 @@ def why_not() -> str | None:
     return None
 
 
+LIBRARY = ROOT / "tests/cuda_on_cpu/library.cpp"
 EMULATOR = tuple(ROOT / "tests/cuda_on_cpu" / name for name in ("emulator.cpp", "control.cpp"))
 
 
@@ -230,9 +231,9 @@ class Library(Emulator):
     ):
         """flags, texts: of `build`."""
         source = ROOT / f"csrc/cuda/{kernel}.cu"
-        shared = [ROOT / "tests/cuda_on_cpu/library.cpp", ROOT / "csrc/cuda/choose.cpp"]
+        plans = sorted((ROOT / "csrc/cuda").glob("*.cpp"))
         flags = [*flags, f"-DMNV2_RUN=run_{kernel}"]
-        super().__init__(build([source, *shared, *EMULATOR], flags, texts))
+        super().__init__(build([source, *plans, *EMULATOR, LIBRARY], flags, texts))
         self.kernel = kernel
 
     def takes(self, x: Tensor, weights: FoldedWeights, **settings) -> bool:

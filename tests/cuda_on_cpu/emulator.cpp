@@ -255,9 +255,14 @@ bool launch(const Shape& shape, const std::function<void()>& thread) {
             t.fiber.stack = fiber_stack(rank * shape.threads + i);
         }
     }
+    // No order is promised.
+    std::vector<int64_t> order;
+    for (int64_t first = 0; first < shape.blocks; first += shape.cluster) order.push_back(first);
+    if (state.options.schedule == Schedule::greedy_warp) std::reverse(order.begin(), order.end());
+    if (state.options.schedule == Schedule::random_fiber)
+        std::shuffle(order.begin(), order.end(), state.random);
     bool fine = true;
-    for (int64_t first = 0; fine && first < shape.blocks; first += shape.cluster)
-        fine = run_cluster(first);
+    for (size_t i = 0; fine && i < order.size(); i++) fine = run_cluster(order[i]);
     state.cluster.clear();
     state.thread = nullptr;
     return fine;

@@ -6,11 +6,11 @@
 
 namespace emulator {
 
-// Which thread that can go on does.
+// Which thread that can go on does, and which block comes next.
 enum class Schedule {
-    round_robin,   // every one in turn
-    random_fiber,  // any
-    greedy_warp,   // one warp as far as it can go, then another
+    round_robin,   // every one in turn; blocks in order
+    random_fiber,  // any; any
+    greedy_warp,   // one warp as far as it can go, then another; the last block first
 };
 
 struct Options {

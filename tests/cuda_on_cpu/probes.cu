@@ -171,7 +171,7 @@ __global__ void matrix_of_nothing(Probe p) {
 
 // The next block finds nothing of what this one wrote.
 __global__ void read_what_the_last_block_wrote(Probe p) {
-    if (!p.broken || block_index() == 0) put(thread_index());
+    if (!p.broken || block_index() == p.number) put(thread_index());
     p.out[thread_index()] = get(thread_index());
 }
 

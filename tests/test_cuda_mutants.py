@@ -1,0 +1,204 @@
+"""One change in the source of a CUDA kernel must be found by a few small calls on the emulator.
+
+Each mutant is the source with one text replaced, which must occur exactly once: a mutant that no
+longer applies is an error, not a pass.
+"""
+
+import re
+from dataclasses import replace
+from functools import cache
+from math import inf
+
+import pytest
+import torch
+from cases import Case, expect
+from cuda_cases import make_inputs, needs_emulator
+from emulated_cuda import H200, KERNELS, ROOT, EmulatorError, Library
+from test_numerics import skipping_reference, why_unlike
+
+from mnv2_kernels.block import NO_CLIP, RELU, RELU6, BlockConfig
+
+pytestmark = needs_emulator
+HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
+RESIDUAL, STRIDED = BlockConfig(24, 72, 24, residual=True), BlockConfig(16, 56, 24, 2)
+UNEVEN = replace(STRIDED, padding=(0, 1, 1, 2))
+ODD = BlockConfig(7, 37, 9, stride=2, padding=(0, 1, 1, 2))
+T1 = BlockConfig(40, 40, 24, 1, False, 5, 2, padding=(4, 3, 2, 4))
+# (case, dtype, multiprocessors) by kernel.
+CALLS: dict[str, list[tuple[Case, torch.dtype, int]]] = {
+    "patch": [
+        (Case(RESIDUAL, 21, 22, batch=2, clips=(RELU6,) * 3), HALF, 1),
+        (Case(UNEVEN, 45, 42, clips=(RELU, RELU6, NO_CLIP)), HALF, 132),
+        (Case(replace(RESIDUAL, in_channels=8, residual=False), 23, 20), BFLOAT, 1),
+    ],
+    "tile": [
+        (Case(RESIDUAL, 5, 6, batch=3, clips=(RELU6,) * 3), HALF, 132),
+        (Case(RESIDUAL, 11, 37, batch=2, clips=(RELU, RELU6, NO_CLIP)), BFLOAT, 1),
+        (Case(replace(UNEVEN, hidden_channels=136), 9, 8, batch=2), BFLOAT, 132),
+        (Case(T1, 7, 9, batch=2, clips=(NO_CLIP, (-0.5, 3.0), RELU)), HALF, 132),
+        (Case(replace(T1, in_channels=136, hidden_channels=136), 9, 8), BFLOAT, 1),
+        (Case(BlockConfig(64, 384, 64, residual=True), 14, 14, batch=2), HALF, 132),
+    ],
+    "generic": [
+        (Case(BlockConfig(20, 29, 20, residual=True), 23, 9, 2, clips=(RELU6,) * 3), SINGLE, 1),
+        (Case(replace(ODD, out_channels=70), 7, 6, batch=3), HALF, 132),
+        (Case(BlockConfig(150, 70, 300), 9, 11), SINGLE, 1),
+        (Case(T1, 7, 9, batch=2, clips=(NO_CLIP, (-0.5, 3.0), RELU)), BFLOAT, 132),
+        # Weights that do not exist, times clips that are infinite.
+        (Case(ODD, 7, 6, clips=(RELU6, (inf, inf), (-2.0, 2.0))), SINGLE, 132),
+    ],
+}
+
+MUTANTS = {
+    "patch": {
+        "no barrier behind the copies": (
+            "copy_async_wait<0>();\n        block_barrier();",
+            "copy_async_wait<0>();",
+        ),
+        "no wait": ("copy_async_wait<0>();", "copy_async_wait<1>();"),
+        "no barrier ahead of the next tile": ("block_barrier();\n    }\n}", "}\n}"),
+        "bias outside the image": ("inside ? Constants<T>::kOnes : 0u", "Constants<T>::kOnes"),
+        "a row too many": ("x_row < call.H &&", "x_row <= call.H &&"),
+        "a column too many": ("x_col >= 0 &&", "x_col >= -1 &&"),
+        "a column of y too many": ("at.col + col >= call.W_out", "at.col + col > call.W_out"),
+        "rows of y left out": (" - 1) / Sizes::kRows + 1;", " - 1) / Sizes::kRows;"),
+        "channels that x does not have": ("inside && octet * 8 < call.in_channels", "inside"),
+        "rows that w_expand does not have": ("row < call.in_channels && channel", "channel"),
+        "taps transposed": ("tap_row * 3 + tap_col, value", "tap_col * 3 + tap_row, value"),
+        "ReLU ahead of the last tap": ("tap == 8 ?", "tap == 7 ?"),
+        "no upper clip of sums": ("minimum<T>(sum[h][pixel], upper.sum_pair)", "sum[h][pixel]"),
+        "bias twice": ("low - rounded.x, high - rounded.y", "low, high"),
+        "operand transposed": ("w[0] = last[0], w[1] = last[1]", "w[0] = last[1], w[1] = last[0]"),
+        "pixels and channels exchanged": (
+            "part / 2, 2 * i + part % 2",
+            "part % 2, 2 * i + part / 2",
+        ),
+        "no residual": ("&& call.residual)", "&& false)"),
+        "pixels of other patches": (
+            "lane / 8 % 2 * Sizes::kPixelPitch",
+            "lane / 16 * Sizes::kPixelPitch",
+        ),
+    },
+    "tile": {
+        "no barrier behind the copies": (
+            "copy_async_wait<0>();\n        block_barrier();",
+            "copy_async_wait<0>();",
+        ),
+        "no wait for weights": (
+            "copy_async_wait<0>();\n        block_barrier();",
+            "block_barrier();",
+        ),
+        "no barrier ahead of the depthwise": (
+            "block_barrier();\n        if (plan.buffers == 1)",
+            "if (plan.buffers == 1)",
+        ),
+        "no wait for pixels": ("copy_async_wait<1>();", "copy_async_wait<2>();"),
+        "one buffer for two": ("plan.buffers == 2 ? number % 2 : 0", "0"),
+        "one buffer of taps": ("number % 2 * plan.dw_bytes", "0 * plan.dw_bytes"),
+        "no zeros around the image": ("write_zeros(plan, shared + plan.e);", ""),
+        "a pixel too many": ("if (pixel >= pixels) continue;", "if (pixel > pixels) continue;"),
+        "channels not filled up": ("if (channels % 16 == 0) return;", "return;"),
+        "an image too many": ("image >= at.images", "image > at.images"),
+        "a column of y too many": ("col >= call.W_out) continue", "col > call.W_out) continue"),
+        "rows that weights do not have": ("row < valid_rows &&", "row <= valid_rows &&"),
+        "no lower clip": (
+            "minimum<T>(maximum<T>(v, clip.lower), clip.upper)",
+            "minimum<T>(v, clip.upper)",
+        ),
+        "padding above left out": ("at.halo_row + row) * plan.in_cols", "row) * plan.in_cols"),
+        "rows below the image": ("min(row + plan.in_rows, call.H)", "(row + plan.in_rows)"),
+        "a second column that is not there": ("col + step < plan.cols", "col + step <= plan.cols"),
+        "sums not begun": ("for (int s = 0; s < kTileStrip; s++) ring[Slot][s] = bias;", ""),
+        "no residual": ("if (call.residual) low += unpack", "if (false) low += unpack"),
+        "rows of matrices exchanged": (
+            "sums[m][n][0] = sums[m][n][2] = bias.x;",
+            "sums[m][n][0] = sums[m][n][1] = bias.x;",
+        ),
+    },
+    "generic": {
+        "no barrier ahead of a slice": ("block_barrier();  // The slice", "// The slice"),
+        "no barrier behind a slice": (
+            "tile.x_pitch);\n            block_barrier();",
+            "tile.x_pitch);",
+        ),
+        "no barrier behind the table": (
+            "shared + tile.pixels);\n        block_barrier();",
+            "shared + tile.pixels);",
+        ),
+        "no barrier ahead of the depthwise": ("block_barrier();\n            convolve", "convolve"),
+        "no barrier behind w_project": ("w_project);\n        block_barrier();", "w_project);"),
+        "no barrier ahead of the next w_project": ("terms);\n        block_barrier();", "terms);"),
+        "bias outside the image": (
+            "if (load_shared<uint32_t>(table + pixels[i] * 4) != kOutside)",
+            "",
+        ),
+        "a row too many": ("row < call.H &&", "row <= call.H &&"),
+        "a column too many": ("col >= 0 &&", "col >= -1 &&"),
+        "channels that do not exist": ("left > 1 ? clip", "left > 0 ? clip"),
+        "a channel of y too many": ("channel >= end_channel", "channel > end_channel"),
+        "bias of the next channel": ("sums[i][2] + bias.z", "sums[i][2] + bias.w"),
+        "the first image for all": ("image = tiles / tile.tile_cols / tile.tile_rows", "image = 0"),
+        "no dilation": ("step = dilation * (", "step = ("),
+        "a row of weights too many": ("&& row < all_rows", "&& row <= all_rows"),
+        "no residual": ("if (call.residual) value", "if (false) value"),
+        "pixels of y that do not exist": ("pixel >= tile.rows * tile.cols ||", ""),
+    },
+}
+
+
+@cache
+def source(kernel: str) -> str:
+    """The kernel's file with the parts that are its own put in place."""
+    folder = ROOT / "csrc/cuda"
+
+    def part(match: re.Match) -> str:
+        return inlined(folder / match[1]).replace("#pragma once", "")
+
+    included = set()
+
+    def inlined(path) -> str:
+        if path in included:
+            return ""
+        included.add(path)
+        return re.sub(r'^#include "(\w+\.cuh)"$', part, path.read_text(), flags=re.M)
+
+    return inlined(folder / f"{kernel}.cu")
+
+
+def why_found(library: Library) -> str | None:
+    """What is wrong with one of the kernel's calls; the schedule that hides most comes last."""
+    for case, dtype, multiprocessors in CALLS[library.kernel]:
+        x, weights = make_inputs(case, dtype)
+        if library.kernel == "generic" and case.clips[1] == (inf, inf):
+            weights = replace(weights, w_project=weights.w_project.abs() + 0.1)
+        device = replace(H200, multiprocessors=multiprocessors)
+        try:
+            y = library.run(x, weights, **case.settings, device=device, schedule="random_fiber")
+        except EmulatorError as error:
+            return str(error)
+        counts = library.counts
+        if counts.passes != counts.matrices:
+            return f"bank conflicts: {counts}"
+        truth = skipping_reference(x, weights, case)
+        if reason := why_unlike(y, truth, expect(case, x, weights)):
+            return reason
+    return None
+
+
+def library_of(kernel: str, text: str) -> Library:
+    return Library(kernel, ("-O1",), {ROOT / f"csrc/cuda/{kernel}.cu": text})
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_source_itself_passes(kernel):
+    assert why_found(library_of(kernel, source(kernel))) is None
+
+
+@pytest.mark.parametrize(
+    "kernel, name", [(kernel, name) for kernel in KERNELS for name in MUTANTS[kernel]]
+)
+def test_every_mutant_is_found(kernel, name):
+    old, new = MUTANTS[kernel][name]
+    text = source(kernel)
+    assert text.count(old) == 1, f"{text.count(old)} times in the source: {old}"
+    assert why_found(library_of(kernel, text.replace(old, new)))
