@@ -86,6 +86,9 @@ inline double cluster_cost(const BlockSizes& sizes, Element element, const TileP
     return alone * ceil_div(count_tiles(sizes, plan) * plan.cluster, multiprocessors * 4 / 5);
 }
 
+// A part of a GPU may be too small to place a cluster.
+constexpr int kClusterMultiprocessors = 32;
+
 // The best plan so far.
 struct Choice {
     const BlockSizes& sizes;
@@ -162,7 +165,7 @@ inline TilePlan plan_tile(const BlockSizes& sizes, Element element, const Device
             }
         }
     }
-    if (device.capability >= 90)
+    if (device.capability >= 90 && device.multiprocessors >= kClusterMultiprocessors)
         for (int cluster = 2; cluster <= 8; cluster++) choice.consider_clusters(cluster);
     return choice.best;
 }
