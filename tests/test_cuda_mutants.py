@@ -33,11 +33,12 @@ CALLS: dict[str, list[tuple[Case, torch.dtype, int]]] = {
     ],
     "tile": [
         (Case(RESIDUAL, 5, 6, batch=3, clips=(RELU6,) * 3), HALF, 132),
-        (Case(RESIDUAL, 11, 37, batch=2, clips=(RELU, RELU6, NO_CLIP)), BFLOAT, 1),
+        (Case(RESIDUAL, 11, 37, batch=2, clips=(RELU, RELU6, NO_CLIP)), BFLOAT, 2),
         (Case(replace(UNEVEN, hidden_channels=136), 9, 8, batch=2), BFLOAT, 132),
         (Case(T1, 7, 9, batch=2, clips=(NO_CLIP, (-0.5, 3.0), RELU)), HALF, 132),
-        (Case(replace(T1, in_channels=136, hidden_channels=136), 9, 8), BFLOAT, 1),
+        (Case(replace(T1, in_channels=136, hidden_channels=136), 9, 8), BFLOAT, 2),
         (Case(BlockConfig(64, 384, 64, residual=True), 14, 14, batch=2), HALF, 132),
+        (Case(BlockConfig(64, 392, 72), 7, 7), BFLOAT, 132),
     ],
     "generic": [
         (Case(BlockConfig(20, 29, 20, residual=True), 23, 9, 2, clips=(RELU6,) * 3), SINGLE, 1),
@@ -92,12 +93,15 @@ MUTANTS = {
             "block_barrier();\n        if (plan.buffers == 1)",
             "if (plan.buffers == 1)",
         ),
-        "no wait for pixels": ("copy_async_wait<1>();", "copy_async_wait<2>();"),
+        "no wait for pixels": (
+            "(plan.buffers == 2) {\n            copy_async_wait<1>();",
+            "(plan.buffers == 2) {\n            copy_async_wait<2>();",
+        ),
         "one buffer for two": ("plan.buffers == 2 ? number % 2 : 0", "0"),
         "one buffer of taps": ("number % 2 * plan.dw_bytes", "0 * plan.dw_bytes"),
         "no zeros around the image": ("write_zeros(plan, shared + plan.e);", ""),
         "a pixel too many": ("if (pixel >= pixels) continue;", "if (pixel > pixels) continue;"),
-        "channels not filled up": ("if (channels % 16 == 0) return;", "return;"),
+        "channels not filled up": ("if (channels == padded) return;", "return;"),
         "an image too many": ("image >= at.images", "image > at.images"),
         "a column of y too many": ("col >= call.W_out) continue", "col > call.W_out) continue"),
         "rows that weights do not have": ("row < valid_rows &&", "row <= valid_rows &&"),
@@ -110,6 +114,26 @@ MUTANTS = {
         "a second column that is not there": ("col + step < plan.cols", "col + step <= plan.cols"),
         "sums not begun": ("for (int s = 0; s < kTileStrip; s++) ring[Slot][s] = bias;", ""),
         "no residual": ("if (call.residual) low += unpack", "if (false) low += unpack"),
+        "no barrier ahead of a chunk of a cluster": (
+            "first + rank;\n        block_barrier();",
+            "first + rank;",
+        ),
+        "no cluster barrier ahead of the gathering": (
+            "cluster_barrier();\n        if (chunk",
+            "block_barrier();\n        if (chunk",
+        ),
+        "no cluster barrier behind the gathering": (
+            "copy_async_wait<1>();\n        cluster_barrier();",
+            "copy_async_wait<1>();\n        block_barrier();",
+        ),
+        "no wait in a cluster": (
+            "copy_async_wait<1>();\n        cluster_barrier();",
+            "copy_async_wait<2>();\n        cluster_barrier();",
+        ),
+        "gathered from this block": (
+            "(pixel * plan.d_pitch + channel) * 2, rank)",
+            "(pixel * plan.d_pitch + channel) * 2, 0)",
+        ),
         "rows of matrices exchanged": (
             "sums[m][n][0] = sums[m][n][2] = bias.x;",
             "sums[m][n][0] = sums[m][n][1] = bias.x;",
