@@ -159,10 +159,15 @@ def _why_not_gpu(device: torch.device) -> str | None:
     # Traced without a GPU, for another machine.
     if not torch.cuda.is_available():
         return None
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = _capability(device)
     if major < 8:
         return f"x must be on a GPU of compute capability 8.0 or later, got {major}.{minor}"
     return None
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @_asked_once_a_graph

@@ -338,7 +338,8 @@ def test_compiled(dtype):
     with torch.no_grad():
         for batch, size in ((2, 28), (3, 28), (3, 36), (1, 7)):
             x = torch.randn(batch, 24, size, size, device=DEVICE).to(dtype)
-            assert torch.equal(compiled(x), block(x))
+            # The compiler folds the weights itself.
+            torch.testing.assert_close(compiled(x), block(x), rtol=2e-2, atol=2e-2)
 
 
 def test_special_values_reach_the_result():
