@@ -16,6 +16,7 @@
 #include "cuda/choose.h"
 #include "cuda_build.h"
 #include "host.h"
+#include "program.h"
 #include "source_hash.h"
 
 namespace {
@@ -119,6 +120,23 @@ double fma_peak(const std::string& name, int64_t threads, double seconds) {
     return flops_per_second / 1e9;
 }
 
+// What a program needs beside its arena, and which of its steps go through the image row by row.
+pybind11::dict describe_program(const std::vector<int64_t>& integers,
+                                const std::vector<double>& bounds, int64_t threads) {
+    const Kernel& kernel = mnv2::cpu::select_kernel(at::get_cpu_capability().c_str());
+    const auto network = mnv2::cpu::read_network(integers, bounds, nullptr, kernel.lanes);
+    pybind11::list row_by_row, rows;
+    for (size_t i = 0; i < network.steps.size(); i++) {
+        row_by_row.append(mnv2::cpu::is_row_by_row(network.steps[i]));
+        rows.append(mnv2::cpu::rows_in_memory(network.steps, i));
+    }
+    pybind11::dict description;
+    description["row_by_row"] = row_by_row;
+    description["rows_in_memory"] = rows;
+    description["line_bytes"] = 4 * mnv2::cpu::line_floats(network.steps, kernel.lanes, threads);
+    return description;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -132,6 +150,9 @@ PYBIND11_MODULE(_C, m) {
           arg("padding"), arg("residual"), arg("clip_expand"), arg("clip_dw"), arg("clip_project"),
           arg("height"), arg("width"), arg("dtype"),
           "Name of the CUDA kernel that runs a block on images of this size.");
+    m.def("describe_program", &describe_program, pybind11::arg("program"), pybind11::arg("bounds"),
+          pybind11::arg("threads"),
+          "Bytes of line buffers of a program, and which steps go row by row.");
     m.def("fma_peak", &fma_peak, arg("kernel"), arg("threads"), arg("seconds"),
           pybind11::call_guard<pybind11::gil_scoped_release>(),
           "GFLOP/s of multiply-adds in registers: the bound that benchmarks divide by.");

@@ -22,14 +22,12 @@ struct BlockSizes {
     bool expansion, residual;
 };
 
-// One call on CPU tensors. w_expand is nullptr where there is no expansion; a bias that is nullptr
-// counts as zeros.
+// A block with its weights on the CPU. w_expand is nullptr where there is no expansion; a bias that
+// is nullptr counts as zeros.
 struct BlockArgs : BlockSizes {
-    const float* x;
     const float *w_expand, *b_expand;
     const float *w_dw, *b_dw;
     const float *w_project, *b_project;
-    float* y;
 };
 
 }  // namespace mnv2

@@ -54,23 +54,29 @@ std::pair<int64_t, int64_t> hidden_range(const BlockArgs& args, const Schedule& 
 struct Job {
     const BlockArgs& args;
     const Schedule& schedule;
+    const float* x;
+    float* y;
     ScratchLayout layout;
     float* scratch;  // layout.total floats a thread
 
     float* scratch_of(int64_t thread) const { return scratch + thread * layout.total; }
 
+    const float* x_of(int64_t image) const {
+        return x + image * args.H * args.W * args.in_channels;
+    }
+
     float* y_of(int64_t image) const {
-        return args.y + image * args.H_out * args.W_out * args.out_channels;
+        return y + image * args.H_out * args.W_out * args.out_channels;
     }
 
     // One hidden group of rows [row_begin, row_end); `sums` has the layout of one image of y.
     void run_rows(int64_t image, int64_t group, int64_t row_begin, int64_t row_end, float* sums,
                   float* thread_scratch) const {
         Tile tile{};
-        tile.image = image;
+        tile.x = {x_of(image), args.H, args.W * args.in_channels};
+        tile.y = {sums, args.H_out, args.W_out * args.out_channels};
         tile.row_begin = row_begin, tile.row_end = row_end;
         std::tie(tile.hidden_begin, tile.hidden_end) = hidden_range(args, schedule, group);
-        tile.sums = sums;
         tile.starts_with_bias = group == 0;
         tile.finishes = schedule.hidden_groups == 1;
         for (int64_t col = 0; col < args.W_out; col += schedule.strip_cols) {
@@ -109,7 +115,7 @@ struct Job {
             for (int64_t image = begin; image < end; image++) {
                 run_rows(image, 0, 0, args.H_out, y_of(image), own);
                 run_rows(image, 1, 0, args.H_out, own + layout.partial, own);
-                kernel().combine(args, own + layout.partial, image);
+                kernel().combine(args, x_of(image), own + layout.partial, y_of(image));
             }
         });
         float* const partial = scratch + layout.partial;
@@ -119,7 +125,7 @@ struct Job {
                     run_rows(image, group, 0, args.H_out, group == 0 ? y_of(image) : partial,
                              scratch_of(at::get_thread_num()));
             });
-            kernel().combine(args, partial, image);
+            kernel().combine(args, x_of(image), partial, y_of(image));
         }
     }
 };
@@ -142,18 +148,18 @@ at::Tensor inverted_residual(const at::Tensor& x, const OptionalTensor& w_expand
     const auto pointer = [&](size_t i) {
         return call.inputs[i].defined() ? call.inputs[i].const_data_ptr<float>() : nullptr;
     };
-    args.x = pointer(0);
     args.w_expand = pointer(1), args.b_expand = pointer(2);
     args.w_dw = pointer(3), args.b_dw = pointer(4);
     args.w_project = pointer(5), args.b_project = pointer(6);
-    args.y = call.y.mutable_data_ptr<float>();
 
     const Schedule schedule = choose_schedule(args, kernel().lanes);
     print_once(args, schedule);
     const ScratchLayout layout = scratch_layout(args, schedule, kernel().lanes);
     const at::Tensor scratch =
         at::empty({at::get_num_threads() * layout.total}, at::TensorOptions().dtype(at::kFloat));
-    const Job job{args, schedule, layout, scratch.mutable_data_ptr<float>()};
+    const Job job{args,       schedule,
+                  pointer(0), call.y.mutable_data_ptr<float>(),
+                  layout,     scratch.mutable_data_ptr<float>()};
     schedule.hidden_groups == 1 ? job.run_bands() : job.run_two_groups();
     return call.y;
 }

@@ -9,6 +9,7 @@ from .fold import FoldedWeights
 from .fuse import fold, fuse, unfuse
 from .modules import InvertedResidual, mobilenet_v2
 from .ops import inverted_residual
+from .plan import plan
 from .report import explain
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "fuse",
     "inverted_residual",
     "mobilenet_v2",
+    "plan",
     "unfuse",
 ]

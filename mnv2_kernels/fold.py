@@ -110,19 +110,19 @@ def fold_layers(layers: BlockLayers) -> FoldedWeights:
     weights: dict[str, Tensor | Clip | None] = {}
     expand, depthwise, project = layers.expand, layers.depthwise, layers.project
     if expand is not None:
-        weight, bias = _fold_conv_norm(expand)
+        weight, bias = fold_conv_norm(expand)
         weights |= {"w_expand": weight[:, :, 0, 0].t().contiguous(), "b_expand": bias}
         weights["clip_expand"] = expand.clip
     else:
         weights |= {"w_expand": None, "b_expand": None, "clip_expand": NO_CLIP}
-    weight, bias = _fold_conv_norm(depthwise)
+    weight, bias = fold_conv_norm(depthwise)
     weights |= {"w_dw": weight[:, 0].permute(1, 2, 0).contiguous(), "b_dw": bias}
-    weight, bias = _fold_conv_norm(project)
+    weight, bias = fold_conv_norm(project)
     weights |= {"w_project": weight[:, :, 0, 0].t().contiguous(), "b_project": bias}
     return FoldedWeights(**weights, clip_dw=depthwise.clip, clip_project=project.clip)
 
 
-def _fold_conv_norm(stage: ConvNorm) -> tuple[Tensor, Tensor]:
+def fold_conv_norm(stage: ConvNorm) -> tuple[Tensor, Tensor]:
     """(weight, bias) of the convolution that equals convolution followed by batch norm.
 
     y = (conv(x) + b - mean) / sqrt(var + eps) * gamma + beta.

@@ -1,5 +1,6 @@
 // The table of CPU kernels: one row per instruction set, best first. No torch.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "../block.h"
@@ -7,14 +8,47 @@
 
 namespace mnv2::cpu {
 
+// Where the rows of one image are. Memory may hold a few of them only: row r is then where other
+// rows with the same r % slots have been.
+struct OutputRows {
+    float* begin;
+    int64_t slots;
+    int64_t size;  // floats from one row to the next
+
+    float* at(int64_t row) const { return begin + row % slots * size; }
+    // Of the rows [row, end), how many follow one another in memory from the first on.
+    int64_t run(int64_t row, int64_t end) const { return std::min(end - row, slots - row % slots); }
+};
+
+struct InputRows {
+    const float* begin;
+    int64_t slots, size;
+    // Rows before and behind these are read from copies: the result overwrites x where another
+    // thread needs it. Both pointers are to where row 0 would be.
+    int64_t own_begin = 0, own_end = INT64_MAX;
+    const float *before = nullptr, *behind = nullptr;
+
+    const float* at(int64_t row) const {
+        if (row < own_begin) return before + row * size;
+        if (row >= own_end) return behind + row * size;
+        return begin + row % slots * size;
+    }
+    int64_t run(int64_t row, int64_t end) const {
+        if (row < own_begin) return std::min(end, own_begin) - row;
+        if (row >= own_end) return end - row;
+        return std::min(std::min(end, own_end) - row, slots - row % slots);
+    }
+};
+
 // A piece of one image: a range of output rows, output columns and hidden channels.
 struct Tile {
-    int64_t image;
+    InputRows x;
+    OutputRows y;
     int64_t row_begin, row_end;
     int64_t col_begin, col_end;
     int64_t hidden_begin, hidden_end;
-    // Where the projection is summed up: rows of W_out pixels of out_channels, from row 0 of the
-    // image. Not y itself for all hidden groups but the first.
+    // Where the rows of one step are summed up before they go to y; nullptr: in y itself. y may be
+    // x, row for row, where this is not nullptr and rows are outside.
     float* sums;
     bool starts_with_bias;  // of the first hidden group
     bool finishes;          // clip and residual: there is one hidden group only
@@ -23,8 +57,54 @@ struct Tile {
 // The block over one tile. scratch: scratch_layout().total floats, 64-byte aligned.
 using TileFn = void (*)(const BlockArgs&, const Schedule&, const Tile&, float* scratch);
 
+// The same in steps, where the schedule has rows outside: begin_tile once, then step_tile for
+// output row row_begin and every rows_per_step rows on.
+using StepFn = void (*)(const BlockArgs&, const Schedule&, const Tile&, float* scratch,
+                        int64_t out_row);
+
 // y = clip(y + partial) + residual over one image; partial has the layout of that image of y.
-using CombineFn = void (*)(const BlockArgs&, const float* partial, int64_t image);
+using CombineFn = void (*)(const BlockArgs&, const float* x, const float* partial, float* y);
+
+// The first convolution of a network: 3x3, stride 2, and a clip. x may lie in memory in any way.
+struct StemArgs {
+    int64_t H, W, H_out, W_out, in_channels, out_channels;
+    int64_t pad_top, pad_left;
+    int64_t row_stride, col_stride, channel_stride;  // of x, floats
+    const float* weight;  // (column, row, in_channels, out_channels) of the 3x3 window
+    const float* bias;    // nullptr: zeros
+    Clip clip;
+};
+
+constexpr int64_t stem_scratch(const StemArgs& stem) {
+    return ((stem.W_out - 1) * 2 + 3) * 3 * stem.in_channels;
+}
+
+// A 1x1 convolution, a clip, and the mean over all pixels of an image; or the mean alone, of as
+// many channels as there are.
+struct PoolArgs {
+    int64_t pixels, in_channels, out_channels;
+    const float* weight;  // (in_channels, out_channels); nullptr: no convolution
+    const float* bias;    // nullptr: zeros
+    Clip clip;
+};
+
+constexpr int64_t kPoolPanel = 64;  // output channels at a time
+constexpr int64_t pool_scratch(const PoolArgs& pool) { return pool.pixels * kPoolPanel; }
+
+struct LinearArgs {
+    int64_t in_features, out_features;
+    const float* weight;  // (out_features, in_features), as torch.nn.Linear has it
+    const float* bias;    // nullptr: zeros
+};
+
+// Output rows [begin, end) of one image.
+using StemFn = void (*)(const StemArgs&, const float* x, const OutputRows& y, int64_t begin,
+                        int64_t end, float* scratch);
+// Output channels [begin, end) of one image; begin is a multiple of kPoolPanel.
+using PoolFn = void (*)(const PoolArgs&, const float* x, float* y, int64_t begin, int64_t end,
+                        float* scratch);
+// Output features [begin, end) of one image.
+using LinearFn = void (*)(const LinearArgs&, const float* x, float* y, int64_t begin, int64_t end);
 
 // Seconds that `rounds` rounds of independent multiply-adds in registers take on this core; each
 // is flops_per_round floating-point operations.
@@ -34,8 +114,12 @@ struct Kernel {
     const char* name;        // as in ATEN_CPU_CAPABILITY
     const char* capability;  // what at::get_cpu_capability() must say at least
     int64_t lanes;
-    TileFn run_tile;
+    TileFn run_tile, begin_tile;
+    StepFn step_tile;
     CombineFn combine;
+    StemFn stem_rows;
+    PoolFn pool_columns;
+    LinearFn linear_rows;
     PeakFn time_fma;
     int64_t flops_per_round;
 };

@@ -125,6 +125,19 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     return schedule;
 }
 
+Schedule choose_network_schedule(const BlockArgs& args, int64_t lanes) {
+    const Schedule alone = choose_schedule(args, lanes);
+    const int64_t weight_bytes = 4 * args.hidden_channels * (args.in_channels + args.out_channels);
+    const bool whole_rows = alone.rows_outside && alone.strip_cols == args.W_out;
+    if (whole_rows || alone.hidden_groups > 1 || weight_bytes > kWeightBytes) return alone;
+    Schedule schedule = alone;
+    schedule.rows_outside = true;
+    schedule.strip_cols = args.W_out;
+    schedule.hidden_chunk = std::min(round_up(args.hidden_channels, kChunkMultiple), kGoodChunk);
+    const int64_t bytes = 4 * scratch_layout(args, schedule, lanes).total;
+    return bytes <= kNetworkScratchBytes ? schedule : alone;
+}
+
 std::string to_string(const BlockArgs& args, const Schedule& schedule, int64_t lanes) {
     const auto n = [](int64_t value) { return std::to_string(value); };
     const int64_t bytes = 4 * scratch_layout(args, schedule, lanes).total;

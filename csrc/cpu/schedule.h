@@ -7,7 +7,8 @@
 
 namespace mnv2::cpu {
 
-constexpr int64_t kScratchBytes = 256 * 1024;  // upper bound of a thread's scratch
+constexpr int64_t kScratchBytes = 256 * 1024;          // upper bound of a thread's scratch
+constexpr int64_t kNetworkScratchBytes = 1024 * 1024;  // the same in a network
 constexpr int64_t kMaxRowsPerStep = 8;
 constexpr int64_t kMaxWindow = (kMaxRowsPerStep - 1) * 2 + 4 * 2 + 1;  // stride 2, 5 taps 2 apart
 
@@ -54,6 +55,9 @@ bool reads_x_in_place(const BlockArgs& args, int64_t lanes);
 
 ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes);
 Schedule choose_schedule(const BlockArgs& args, int64_t lanes);
+// In a network, where a block that goes through the image once can take the rows of the one before
+// it as they come, or overwrite its input: also where rows outside are not the fastest by itself.
+Schedule choose_network_schedule(const BlockArgs& args, int64_t lanes);
 std::string to_string(const BlockArgs& args, const Schedule& schedule, int64_t lanes);
 
 }  // namespace mnv2::cpu

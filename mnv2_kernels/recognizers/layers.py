@@ -57,7 +57,7 @@ def assemble(layers: Iterable[nn.Module], residual: bool | None) -> BlockLayers:
     Raises:
         Declined: the layers are not an inverted residual that can be fused exactly.
     """
-    stages, paddings = _read_stages(layers)
+    stages, paddings = read_stages(layers)
     if len(stages) not in (2, 3):
         raise Declined(
             f"it has {len(stages)} convolutions, expected expansion, depthwise and projection"
@@ -87,8 +87,12 @@ def assemble(layers: Iterable[nn.Module], residual: bool | None) -> BlockLayers:
     return block
 
 
-def _read_stages(layers: Iterable[nn.Module]) -> tuple[list[ConvNorm], list[Padding]]:
-    """Group layers into convolution, norm, clip; with the zeros padded before each convolution."""
+def read_stages(layers: Iterable[nn.Module]) -> tuple[list[ConvNorm], list[Padding]]:
+    """Layers grouped into convolution, norm, clip, and the zeros padded before each convolution.
+
+    Raises:
+        Declined: the layers are something else.
+    """
     stages: list[ConvNorm] = []
     paddings: list[Padding] = []
     pending: Padding | None = None
