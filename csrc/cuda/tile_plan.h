@@ -8,7 +8,7 @@
 
 namespace mnv2::cuda {
 
-constexpr int kTileRowsOfMatrices = 4;       // tiles of 16 pixels that a warp projects
+constexpr int kTileRowsOfMatrices = 4;       // matrices of 16 pixels that a warp projects
 constexpr int kTileClusterWarps = 8;         // of a block in a cluster
 constexpr int kTileStrip = 2;                // output pixels side by side of one depthwise job
 constexpr int kTileUnitPixels = 32;          // of the piece that a warp expands at a time
@@ -101,14 +101,15 @@ inline TilePlan lay_out_tile(const BlockSizes& sizes, Element element, int rows,
     p.in_cols = (tile::round_up(cols, kTileStrip * p.out_step) - 1) * stride + extent + 1;
     p.in_rows = (rows - 1) * stride + extent + 1;
     p.strips = tile::round_up(cols, kTileStrip * p.out_step) / kTileStrip;
-    const int lanes = p.threads() / (chunk / tile_job_channels(tile_half_sums(sizes, element))),
-              ring = (kernel - 1) / tile_job_stride(sizes);
+    const int job_lanes = chunk / tile_job_channels(tile_half_sums(sizes, element));
+    const int jobs_at_once = p.threads() / job_lanes;
+    const int ring = (kernel - 1) / tile_job_stride(sizes);
     int best_cost = 0;
     for (int parts = 1; parts <= std::min(rows, 16); parts++) {
         const int job_rows = tile::ceil_div(rows, parts * p.out_step);
         const int segments = tile::round_up(rows, job_rows * p.out_step) / job_rows;
         const int jobs = p.strips * segments * images;
-        const int cost = tile::ceil_div(jobs, lanes) * (job_rows + ring);
+        const int cost = tile::ceil_div(jobs, jobs_at_once) * (job_rows + ring);
         if (best_cost == 0 || cost < best_cost)
             best_cost = cost, p.job_rows = job_rows, p.segments = segments, p.jobs = jobs;
     }

@@ -148,6 +148,7 @@ MNV2_DEVICE void stage_matrix(const uint16_t* from, int64_t stride, SharedAddres
 
 MNV2_DEVICE void stage_bias(const float* bias, int first, int channels, int chunk, SharedAddress to,
                             const void* anything) {
+#pragma unroll 1
     for (int i = thread_index() * 4; i < chunk; i += block_threads() * 4) {
         const bool there = bias != nullptr && i < channels;
         copy_async(to + i * 4, there ? bias + first + i : anything, there ? 16 : 0);
@@ -209,8 +210,8 @@ MNV2_DEVICE void stage_expand_weights(const Call& call, const TilePlan& plan, Sh
 // The rows of w_project of `channels` hidden channels.
 MNV2_DEVICE void stage_project_weights(const Call& call, const TilePlan& plan, int first,
                                        int channels, SharedAddress to) {
-    const int out = static_cast<int>(call.out_channels),
-              first_out = output_group(plan) * plan.group_channels;
+    const int out = static_cast<int>(call.out_channels);
+    const int first_out = output_group(plan) * plan.group_channels;
     stage_matrix(static_cast<const uint16_t*>(call.w_project) + static_cast<int64_t>(first) * out +
                      first_out,
                  out, to, plan.project_pitch, (channels + 15) / 16 * 16, channels,
