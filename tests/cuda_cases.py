@@ -1,5 +1,6 @@
 """What the tests of the emulated CUDA kernels share: their own blocks, and one checked call."""
 
+import mmap
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ import emulated_cuda
 import pytest
 import torch
 from cases import Case
-from emulated_cuda import H200, KERNELS, SCHEDULES, Library
+from emulated_cuda import H200, KERNELS, SCHEDULES, Guarded, Library
 from torch import Tensor
 from triton_cases import with_biases_in_float
 
@@ -160,5 +161,38 @@ def taken(library: Library, dtype: torch.dtype, group: str, step: int = 1) -> It
 
 def one_of_many(i: int) -> dict:
     """Options of the i-th call: schedule, seed and GPU in turn."""
-    device = replace(H200, multiprocessors=(132, 2, 3)[i // 3 % 3])
+    device = replace(H200, multiprocessors=(132, 1, 3)[i // 3 % 3])
     return {"schedule": SCHEDULES[i % 3], "seed": i, "device": device}
+
+
+FAR = 2**14
+
+
+def why_far_is_wrong(library: Library) -> str | None:
+    """Corners of images of 2**28 pixels, 8 channels each: offsets in x need 64 bits.
+
+    Only pages that are touched exist; what wraps around finds zeros below the images.
+    """
+    count, size, channels, below = 3, 20, 8, 2**32
+    case = Case(BlockConfig(channels, 24, channels), size, size, batch=count)
+    near, weights = make_inputs(case, torch.float16)
+    near = near.contiguous(memory_format=torch.channels_last)
+    used = count * FAR * FAR * channels
+    no_reserve = 0x4000  # MAP_NORESERVE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = mmap.mmap(-1, 2 * (below + used), flags)
+    x = torch.frombuffer(memory, dtype=torch.float16, offset=2 * below, count=used)
+    x.view(count, FAR, FAR, channels)[:, :size, :size] = near.permute(0, 2, 3, 1)
+
+    class Placed(Guarded):
+        def __init__(self, values):
+            super().__init__(values)
+            if values.data_ptr() == near.data_ptr():
+                self.address = x.data_ptr()
+
+    y = library.run(near, weights, **case.settings, place=Placed, image=(FAR, FAR))
+    # The same images with a border of the zeros that surround these.
+    wide = torch.zeros(count, channels, size + 1, size + 1, dtype=torch.float16)
+    wide[:, :, :size, :size] = near
+    expected = cases.expect(replace(case, height=size + 1, width=size + 1), wide, weights)
+    return cases.why_wrong(y, replace(expected, truth=expected.truth[:, :, :size, :size]))

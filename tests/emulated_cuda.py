@@ -251,11 +251,14 @@ class Library(Emulator):
         seed: int = 1,
         tracking: bool = True,
         place: type = Guarded,
+        image: tuple[int, int] | None = None,
         **settings,
     ) -> Tensor:
         """One call of the kernel.
 
         settings: stride, padding, dilation, residual; the others are those of `launch`.
+        place: puts tensors where the kernel finds them. image: height and width that the kernel is
+        told x has.
 
         x (N, C_in, H, W), float16, bfloat16 or float32; weights in the same dtype, their biases in
         any. Returns y (N, C_out, H_out, W_out), channels_last. Raises as `launch` does, and
@@ -265,6 +268,7 @@ class Library(Emulator):
         if not self.takes(x, weights, **settings):
             raise ValueError(f"{kernel} does not take this call")
         call = _describe(x, weights, **settings)
+        call.H, call.W = image or (call.H, call.W)
         memory = {
             name: place((t.float() if name.startswith("b_") else t).contiguous())
             for name in ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")

@@ -57,6 +57,8 @@ OTHERS = [
     ("misaligned", (0,), "load of 4 bytes at .*, which is no multiple"),
     ("misaligned_matrix", (0,), "ldmatrix.x2 of 16 bytes at .*, which is no multiple"),
     ("copy_from_misaligned", (0,), "from an address that is no multiple of 16"),
+    ("write_to_nowhere", (0,), "access to address 0x40"),
+    ("division_by_zero", (0,), "division by 0"),
     ("ends_with_a_copy", (0,), "ends with 1 asynchronous copies not waited for"),
     ("cluster_barrier_left_out", (0, 1), "stuck|after threads have ended"),
 ]

@@ -69,7 +69,7 @@ def run_calls(kernel: str, change: str | None = None) -> None:
             x, weights = make_inputs(case, dtypes[i % len(dtypes)])
             if not library.takes(x, weights, **case.settings):
                 continue
-            device = replace(H200, multiprocessors=(2, 132)[i % 2])
+            device = replace(H200, multiprocessors=(1, 132)[i % 2])
             options = {"schedule": SCHEDULES[i % 3], "device": device, "place": Exact}
             y = library.run(x, weights, **case.settings, **options)
             assert (reason := why_wrong(y, expect(case, x, weights))) is None, reason

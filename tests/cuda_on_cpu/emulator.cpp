@@ -1,6 +1,6 @@
 #include "emulator.h"
 
-#include <sys/mman.h>
+#include <signal.h>
 
 #include <algorithm>
 #include <cstdarg>
@@ -105,6 +105,43 @@ __attribute__((format(printf, 1, 2))) void note(const char* format, ...) {
     va_end(arguments);
     stop();
 }
+
+// An address that is nobody's, or a division by 0, in a thread of the kernel.
+void on_fault(int signal, siginfo_t* info, void*) {
+    if (state.running == nullptr) {
+        ::signal(signal, SIG_DFL);  // Of this program then: it happens again and ends it.
+        return;
+    }
+    if (signal == SIGFPE) fail("division by 0");
+    fail("access to address %p, which is nobody's", info->si_addr);
+}
+
+// Catches faults while it lives. AddressSanitizer does so itself.
+class FaultsCaught {
+ public:
+#ifndef __SANITIZE_ADDRESS__
+    FaultsCaught() {
+        static unsigned char stack[64 << 10];
+        stack_t own{};
+        own.ss_sp = stack;
+        own.ss_size = sizeof(stack);
+        sigaltstack(&own, &old_stack_);
+        struct sigaction action{};
+        action.sa_sigaction = on_fault;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        for (int i = 0; i < 3; i++) sigaction(kSignals[i], &action, &old_[i]);
+    }
+    ~FaultsCaught() {
+        for (int i = 0; i < 3; i++) sigaction(kSignals[i], &old_[i], nullptr);
+        sigaltstack(&old_stack_, nullptr);
+    }
+
+ private:
+    static constexpr int kSignals[3] = {SIGSEGV, SIGBUS, SIGFPE};
+    struct sigaction old_[3];
+    stack_t old_stack_;
+#endif
+};
 
 // ---- Threads
 
@@ -261,6 +298,7 @@ bool launch(const Shape& shape, const std::function<void()>& thread) {
     if (state.options.schedule == Schedule::greedy_warp) std::reverse(order.begin(), order.end());
     if (state.options.schedule == Schedule::random_fiber)
         std::shuffle(order.begin(), order.end(), state.random);
+    const FaultsCaught faults_caught;
     bool fine = true;
     for (size_t i = 0; fine && i < order.size(); i++) fine = run_cluster(order[i]);
     state.cluster.clear();

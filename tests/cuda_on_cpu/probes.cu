@@ -175,6 +175,13 @@ __global__ void read_what_the_last_block_wrote(Probe p) {
     p.out[thread_index()] = get(thread_index());
 }
 
+// Faults of the program itself. `number` is 0.
+__global__ void write_to_nowhere(Probe p) {
+    *(p.broken ? reinterpret_cast<volatile uint32_t*>(64) : p.out) = 1;
+}
+
+__global__ void division_by_zero(Probe p) { p.out[0] = 7 / (p.broken ? p.number : 1); }
+
 // ---- Asynchronous copies. Thread i copies words 4 i to 4 i + 3.
 
 __global__ void copy_not_waited_for(Probe p) {
@@ -404,6 +411,8 @@ const Entry entries[] = {
     MNV2_PROBE(read_of_nothing, kTwoWarps),
     MNV2_PROBE(matrix_of_nothing, kTwoWarps),
     MNV2_PROBE(read_what_the_last_block_wrote, kTwoBlocks),
+    MNV2_PROBE(write_to_nowhere, kTwoWarps),
+    MNV2_PROBE(division_by_zero, kTwoWarps),
     MNV2_PROBE(copy_not_waited_for, kCopies),
     MNV2_PROBE(copy_waited_for_by_its_thread_alone, kCopies),
     MNV2_PROBE(barrier_before_the_wait, kCopies),
