@@ -95,6 +95,18 @@ class Plan:
             x = _run(step.layer, x)
         return x
 
+    def capture(self, batch: int = 1) -> "CapturedPlan":
+        """The plan for `batch` images in a CUDA graph: one launch instead of one a step.
+
+        Raises:
+            RuntimeError: the plan is not on a CUDA device.
+        """
+        if self.device.type != "cuda":
+            raise RuntimeError(
+                f"capture: the plan must be on a CUDA device, it is on {self.device}"
+            )
+        return CapturedPlan(self, batch)
+
     @property
     def dtype(self) -> torch.dtype:
         return next(w for w in self._program.weights if w is not None).dtype
@@ -170,6 +182,41 @@ class Plan:
         return f"{table}\n{totals}"
 
     __repr__ = __str__
+
+
+class CapturedPlan:
+    """A plan in a CUDA graph, for one batch size; made by `Plan.capture`.
+
+    Calls write to the same result, which the next call overwrites.
+    """
+
+    def __init__(self, plan: Plan, batch: int):
+        self._x = torch.zeros((batch, *plan.input_shape), dtype=plan.dtype, device=plan.device)
+        self._x = self._x.contiguous(memory_format=torch.channels_last)
+        stream = torch.cuda.Stream(plan.device)
+        stream.wait_stream(torch.cuda.current_stream(plan.device))
+        # Libraries choose algorithms and allocate in their first calls, which a graph cannot hold.
+        with torch.cuda.stream(stream), torch.inference_mode():
+            for _ in range(3):
+                plan(self._x)
+        torch.cuda.current_stream(plan.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph), torch.inference_mode():
+            self._y = plan(self._x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x of the captured shape -> the result, which the next call overwrites.
+
+        Raises:
+            ValueError: x has another shape.
+        """
+        if x.shape != self._x.shape:
+            raise ValueError(
+                f"capture: x must have shape {tuple(self._x.shape)}, got {tuple(x.shape)}"
+            )
+        self._x.copy_(x)
+        self._graph.replay()
+        return self._y
 
 
 def plan(model: nn.Module, input_shape: Sequence[int], *, dtype: torch.dtype | None = None) -> Plan:
