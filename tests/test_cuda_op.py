@@ -188,8 +188,8 @@ def blocks_of(kernel: str, dtype: torch.dtype) -> list[Case]:
 def test_every_kernel_is_chosen_for_many_cases():
     """Those that test_cuda_gpu.py runs."""
     for dtype in DTYPES[:2]:
-        assert len(blocks_of("patch", dtype)) >= 60
-        assert len(blocks_of("tile", dtype)) >= 250
+        assert len(blocks_of("patch", dtype)) >= 40
+        assert len(blocks_of("tile", dtype)) >= 200
         assert len(blocks_of("generic", dtype)) >= 200
     assert len(blocks_of("generic", torch.float32)) >= 500
 
