@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(tile_most_warps(Kernel) * 32)
     const SharedAddress shared = shared_memory();
 
     stage_expand_weights(call, plan, shared, 0);
-    start_tile(call, plan, shared);
+    start_tile(call, plan, shared, 0);
     copy_async_commit();
 
     // Two buffers are filled while both products run, one during the depthwise. It holds the
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(tile_most_warps(Kernel) * 32)
         const bool ends = chunk == plan.chunks;
         copy_async_wait<0>();
         block_barrier();
-        if (!call.expansion && !ends) {
+        if (!call.expansion && chunk > 0 && !ends) {
             stage_expanded(call, plan, chunk, shared + plan.e);
             copy_async_commit();
         }

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kTileClusterWarps * 32)
     const int rank = cluster_rank();
 
     stage_expand_weights(call, plan, shared, rank);
-    start_tile(call, plan, shared);
+    start_tile(call, plan, shared, rank);
     copy_async_commit();
     stage_round_weights(call, plan, shared, 0);
     copy_async_commit();
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kTileClusterWarps * 32)
         if (chunk < plan.chunks) {
             if (call.expansion) {
                 expand<T>(arguments, shared, chunk);
-            } else {
+            } else if (first > 0) {
                 stage_expanded(call, plan, chunk, shared + plan.e);
                 copy_async_commit();
                 copy_async_wait<0>();

@@ -120,14 +120,50 @@ MNV2_DEVICE void write_jobs(const TilePlan& plan, int stride, SharedAddress to) 
     }
 }
 
-// What shared memory has for good: x, unless it comes chunk by chunk, and tables.
-MNV2_DEVICE void start_tile(const Call& call, const TilePlan& plan, SharedAddress shared) {
+MNV2_DEVICE int channels_of_chunk(const Call& call, const TilePlan& plan, int number) {
+    return min(plan.chunk, static_cast<int>(call.hidden_channels) - number * plan.chunk);
+}
+
+// As the projection takes them, the last ones zeros.
+MNV2_DEVICE int padded_channels(const Call& call, const TilePlan& plan, int number) {
+    return (channels_of_chunk(call, plan, number) + 15) / 16 * 16;
+}
+
+// A chunk of x in place of the expansion: all of the haloed tile, zeros outside the image.
+MNV2_DEVICE void stage_expanded(const Call& call, const TilePlan& plan, int number,
+                                SharedAddress to) {
+    const Place at = locate(call, plan);
+    const int lanes = plan.chunk / 8, octet = thread_index() % lanes;
+    if (octet * 8 >= channels_of_chunk(call, plan, number)) return;
+    const auto* x = static_cast<const uint16_t*>(call.x) + number * plan.chunk + octet * 8;
+#pragma unroll 1
+    for (int line = thread_index() / 32; line < plan.images * plan.in_rows;
+         line += block_threads() / 32) {
+        const int image = line / plan.in_rows, row = line % plan.in_rows - at.halo_row;
+        const bool row_there = image < at.images && row >= 0 && row < at.in_rows;
+        const int64_t first =
+            ((at.first_image + image) * call.H + at.in_row + row) * call.W + at.in_col;
+#pragma unroll 1
+        for (int place = thread_index() % 32 / lanes; place < plan.in_cols; place += 32 / lanes) {
+            const int col = place - at.halo_col;
+            const bool there = row_there && col >= 0 && col < at.in_cols;
+            copy_async(to + ((line * plan.in_cols + place) * plan.e_pitch + octet * 8) * 2,
+                       there ? x + (first + col) * call.in_channels : x, there ? 16 : 0);
+        }
+    }
+}
+
+// What shared memory has for good, and without expansion the first chunk, which is number `chunk`.
+MNV2_DEVICE void start_tile(const Call& call, const TilePlan& plan, SharedAddress shared,
+                            int chunk) {
     if (call.expansion) {
         const Place at = locate(call, plan);
         stage_x(call, plan, at, shared + plan.x);
         write_places(call, plan, at, shared + plan.places);
+        write_zeros(plan, shared + plan.e);
+    } else {
+        stage_expanded(call, plan, chunk, shared + plan.e);
     }
-    write_zeros(plan, shared + plan.e);
     write_jobs(plan, static_cast<int>(call.stride), shared + plan.job_table);
 }
 
@@ -166,27 +202,6 @@ MNV2_DEVICE ChunkWeights chunk_weights(const TilePlan& plan, SharedAddress share
     return {shared + plan.w_expand + buffer * plan.expand_bytes,
             shared + plan.w_project + buffer * plan.project_bytes,
             shared + plan.w_dw + number % 2 * plan.dw_bytes, biases, biases + plan.chunk * 4};
-}
-
-MNV2_DEVICE int channels_of_chunk(const Call& call, const TilePlan& plan, int number) {
-    return min(plan.chunk, static_cast<int>(call.hidden_channels) - number * plan.chunk);
-}
-
-// As the projection takes them, the last ones zeros.
-MNV2_DEVICE int padded_channels(const Call& call, const TilePlan& plan, int number) {
-    return (channels_of_chunk(call, plan, number) + 15) / 16 * 16;
-}
-
-// The channels of a chunk of x, in place of the expansion.
-MNV2_DEVICE void stage_expanded(const Call& call, const TilePlan& plan, int number,
-                                SharedAddress to) {
-    const Place at = locate(call, plan);
-    const int lanes = plan.chunk / 8, octet = thread_index() % lanes;
-    if (octet * 8 >= channels_of_chunk(call, plan, number)) return;
-    const auto* x = static_cast<const uint16_t*>(call.x) + number * plan.chunk + octet * 8;
-    for_in_pixels(call, plan, at, lanes, [&](int, int place, int64_t of_x) {
-        copy_async(to + (place * plan.e_pitch + octet * 8) * 2, x + of_x * call.in_channels);
-    });
 }
 
 // What expansion and depthwise need of a chunk.
