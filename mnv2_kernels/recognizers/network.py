@@ -23,7 +23,7 @@ _MEAN_DIMS = ({2, 3}, {-1, -2})
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution outside the blocks, and the zeros (top, left, bottom, right) around its input."""
+    """A convolution outside the blocks, and the zeros (top, left, bottom, right) around it."""
 
     name: str
     stage: ConvNorm
