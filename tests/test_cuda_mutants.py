@@ -177,7 +177,6 @@ MUTANTS = {
         "no dilation": ("step = dilation * (", "step = ("),
         "a row of weights too many": ("&& row < all_rows", "&& row <= all_rows"),
         "no residual": ("if (call.residual) value", "if (false) value"),
-        "rows of y that do not exist": ("row >= call.H_out ||", ""),
     },
 }
 
