@@ -183,7 +183,7 @@ void check_network(const Network& network) {
         CHECK_STEP(!step.streams || !last, "cannot stream: there is no step behind it");
         if (!last && !step.streams) {
             x.offset = step.output;
-            CHECK_STEP(x.offset >= 0 && x.offset % 16 == 0 && x.offset + x.size() <= network.arena,
+            CHECK_STEP(x.offset >= 0 && x.offset % 16 == 0 && x.offset <= network.arena - x.size(),
                        "has its result outside of the arena of ", network.arena, " numbers");
             const bool apart = in_memory.offset == -1 ||
                                in_memory.offset + in_memory.size() <= x.offset ||
@@ -206,6 +206,11 @@ Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
     std::vector<int64_t> y_shape(std::min<int64_t>(p.size(), 3));
     for (int64_t& size : y_shape) size = p.size();
     network.arena = p.integer();
+    // Below this bound no sum of sizes overflows.
+    TORCH_CHECK_VALUE(
+        network.arena >= 0 && network.arena < int64_t{1} << 31 && network.arena % 16 == 0,
+        "run_plan: the arena must have a multiple of 16 numbers, fewer than 2**31, got ",
+        network.arena);
     const int64_t count = p.size();
     for (int64_t i = 0; i < count; i++) {
         Step step{};
