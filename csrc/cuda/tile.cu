@@ -6,7 +6,7 @@
 // the image, and behind the depthwise its result. The projection of a chunk and the expansion of
 // the next need no barrier between them. Without expansion the pixels of x themselves are copied to
 // the haloed tile.
-#include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 #include "launch.h"
@@ -68,9 +68,11 @@ __global__ void __launch_bounds__(tile_most_warps(Kernel) * 32)
 // A bound rounded to T, in both halves of a pair.
 template <class T>
 Pair twice(float bound) {
-    const T rounded(bound);
     uint16_t bits;
-    std::memcpy(&bits, &rounded, sizeof(bits));
+    if constexpr (std::is_same_v<T, __half>)
+        bits = __half_raw(__float2half_rn(bound)).x;
+    else
+        bits = __nv_bfloat16_raw(__float2bfloat16_rn(bound)).x;
     return bits * 0x10001u;
 }
 
