@@ -101,10 +101,6 @@ MUTANTS = {
             "block_barrier();\n        if (plan.buffers == 1)",
             "if (plan.buffers == 1)",
         ),
-        "no wait for pixels": (
-            "(plan.buffers == 2) {\n            copy_async_wait<1>();",
-            "(plan.buffers == 2) {\n            copy_async_wait<2>();",
-        ),
         "one buffer for two": ("plan.buffers == 2 ? number % 2 : 0", "0"),
         "one buffer of taps": ("number % 2 * plan.dw_bytes", "0 * plan.dw_bytes"),
         "no zeros around the image": ("write_zeros(plan, shared + plan.e);", ""),
