@@ -8,7 +8,7 @@ A block can run in three ways, and every function that depends on it takes `exec
     fused    one operator; expansion and depthwise output are its scratch
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from .block import (
@@ -157,6 +157,52 @@ def peak_bytes(
 
     passes = operators(block, execution=execution, itemsize=itemsize)
     return max(map(live, passes)) + (scratch if execution == "fused" else 0)
+
+
+class ChainOperator(NamedTuple):
+    """What an operator of a chain holds: bytes of its inputs, of its result, of its own scratch."""
+
+    inputs: int
+    result: int
+    scratch: int = 0
+
+
+def chain_peak_bytes(operators: Iterable[ChainOperator]) -> int:
+    """M(G) of the paper's section 5.1 for a chain: the operator that holds most, in bytes.
+
+    In a chain there is one order only, and a tensor is there while the operator that makes it and
+    the one that reads it run: M(G) = max over operators of inputs + result + scratch.
+
+    Raises:
+        ValueError: there is no operator.
+    """
+    held = [sum(operator) for operator in operators]
+    if not held:
+        raise ValueError("chain_peak_bytes: operators must be at least one, got none")
+    return max(held)
+
+
+def split_block(
+    block: BlockConfig, height: int, width: int, *, groups: int, batch: int = 1, itemsize: int = 4
+) -> ChainOperator:
+    """The block as one operator whose hidden channels are computed in `groups` parts (section 5.1).
+
+    F(x) = sum over i of (A_i . N . B_i)(x): the result grows part by part, and of the expanded and
+    the depthwise tensor only the largest part of one image is there, which is the scratch. The
+    multiply-adds stay the same.
+
+    Raises:
+        ValueError: groups is not from 1 to the number of hidden channels.
+    """
+    if not 1 <= groups <= block.hidden_channels:
+        raise ValueError(
+            f"split_block: groups must be from 1 to {block.hidden_channels}, the number of hidden"
+            f" channels, got {groups}"
+        )
+    sizes = tensor_bytes(block, height, width, batch=batch, itemsize=itemsize)
+    largest = -(-block.hidden_channels // groups)
+    one_image = (sizes.expanded + sizes.depthwise) // batch
+    return ChainOperator(sizes.x, sizes.y, one_image * largest // block.hidden_channels)
 
 
 def network_multiply_adds(

@@ -4,8 +4,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mnv2_kernels import InvertedResidual, cost
-from mnv2_kernels.block import BlockConfig, mobilenet_v2_block_inputs, mobilenet_v2_blocks
+from mnv2_kernels import InvertedResidual, cost, paper_networks
+from mnv2_kernels.block import (
+    MOBILENET_V2_SETTINGS,
+    BlockConfig,
+    mobilenet_v2_block_inputs,
+    mobilenet_v2_blocks,
+)
 
 BLOCKS = list(mobilenet_v2_block_inputs())
 
@@ -129,3 +134,122 @@ def test_flops_are_those_of_torchs_counter(expand_ratio, stride, kernel_size):
 def test_unknown_execution_is_refused():
     with pytest.raises(ValueError, match="execution must be one of eager, folded, fused, got 'x'"):
         cost.peak_bytes(*BLOCKS[0], 112, execution="x")
+
+
+def test_peak_of_a_chain():
+    operator = cost.ChainOperator
+    assert cost.chain_peak_bytes([operator(10, 20), operator(20, 5, 8), operator(5, 1)]) == 33
+    assert cost.chain_peak_bytes(iter([operator(3, 4)])) == 7
+    with pytest.raises(ValueError, match="operators must be at least one, got none"):
+        cost.chain_peak_bytes([])
+
+
+def test_a_chain_of_the_passes_of_a_block_is_its_folded_peak():
+    """M(G) of the three operators, each with its input and result, for a block without residual."""
+    for number in (2, 4, 11):
+        block, size = BLOCKS[number - 1]
+        sizes = cost.tensor_bytes(block, size, size)
+        tensors = (sizes.x, sizes.expanded, sizes.depthwise, sizes.y)
+        operators = [cost.ChainOperator(a, b) for a, b in zip(tensors, tensors[1:], strict=False)]
+        folded = cost.peak_bytes(block, size, size, execution="folded")
+        # The caller holds x from first to last.
+        held = max(sizes.x * (i > 0) + sum(o) for i, o in enumerate(operators))
+        assert held == folded >= cost.chain_peak_bytes(operators) >= folded - sizes.x
+
+
+def test_a_block_split_in_groups():
+    """The paper's |x| + |y| + O(max(s^2, s'^2)) where every hidden channel is a group."""
+    block, size = BLOCKS[1]
+    x, expanded, depthwise, y = cost.tensor_bytes(block, size, size, itemsize=2)
+    one = cost.split_block(block, size, size, groups=96, itemsize=2)
+    assert one == (112 * 112 * 16 * 2, 56 * 56 * 24 * 2, (112 * 112 + 56 * 56) * 2)
+    assert one[:2] == (x, y)
+    whole = cost.split_block(block, size, size, groups=1, itemsize=2)
+    assert whole.scratch == expanded + depthwise
+    # 96 channels in 5 groups are 20 in the largest.
+    five = cost.split_block(block, size, size, groups=5, itemsize=2)
+    assert five.scratch == 20 * one.scratch
+    eight = cost.split_block(block, size, size, groups=96, itemsize=2, batch=8)
+    assert eight == (8 * x, 8 * y, one.scratch)
+    no_expansion, size = BLOCKS[0]
+    assert cost.split_block(no_expansion, size, size, groups=32).scratch == 112 * 112 * 4
+
+
+@pytest.mark.parametrize("groups", [0, 97])
+def test_groups_must_be_some_of_the_hidden_channels(groups):
+    with pytest.raises(ValueError, match=f"groups must be from 1 to 96.*got {groups}"):
+        cost.split_block(BLOCKS[1][0], 112, 112, groups=groups)
+
+
+def cells(version, network):
+    found = paper_networks.table_3(version)
+    return {c.size: c for c in found if c.network == network}
+
+
+# Ours, counted by hand from the layers of the three papers: channels by size; bytes of the largest.
+TABLE_3 = {
+    "MobileNetV1": {112: 64, 56: 128, 28: 256, 14: 512, 7: 1024, 1: 1024},
+    "MobileNetV2": {112: 16, 56: 24, 28: 32, 14: 96, 7: 320, 1: 1280},
+    "ShuffleNet": {112: 48, 56: 48, 28: 480, 14: 960, 7: 1920, 1: 1920},
+}
+LARGEST = {
+    "first": {"MobileNetV1": 1605632, "MobileNetV2": 401408, "ShuffleNet": 1204224},
+    "current": {"MobileNetV1": 802816, "MobileNetV2": 150528, "ShuffleNet": 752640},
+}
+
+
+@pytest.mark.parametrize("version", paper_networks.VERSIONS)
+@pytest.mark.parametrize("network", TABLE_3)
+def test_table_3_from_the_layers(version, network):
+    found = cells(version, network)
+    assert list(found) == [112, 56, 28, 14, 7, 1, None]
+    for size, channels in TABLE_3[network].items():
+        if version == "current" and size == 112:
+            assert (found[size].channels, found[size].nbytes) == (None, None)
+        else:
+            assert (found[size].channels, found[size].nbytes) == (channels, 2 * channels * size**2)
+    assert found[None].nbytes == LARGEST[version][network]
+
+
+# Of `paper.md`: what the paper prints, in kB, and which of it the layers give.
+@pytest.mark.parametrize(
+    "version, network, kilobytes, agreeing",
+    [
+        ("first", "MobileNetV1", (1600, 800, 400, 200, 199, 2, 1600), (112, 56, 28, 14, 1, None)),
+        ("current", "MobileNetV1", (None, 800, 400, 200, 199, 2, 800), (112, 56, 28, 14, 1, None)),
+        ("first", "MobileNetV2", (400, 200, 100, 62, 32, 2, 400), (112, 7, 1, None)),
+        ("current", "MobileNetV2", (None, 200, 100, 62, 32, 2, 200), (112, 7, 1)),
+        ("first", "ShuffleNet", (800, 300, 600, 310, 156, 3, 600), (56,)),
+        ("current", "ShuffleNet", (None, 300, 600, 310, 156, 3, 600), (112, 56)),
+    ],
+)
+def test_a_reason_where_the_paper_prints_another_number(version, network, kilobytes, agreeing):
+    found = cells(version, network)
+    assert tuple(c.printed_kb for c in found.values()) == kilobytes
+    assert tuple(size for size, c in found.items() if c.agrees) == agreeing
+    for size, cell in found.items():
+        assert (cell.reason is None) == (size in agreeing)
+
+
+def test_the_reasons_give_the_printed_numbers():
+    printed = cells("first", "ShuffleNet")
+    two_groups = {t.size: t.channels for t in paper_networks.shufflenet(groups=2)}
+    for size in (28, 14, 7, 1):
+        assert two_groups[size] == printed[size].printed_channels
+    printed = cells("first", "MobileNetV2")
+    size, at_input = 112, {}
+    for _, channels, _, stride in MOBILENET_V2_SETTINGS:
+        at_input[size] = channels
+        size //= stride
+    for size in (56, 28, 14, 7):
+        assert at_input[size] == printed[size].printed_channels
+        assert 2 * at_input[size] * size**2 / 1000 == pytest.approx(
+            printed[size].printed_kb, rel=0.03
+        )
+    wide = cells("first", "MobileNetV1")[7]
+    assert pytest.approx(wide.printed_kb, rel=0.01) == 4 * 1024 * 49 / 1000
+
+
+def test_unknown_versions_of_the_table_are_refused():
+    with pytest.raises(ValueError, match="version must be first or current, got 'second'"):
+        paper_networks.table_3("second")
