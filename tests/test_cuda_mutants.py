@@ -37,6 +37,7 @@ CALLS: dict[str, list[tuple[Case, torch.dtype, int]]] = {
         (Case(replace(UNEVEN, hidden_channels=136), 9, 8, batch=2), BFLOAT, 132),
         (Case(T1, 7, 9, batch=2, clips=(NO_CLIP, (-0.5, 3.0), RELU)), HALF, 132),
         (Case(replace(T1, in_channels=136, hidden_channels=136), 9, 8), BFLOAT, 1),
+        (Case(BlockConfig(136, 136, 32, expansion=False), 7, 7), HALF, 132),
         (Case(BlockConfig(64, 384, 64, residual=True), 14, 14, batch=2), HALF, 132),
         (Case(BlockConfig(64, 392, 72), 7, 7), BFLOAT, 132),
     ],
@@ -100,6 +101,10 @@ MUTANTS = {
         "no barrier ahead of the depthwise": (
             "block_barrier();\n        if (plan.buffers == 1)",
             "if (plan.buffers == 1)",
+        ),
+        "no wait for pixels": (
+            "(plan.buffers == 2) {\n            copy_async_wait<1>();",
+            "(plan.buffers == 2) {\n            copy_async_wait<2>();",
         ),
         "one buffer for two": ("plan.buffers == 2 ? number % 2 : 0", "0"),
         "one buffer of taps": ("number % 2 * plan.dw_bytes", "0 * plan.dw_bytes"),

@@ -1,5 +1,5 @@
-// Which kernel runs a block: a pure function of the block and of what its numbers are. It never asks
-// for the batch, so an image gives the same bits in any.
+// Which kernel runs a block: a pure function of the block and of what its numbers are. It never
+// asks for the batch, so an image gives the same bits in any.
 #pragma once
 #include "call.h"
 

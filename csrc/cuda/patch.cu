@@ -6,10 +6,10 @@
 // its own patch: the depthwise needs neither shuffles nor shared memory. And its sums lie where the
 // projection wants the operand. Shared memory holds a tile of x and all weights.
 #include <algorithm>
-#include <type_traits>
 
 #include "kernels.h"
 #include "launch.h"
+#include "pairs.h"
 #include "patch_math.cuh"
 #include "patch_plan.h"
 #include "patch_stage.cuh"
@@ -127,17 +127,6 @@ __global__ void __launch_bounds__(kPatchThreads, BlocksPerMultiprocessor)
         }
         block_barrier();
     }
-}
-
-// A number rounded to T, in both halves of a pair.
-template <class T>
-Pair twice(float value) {
-    uint16_t bits;
-    if constexpr (std::is_same_v<T, __half>)
-        bits = __half_raw(__float2half_rn(value)).x;
-    else
-        bits = __nv_bfloat16_raw(__float2bfloat16_rn(value)).x;
-    return bits * 0x10001u;
 }
 
 template <class Sizes>

@@ -23,14 +23,19 @@ MNV2_DEVICE float bias_or_zero(const float* bias, int64_t channel, int64_t chann
     return bias != nullptr && channel < channels ? bias[channel] : 0.f;
 }
 
-// A float as the sum of two numbers of T: the bias keeps its precision in the product.
 template <class T>
-MNV2_DEVICE void split(float low, float high, Pair& coarse, Pair& fine) {
+MNV2_DEVICE float nearest_finite(float value) {
     constexpr float largest = Constants<T>::kLargest;
-    coarse = pack<T>(maximum(minimum(low, largest), -largest),
-                     maximum(minimum(high, largest), -largest));
-    const float2 rounded = unpack<T>(coarse);
-    fine = pack<T>(low - rounded.x, high - rounded.y);
+    return maximum(minimum(value, largest), -largest);
+}
+
+// A float as the sum of two numbers of T: the bias keeps its precision in the product. Both are
+// finite where it is, since 0 times them has to be 0.
+template <class T>
+MNV2_DEVICE float2 split(float value) {
+    const float coarse = nearest_finite<T>(value);
+    const float fine = value - unpack<T>(pack<T>(coarse, 0.f)).x;
+    return make_float2(coarse, fabsf(fine) == INFINITY ? fine : nearest_finite<T>(fine));
 }
 
 // w_expand by groups of 8 hidden channels, and in them by input channel; behind the input channels
@@ -54,9 +59,11 @@ MNV2_DEVICE void stage_expand(const Call& call, const PatchWeights& weights, Sha
 #pragma unroll
             for (int c = 0; c < 4; c++) {
                 const int64_t at = channel + 2 * c;
-                split<T>(bias_or_zero(call.b_expand, at, call.hidden_channels),
-                         bias_or_zero(call.b_expand, at + 1, call.hidden_channels), coarse[c],
-                         fine[c]);
+                const float2 low = split<T>(bias_or_zero(call.b_expand, at, call.hidden_channels));
+                const float2 high =
+                    split<T>(bias_or_zero(call.b_expand, at + 1, call.hidden_channels));
+                coarse[c] = pack<T>(low.x, high.x);
+                fine[c] = pack<T>(low.y, high.y);
             }
         }
         store_shared(address, row == Sizes::kIn

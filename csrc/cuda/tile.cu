@@ -6,10 +6,9 @@
 // the image, and behind the depthwise its result. The projection of a chunk and the expansion of
 // the next need no barrier between them. Without expansion the pixels of x themselves are copied to
 // the haloed tile.
-#include <type_traits>
-
 #include "kernels.h"
 #include "launch.h"
+#include "pairs.h"
 #include "tile_choice.h"
 #include "tile_cluster.cuh"
 
@@ -18,7 +17,7 @@ namespace mnv2::cuda {
 namespace tile {
 
 template <class T, int Kernel, bool HalfSums, int NTiles>
-__global__ void __launch_bounds__(tile_most_warps(Kernel) * 32)
+__global__ void __launch_bounds__(tile_most_warps(Kernel, HalfSums, NTiles) * 32)
     inverted_residual_tile(const __grid_constant__ TileCall arguments) {
     const Call& call = arguments.call;
     const TilePlan& plan = arguments.plan;
@@ -63,17 +62,6 @@ __global__ void __launch_bounds__(tile_most_warps(Kernel) * 32)
         depthwise_of_chunk<T, Kernel, HalfSums>(arguments, shared, chunk);
     }
     projection.store(call, plan);
-}
-
-// A bound rounded to T, in both halves of a pair.
-template <class T>
-Pair twice(float bound) {
-    uint16_t bits;
-    if constexpr (std::is_same_v<T, __half>)
-        bits = __half_raw(__float2half_rn(bound)).x;
-    else
-        bits = __nv_bfloat16_raw(__float2bfloat16_rn(bound)).x;
-    return bits * 0x10001u;
 }
 
 template <class T>

@@ -9,8 +9,10 @@
 namespace mnv2::cuda::tile {
 
 // Blocks of threads on a multiprocessor. Each block's shared memory takes 1 KB more.
-inline int resident_blocks(const BlockSizes& sizes, const TilePlan& plan, const Device& device) {
-    return std::min(tile_most_warps(sizes.kernel) * 32 / plan.threads(),
+inline int resident_blocks(const BlockSizes& sizes, Element element, const TilePlan& plan,
+                           const Device& device) {
+    const bool half_sums = tile_half_sums(sizes, element);
+    return std::min(tile_most_warps(sizes.kernel, half_sums, plan.n_tiles) * 32 / plan.threads(),
                     (device.shared_bytes + 1024) / (plan.end + 1024));
 }
 
@@ -106,7 +108,7 @@ struct Choice {
         for (int buffers = 1; buffers <= 2; buffers++) {
             const TilePlan plan = lay_out_tile(sizes, element, rows, cols, images, warps_m, warps_n,
                                                tile_n_tiles(sizes, warps_n), chunk, buffers);
-            const int resident = resident_blocks(sizes, plan, device);
+            const int resident = resident_blocks(sizes, element, plan, device);
             if (resident == 0) return buffers == 2;
             offer(plan, cost(sizes, element, plan, resident, device.multiprocessors));
         }
@@ -145,7 +147,7 @@ struct Choice {
             if (rows * cols > warps_m * kTileRowsOfMatrices * 16) continue;
             const TilePlan plan =
                 lay_out_tile(sizes, element, rows, cols, 1, warps_m, warps_n, 2, 64, 1, cluster);
-            if (resident_blocks(sizes, plan, device) > 0)
+            if (resident_blocks(sizes, element, plan, device) > 0)
                 offer(plan, cluster_cost(sizes, element, plan, device.multiprocessors));
         }
     }
@@ -157,7 +159,7 @@ inline TilePlan plan_tile(const BlockSizes& sizes, Element element, const Device
     Choice choice{sizes, element, device};
     for (const int chunk : {64, 32}) {
         if (chunk == 64 ? sizes.hidden_channels <= 32 : choice.best.end != 0) continue;
-        for (int warps = 4; warps <= tile_most_warps(sizes.kernel); warps *= 2) {
+        for (int warps = 4; warps <= 16; warps *= 2) {
             for (int warps_m = 1; warps_m <= warps; warps_m *= 2) {
                 const int warps_n = warps / warps_m;
                 if (warps_n == 1 || warps_n * 8 < sizes.out_channels)

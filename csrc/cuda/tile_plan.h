@@ -18,9 +18,11 @@ constexpr int kTileSharedBytes = 163 << 10;  // of a block on every GPU of capab
 // Channels of one depthwise job: as many as leave registers for the sums of the projection.
 constexpr int tile_job_channels(bool half_sums) { return half_sums ? 4 : 2; }
 
-// Warps of a block, and of all blocks of a multiprocessor: 128 registers a thread or, as the larger
-// kernel needs, 255.
-constexpr int tile_most_warps(int64_t kernel) { return kernel == 3 ? 16 : 8; }
+// Warps of a block, and of all blocks of a multiprocessor: 128 registers a thread, or 255, as the
+// larger kernel needs and sums in float beside the most matrices.
+constexpr int tile_most_warps(int64_t kernel, bool half_sums, int n_tiles) {
+    return kernel == 3 && (half_sums || n_tiles < 4) ? 16 : 8;
+}
 
 namespace tile {
 constexpr int round_up(int value, int step) { return (value + step - 1) / step * step; }
