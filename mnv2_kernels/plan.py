@@ -159,8 +159,9 @@ class Plan:
     def __str__(self) -> str:
         heading = ("step", "layer", "result", "rows in memory", "arena offset", "bytes")
         lines = [heading]
-        for row in self.rows():
-            where = "result" if row is self.rows()[-1] else "streams"
+        rows = self.rows()
+        for row in rows:
+            where = "result" if row is rows[-1] else "streams"
             lines.append(
                 (
                     row.name or "(the model)",
@@ -259,15 +260,25 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, dtype: torch.dtype | N
 
 
 def _read_block(module: nn.Module):
-    return module.block_layers if isinstance(module, FusedModule) else recognize(module)
+    if not isinstance(module, FusedModule):
+        return recognize(module)
+    changed = module._watched.why_changed()
+    if changed is not None:
+        raise Declined(changed)
+    return module.block_layers
 
 
 def _layers(layers: Sequence[network.Layer]) -> Iterator[tuple[str, Layer]]:
     """The steps that layers of a model are, each with its name."""
     layers = list(layers)
+    if not layers:
+        raise Declined("it has no layers")
     channels = None
+    averaged = False
     while layers:
         layer = layers.pop(0)
+        if averaged and not isinstance(layer, network.Classifier):
+            raise Declined(f"{layer.name} must not follow an average over all pixels")
         match layer:
             case network.Block(name, block):
                 with torch.no_grad():
@@ -280,8 +291,11 @@ def _layers(layers: Sequence[network.Layer]) -> Iterator[tuple[str, Layer]]:
                 if not (layers and isinstance(layers[0], network.Pool)):
                     raise Declined(f"{name} must be followed by an average over all pixels")
                 _take_average(layers)
+                averaged = True
                 yield name, _pool(layer)
             case network.Classifier(name, linear):
+                if not averaged:
+                    raise Declined(f"{name} must follow an average over all pixels")
                 bias = None if linear.bias is None else linear.bias.detach().float()
                 weight = linear.weight.detach().clone()
                 yield name, Linear(linear.in_features, linear.out_features, weight, bias)
@@ -290,6 +304,7 @@ def _layers(layers: Sequence[network.Layer]) -> Iterator[tuple[str, Layer]]:
                 _take_average(layers)
                 if channels is None:
                     raise Declined(f"{name} must follow a block")
+                averaged = True
                 yield name, Pool(channels, channels, None, None, NO_CLIP)
             case network.Flatten(name):
                 raise Declined(f"{name} must follow an average over all pixels")
@@ -354,6 +369,10 @@ def _arrange(named: Sequence[tuple[str, Layer]], shape: Shape) -> tuple[list[str
     """Names, steps and the size of the arena in elements."""
     names = [name for name, _ in named]
     steps = [Step(layer) for _, layer in named]
+    first = steps[0].layer
+    channels = first.config.in_channels if isinstance(first, Block) else first.in_channels
+    if shape[0] != channels:
+        raise ValueError(f"plan: input_shape must have {channels} channels, got {shape}")
     results = program.shapes(steps, shape)
     for name, result in zip(names, results, strict=True):
         if min(result) < 1:

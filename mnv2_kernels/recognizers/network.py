@@ -74,7 +74,10 @@ def read_network(model: nn.Module, recognize) -> list[Layer]:
 
     class Tracer(fx.Tracer):
         def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-            layers = recognize(module)
+            try:
+                layers = recognize(module)
+            except Declined as reason:
+                raise Declined(f"{name}: {reason}") from None
             if layers is not None:
                 blocks[module] = layers
                 return True
@@ -85,6 +88,9 @@ def read_network(model: nn.Module, recognize) -> list[Layer]:
                 or super().is_leaf_module(module, name)
             )
 
+    for name, module in model.named_modules():
+        if has_hooks(module):
+            raise Declined(f"{name or 'the model itself'} has hooks, which would not be called")
     if recognize(model) is not None:
         return [Block("", recognize(model))]
     try:
@@ -144,9 +150,6 @@ def _is_plain(module: nn.Module) -> bool:
 def _convolution(pending: list[tuple[str, nn.Module]]) -> Iterator[Convolution]:
     if not pending:
         return
-    for _, module in pending:
-        if has_hooks(module):
-            raise Declined(f"{describe(module)} has hooks, which would not be called")
     stages, paddings = read_stages(module for _, module in pending)
     if len(stages) != 1:
         raise Declined(f"{describe(pending[0][1])} stands where a convolution was expected")
