@@ -203,7 +203,10 @@ Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
     Program p(integers, bounds, weights);
     Network network{};
     network.channels = p.size(), network.H = p.size(), network.W = p.size();
-    std::vector<int64_t> y_shape(std::min<int64_t>(p.size(), 3));
+    const int64_t dims = p.size();
+    TORCH_CHECK_VALUE(dims == 1 || dims == 3,
+                      "run_plan: an image's result must have 1 or 3 dimensions, got ", dims);
+    std::vector<int64_t> y_shape(dims);
     for (int64_t& size : y_shape) size = p.size();
     network.arena = p.integer();
     // Below this bound no sum of sizes overflows.

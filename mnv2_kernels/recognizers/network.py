@@ -150,9 +150,13 @@ def _is_plain(module: nn.Module) -> bool:
 def _convolution(pending: list[tuple[str, nn.Module]]) -> Iterator[Convolution]:
     if not pending:
         return
-    stages, paddings = read_stages(module for _, module in pending)
+    first, module = pending[0]
+    try:
+        stages, paddings = read_stages(module for _, module in pending)
+    except Declined as reason:
+        raise Declined(f"{first}: {reason}") from None
     if len(stages) != 1:
-        raise Declined(f"{describe(pending[0][1])} stands where a convolution was expected")
+        raise Declined(f"{first}: {describe(module)} stands where a convolution was expected")
     name = next(n for n, module in pending if isinstance(module, nn.Conv2d))
     yield Convolution(name, stages[0], paddings[0])
 
