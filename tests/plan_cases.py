@@ -34,6 +34,12 @@ def _mean_alone() -> nn.Module:
     return nn.Sequential(*mk.mobilenet_v2(0.5).features[:4], *head)
 
 
+def _short() -> nn.Module:
+    """Every kind of step, and few of them."""
+    head = *conv_norm_act(16, 70), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(70, 101)
+    return nn.Sequential(*mk.mobilenet_v2(0.35).features[:5], *head)
+
+
 def _residuals() -> nn.Module:
     """Blocks of one shape behind a stem: all of them overwrite their input."""
     blocks = (mk.InvertedResidual(16, 16, expand_ratio=3, kernel_size=k) for k in (5, 3, 3, 5))
@@ -47,6 +53,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ours-one-class": partial(mk.mobilenet_v2, 0.35, 1),
     "ours-without-bias": _without_bias,
     "mean-alone": _mean_alone,
+    "short": _short,
     "residuals": _residuals,
     "block": partial(mk.InvertedResidual, 3, 17, stride=2, kernel_size=5),
     "block-residual": partial(mk.InvertedResidual, 3, 3),
