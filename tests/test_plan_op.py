@@ -13,6 +13,7 @@ import pytest
 import torch
 from plan_cases import image, network
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 from torch.nn import functional as F
@@ -90,7 +91,7 @@ def test_compiled_whole(compiler, fresh_compiler):
 
 def test_compiled_for_any_batch(fresh_compiler):
     plan, _ = prepared("features-3", (1, 3, 33, 40))
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(plan.__call__, backend=counter, fullgraph=True)
     for batch in (2, 3, 5, 8):
         x = image(batch, 3, 33, 40)
