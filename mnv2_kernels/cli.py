@@ -13,20 +13,22 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from . import cost
 from . import demo as demonstration
+from . import memory_report, paper_networks
 from . import verify as verification
 from .backends import backends
-from .block import mobilenet_v2_block_inputs
+from .extension import missing
 from .extension import module as _C
 from .fuse import fuse
-from .memory import peak_bytes
 from .modules import mobilenet_v2
+from .named_models import UnknownModel, named_model
+from .plan import plan
 from .pretrained import MissingPackage, WrongWeights, efficientnet_lite0, require
 from .timing import num_threads
-from .variants import block_calls, fused_blocks, plain, variants
+from .variants import plain, variants
 
 # Decoders of formats that photographs come in; among the others is one that runs PostScript.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
-    except (CannotRun, MissingPackage, WrongWeights, OSError) as error:
+    except (CannotRun, MissingPackage, UnknownModel, WrongWeights, OSError) as error:
         print(f"mnv2 {options.name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -176,35 +178,106 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def memory(options: argparse.Namespace) -> int:
-    """Bytes alive in each block of MobileNetV2, by arithmetic and as the allocator saw them."""
-    size, batch = options.resolution, options.batch
-    copies = variants(mobilenet_v2(options.width).eval())
-    blocks = list(mobilenet_v2_block_inputs(options.width, size))
-    table = Table(
-        title=f"MobileNetV2 {options.width}, batch {batch}, {size}x{size}: peak KiB of each block",
-        caption="input and result included; computed / measured, fused with the kernel's scratch",
-    )
-    executions = dict(zip(cost.EXECUTIONS, ("plain", "folded", "fused"), strict=True))
-    for heading in ("block", *executions):
-        table.add_column(heading, justify="right")
-    rows = [[block.name] for block, _ in blocks]
-    x = torch.randn(batch, 3, size, size)
-    with torch.inference_mode():
-        for execution, variant in executions.items():
-            calls = block_calls(copies[variant], fused_blocks(copies["fused"]), x)
-            for row, (block, block_size), (call, block_x) in zip(
-                rows, blocks, calls.values(), strict=True
-            ):
-                call()
-                computed = cost.peak_bytes(
-                    block, block_size, block_size, execution=execution, batch=batch
-                )
-                measured = block_x.nbytes + peak_bytes(call)
-                row.append(f"{computed / 1024:.0f} / {measured / 1024:.0f}")
-    for row in rows:
-        table.add_row(*row)
-    _console().print(table)
+    """Bytes a network holds, eager, folded, fused and planned: by arithmetic and measured."""
+    if options.table:
+        _print_table_3()
+        return 0
+    if missing is not None:
+        raise CannotRun(f"needs the compiled kernels: {missing}")
+    for path in (options.json, options.figure):
+        if path is not None and not path.parent.is_dir():
+            raise CannotRun(f"the folder of {path} must exist")
+    if options.figure is not None:
+        require("matplotlib")
+    model = named_model(options.model, options.width)
+    size = options.resolution
+    try:
+        schedule = plan(model, (3, size, size))
+    except ValueError as error:
+        raise CannotRun(str(error)) from error
+    report = memory_report.measure(options.model, model, schedule, options.batch)
+    _print_memory(report)
+    if options.json is not None:
+        report.write_json(options.json)
+    if options.figure is not None:
+        try:
+            report.figure(options.figure)
+        except ValueError as error:
+            raise CannotRun(f"--figure must be a file that can be drawn: {error}") from error
     return 0
+
+
+def _print_memory(report: memory_report.MemoryReport) -> None:
+    shape = "x".join(map(str, report.x_shape))
+    steps = Table(
+        title=f"{report.model}, {shape}, threads: {report.threads}: KiB held in each step",
+        caption="computed / measured; input and result included, weights not",
+    )
+    for heading in ("step", *report.executions):
+        steps.add_column(heading, justify="left" if heading == "step" else "right")
+    for i, name in enumerate(report.steps):
+        cells = [name or "(the model)"]
+        for held in report.executions.values():
+            measured = held.measured[i]
+            seen = "-" if measured is None else f"{measured / 1024:.0f}"
+            cells.append(f"{held.computed[i] / 1024:.0f} / {seen}")
+        steps.add_row(*cells)
+    peaks = Table(title="Peak bytes")
+    for heading in ("execution", "computed", "measured", "of eager"):
+        peaks.add_column(heading, justify="left" if heading == "execution" else "right")
+    eager = report.executions["eager"].peak_measured
+    for name, held in report.executions.items():
+        of_eager = f"{held.peak_measured / eager:.1%}"
+        peaks.add_row(name, f"{held.peak_computed:,}", f"{held.peak_measured:,}", of_eager)
+    console = _console()
+    console.print(steps)
+    console.print(peaks)
+    print(
+        "computed: exact for planned; without the scratch of kernels for the others, and without"
+        " what\nmodules inside a block hold for longer than they need it.\n"
+        f"planned: arena {report.arena_bytes:,}, line buffers and scratch {report.line_bytes:,}"
+        f" on {report.threads} thread{'s' * (report.threads > 1)}.\n"
+        f"paper's M(G), blocks split into single hidden channels: {report.paper_bound:,}.\n"
+        f"weights, not counted: {report.weight_bytes:,}."
+    )
+
+
+def _print_table_3() -> None:
+    console = _console()
+    reasons: list[str] = []
+
+    def note(reason: str | None) -> str:
+        if reason is None:
+            return ""
+        if reason not in reasons:
+            reasons.append(reason)
+        return f" [{reasons.index(reason) + 1}]"
+
+    for version in paper_networks.VERSIONS:
+        table = Table(
+            title=f"Table 3 of arXiv 1801.04381, {version} version: channels/kB at 16 bit",
+            caption="from the layers | as printed; 1 kB is 1000 bytes",
+        )
+        table.add_column("size")
+        for network in paper_networks.NETWORKS:
+            table.add_column(network, justify="right")
+        cells = paper_networks.table_3(version)
+        for size in (*paper_networks.SIZES, None):
+            row = ["max" if size is None else f"{size}x{size}"]
+            for cell in (c for c in cells if c.size == size):
+                ours = _channels_and_kb(cell.channels, cell.nbytes and cell.nbytes / 1000)
+                printed = _channels_and_kb(cell.printed_channels, cell.printed_kb)
+                row.append(escape(f"{ours} | {printed}{note(cell.reason)}"))
+            table.add_row(*row)
+        console.print(table)
+    for number, reason in enumerate(reasons, 1):
+        print(f"[{number}] {reason}.")
+
+
+def _channels_and_kb(channels: int | None, kilobytes: float | None) -> str:
+    if kilobytes is None:
+        return "1/O(1)"
+    return f"{kilobytes:.4g}" if channels is None else f"{channels}/{kilobytes:.4g}"
 
 
 def _console() -> Console:
@@ -243,8 +316,21 @@ def _parser() -> argparse.ArgumentParser:
     for command in (add(bench), add(memory)):
         command.add_argument("--batch", type=count, default=1, help="images at once")
         command.add_argument("--resolution", type=count, default=224, help="rows and columns")
-        command.add_argument("--width", type=_positive(float), default=1.0, help="multiplier")
+    command = commands.choices["memory"]
+    command.add_argument(
+        "--model",
+        default="mobilenet_v2",
+        metavar="NAME",
+        help="mobilenet_v2, torchvision:NAME or timm:NAME",
+    )
+    command.add_argument("--width", type=_positive(float), help="multiplier of MobileNetV2")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    command.add_argument("--figure", type=Path, metavar="FILE", help="draw live bytes over steps")
+    command.add_argument(
+        "--table", action="store_true", help="print the paper's Table 3 instead, computed anew"
+    )
     command = commands.choices["bench"]
+    command.add_argument("--width", type=_positive(float), default=1.0, help="multiplier")
     command.add_argument("--rounds", type=count, default=30, help="samples of each variant")
     command.add_argument("--threads", type=count, default=torch.get_num_threads())
     add(classify).add_argument("image", type=Path, metavar="IMAGE")

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .figures import Panel, draw
 from .memory import live_bytes, peak_bytes
 from .pretrained import (
     PHOTOGRAPHS,
@@ -45,7 +46,7 @@ def demo(console: Console, folder: Path, *, rounds: int) -> int:
     if not running:
         console.print(f"No kernel runs here, so the blocks run layer by layer. {reasons[0]}")
     agree = True
-    timelines = {}
+    panels = []
     with torch.inference_mode():
         for load in (efficientnet_lite0, dog_mobilenet_v2):
             with step(console, "loading a trained network"):
@@ -62,12 +63,13 @@ def demo(console: Console, folder: Path, *, rounds: int) -> int:
             console.print(table)
             with step(console, f"{network.name}: following its memory"):
                 blocks = list(fused_blocks(copies["fused"]))
-                timelines[network.name] = {
+                timelines = {
                     name: memory_timeline(copies[name], blocks, x) for name in ("plain", "fused")
                 }
+                panels.append(Panel(network.name, timelines))
     path = folder / FIGURE
     with step(console, "drawing the figure"):
-        draw(timelines, path)
+        draw(panels, path)
     console.print(
         f"Live memory of every block, plain against fused: {path}", markup=False, soft_wrap=True
     )
@@ -176,36 +178,15 @@ def performance(
 
 def memory_timeline(
     model: nn.Module, blocks: Sequence[str], x: Tensor
-) -> tuple[list[float], list[float]]:
-    """(position, MiB) of the activations alive while each block runs, its input included.
+) -> tuple[list[float], list[int]]:
+    """(position, bytes) of the activations alive while each block runs, its input included.
 
     Block i covers the positions from i to i + 1, one point an allocation or release.
     """
-    positions, mib = [], []
+    positions, live = [], []
     for i, (call, block_x) in enumerate(block_calls(model, blocks, x).values()):
         call()
         held = [0, *live_bytes(call)]
         positions += [i + j / len(held) for j in range(len(held))]
-        mib += [(block_x.nbytes + bytes_) / MIB for bytes_ in held]
-    return positions, mib
-
-
-def draw(
-    timelines: Mapping[str, Mapping[str, tuple[list[float], list[float]]]], path: Path
-) -> None:
-    """Save a figure with one panel a network: memory over the blocks, plain against fused."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.5 * len(timelines)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(timelines), squeeze=False)[:, 0]
-    for panel, (network, lines) in zip(panels, timelines.items(), strict=True):
-        for (name, (positions, mib)), colour in zip(lines.items(), ("C7", "C0"), strict=True):
-            label = f"{name}, peak {max(mib):.2f} MiB"
-            panel.fill_between(positions, mib, step="post", color=colour, alpha=0.4)
-            panel.step(positions, mib, where="post", color=colour, label=label)
-        panel.set(title=network, xlabel="block", ylabel="live activations, MiB", ylim=(0, None))
-        panel.set_xticks(range(int(max(positions)) + 1))
-        panel.legend()
-    figure.savefig(path, dpi=120)
+        live += [block_x.nbytes + bytes_ for bytes_ in held]
+    return positions, live

@@ -11,12 +11,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import program
+from . import figures, program, step_memory
 from .block import NO_CLIP
 from .extension import missing
 from .extension import module as _C
@@ -155,6 +156,38 @@ class Plan:
                 )
             )
         return found
+
+    def figure(self, path: Path | str) -> None:
+        """Save a figure of what each step uses, by arithmetic, of one image and with it in bytes.
+
+        Beside the plan: the same layers run eagerly, the whole of what the plan allocates at once,
+        and the paper's bound M(G). The ending of `path` is the figure's format. Weights do not
+        count.
+
+        Raises:
+            MissingPackage: matplotlib is not installed.
+            OSError, ValueError: the file cannot be written, or matplotlib does not know its ending.
+        """
+        itemsize = self.dtype.itemsize
+        sizes = {"steps": self.steps, "shape": self.input_shape, "itemsize": itemsize}
+        rows = self.rows()
+        held = {
+            "eager": step_memory.live_bytes(execution="eager", **sizes),
+            "planned": step_memory.planned_in_use(line_bytes=[r.nbytes for r in rows], **sizes),
+        }
+        levels = {"paper's M(G)": step_memory.paper_bound(**sizes)}
+        if self.device.type == "cpu":
+            lines = self.line_bytes()
+            levels["allocated by the plan"] = step_memory.planned_bytes(
+                image=itemsize * math.prod(self.input_shape),
+                result=rows[-1].nbytes,
+                arena=self.arena_bytes,
+                lines_of_one=lines,
+                lines_of_all=lines,
+            )
+        positions = range(len(rows) + 1)
+        timelines = {name: (positions, [*bytes_, bytes_[-1]]) for name, bytes_ in held.items()}
+        figures.draw([figures.Panel("plan", timelines, levels, "step")], path)
 
     def __str__(self) -> str:
         heading = ("step", "layer", "result", "rows in memory", "arena offset", "bytes")

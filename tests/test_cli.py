@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit status, and hostile image files."""
 
 import io
+import json
 import os
 import re
 import struct
@@ -19,6 +20,9 @@ from mnv2_kernels.backends import BACKENDS
 from mnv2_kernels.extension import cuda_missing
 from mnv2_kernels.variants import variants
 
+needs_cpp = pytest.mark.skipif(
+    "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
+)
 needs_kernel = pytest.mark.skipif(not cases.kernel_backends(), reason="no kernel in this run")
 
 
@@ -239,16 +243,73 @@ def test_bench_does_not_time_wrong_answers(capsys, monkeypatch):
     assert printed.out == "" and "the fused network is wrong" in printed.err
 
 
-@needs_kernel
-def test_memory_computed_and_measured(capsys):
-    assert cli.main(["memory", "--resolution", "96"]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if re.match(r"│ +\d+x", line)]
-    assert len(rows) == 17
-    for row in rows:
-        computed_and_measured = re.findall(r"(\d+) / (\d+)", row)
-        eager, folded, fused = [(int(c), int(m)) for c, m in computed_and_measured]
-        assert eager[1] >= eager[0] and folded[1] >= folded[0] and fused[1] >= fused[0]
-        assert fused[1] < min(eager[1], folded[1]), row
+def rows_of(text):
+    """Cells of the rows of all tables, without their headings."""
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+@needs_cpp
+@pytest.mark.parametrize("model", ["mobilenet_v2", "torchvision:mobilenet_v2"])
+def test_memory_computed_and_measured(model, capsys, tmp_path):
+    json_file, figure = tmp_path / "memory.json", tmp_path / "memory.png"
+    arguments = ["--model", model, "--resolution", "96", "--width", "0.5", "--batch", "2"]
+    written = ["--json", str(json_file), "--figure", str(figure)]
+    assert cli.main(["memory", *arguments, *written]) == 0
+    out = capsys.readouterr().out
+    assert f"{model}, 2x3x96x96" in out
+    rows = rows_of(out)
+    steps, peaks = rows[:20], rows[20:]
+    for name, *cells in steps:
+        pairs = [re.fullmatch(r"(\d+) / (\d+)", cell).groups() for cell in cells]
+        computed, measured = zip(*((int(c), int(m)) for c, m in pairs), strict=True)
+        assert all(m >= c for c, m in zip(computed, measured, strict=True)), name
+        assert computed[3] == measured[3]
+    document = json.loads(json_file.read_text())["executions"]
+    assert [row[0] for row in peaks] == list(document) == ["eager", "folded", "fused", "planned"]
+    for name, computed, measured, share in peaks:
+        peak = document[name]["peak_bytes"]
+        assert int(measured.replace(",", "")) == peak
+        assert int(computed.replace(",", "")) == document[name]["peak_bytes_computed"] <= peak
+        assert share == f"{peak / document['eager']['peak_bytes']:.1%}"
+    with Image.open(figure) as image:
+        assert image.width > 500
+
+
+def test_memory_table_of_the_paper(capsys):
+    assert cli.main(["memory", "--table"]) == 0
+    out = capsys.readouterr().out
+    first, current = (rows_of(out)[i : i + 7] for i in (0, 7))
+    assert first[0] == ["112x112", "64/1606 | 64/1600", "16/401.4 | 16/400", "48/1204 | 32/800 [1]"]
+    assert current[0] == ["112x112"] + ["1/O(1) | 1/O(1)"] * 3
+    assert first[-1] == ["max", "1606 | 1600", "401.4 | 400", "1204 | 600 [5]"]
+    assert current[-1] == ["max", "802.8 | 800", "150.5 | 200 [2]", "752.6 | 600 [3]"]
+    assert re.findall(r"^\[(\d)\] \S", out, re.MULTILINE) == list("12345")
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--model", "resnet"], "--model must be mobilenet_v2, torchvision:NAME or timm:NAME"),
+        (["--model", "timm:none"], "--model must be a model that timm has, got none"),
+        (["--model", "timm:mobilenetv2_050", "--width", "2"], "--width must be left out for timm:"),
+        (["--model", "torchvision:alexnet"], "plan: AlexNet cannot be run as a plan: "),
+        (["--json", "/nowhere/at/all.json"], "the folder of /nowhere/at/all.json must exist"),
+        (["--resolution", "32", "--width", "0.1", "--figure", "memory.xyz"], "--figure must be a"),
+    ],
+)
+@needs_cpp
+def test_memory_that_cannot_be_shown(arguments, sentence, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["memory", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"mnv2 memory: {sentence}") and error.count("\n") == 1
+
+
+def test_memory_without_compiled_kernels(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "missing", "not built")
+    assert cli.main(["memory"]) == 2
+    assert capsys.readouterr().err == "mnv2 memory: needs the compiled kernels: not built\n"
 
 
 @pytest.mark.serial
