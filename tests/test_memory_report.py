@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from functools import cache
 
 import cases
@@ -286,3 +287,23 @@ def test_a_figure_without_matplotlib_ends_in_a_sentence(tmp_path, monkeypatch):
     panel = figures.Panel("network", {"eager": ([0, 1], [1, 1])})
     with pytest.raises(pretrained.MissingPackage, match="needs matplotlib.*pip install matplotlib"):
         figures.draw([panel], tmp_path / "memory.png")
+
+
+@needs_cpu_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.timeout(120)
+def test_a_fresh_process_grows_by_what_the_allocator_says(python):
+    """By no less than the tensors of the one call, but for pages; and less, the less is planned."""
+    grown = {}
+    for execution in memory_report.EXECUTIONS:
+        done = python("-m", "benchmarks.resident", execution, "--resolution=224", "--batch=4")
+        assert done.returncode == 0, done.stderr
+        grown[execution] = int(done.stdout)
+    peaks = {
+        name: held.peak_measured
+        for name, held in report("mobilenet_v2", 1.0, 224, 4, 1)[2].executions.items()
+    }
+    for execution, bytes_ in grown.items():
+        assert bytes_ >= 0.9 * peaks[execution], execution
+    assert grown["planned"] < 2 * peaks["planned"]
+    assert grown["planned"] < grown["fused"] < grown["eager"]
