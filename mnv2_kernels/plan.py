@@ -160,7 +160,7 @@ class Plan:
     def figure(self, path: Path | str) -> None:
         """Save a figure of what each step uses, by arithmetic, of one image and with it in bytes.
 
-        Beside the plan: the same layers run eagerly, the whole of what the plan allocates at once,
+        Beside the plan: the same layers run eagerly, what a call holds from first to last,
         and the paper's bound M(G). The ending of `path` is the figure's format. Weights do not
         count.
 
@@ -178,7 +178,7 @@ class Plan:
         levels = {"paper's M(G)": step_memory.paper_bound(**sizes)}
         if self.device.type == "cpu":
             lines = self.line_bytes()
-            levels["allocated by the plan"] = step_memory.planned_bytes(
+            levels["held by a call, with its scratch"] = step_memory.planned_bytes(
                 image=itemsize * math.prod(self.input_shape),
                 result=rows[-1].nbytes,
                 arena=self.arena_bytes,
