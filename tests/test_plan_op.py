@@ -270,6 +270,7 @@ HOSTILE = (-1, 0, 1, 2, 3, 5, 16, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 16, 2*
 PROGRAMS = [
     ("short", (2, 3, 48, 40)),
     ("features-3", (2, 3, 24, 20)),
+    ("features-8", (2, 3, 24, 20)),
     ("residuals", (2, 3, 24, 20)),
     ("mean-alone", (2, 3, 24, 20)),
     ("block-residual", (2, 3, 9, 8)),
@@ -299,7 +300,7 @@ def run_hostile_programs() -> None:
             torch.set_num_threads(threads)
             for i, value in enumerate(integers):
                 near = (value - 1, value + 1, value + 16, value - 16, 2 * value)
-                for other in {*HOSTILE, *near} - {value}:
+                for other in {*HOSTILE, *integers, *near} - {value}:
                     if not -(2**63) <= other < 2**63 or threads == 2 and other not in near:
                         continue
                     print(name, threads, i, value, other, flush=True)
