@@ -8,9 +8,8 @@ and runs as one op, `torch.ops.mnv2.run_plan`.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,16 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import figures, program, step_memory
-from .block import NO_CLIP
+from .arena import arrange, describe
 from .extension import missing
-from .extension import module as _C
-from .fold import fold_conv_norm, fold_layers
-from .fused import FusedModule
+from .lowering import cast, read_layers
 from .ops import inverted_residual
-from .program import Block, Layer, Linear, Pool, Program, Shape, Stem, Step
-from .recognizers import Declined, check_module, network, recognize
-
-_ALIGNMENT = 16  # elements: 64 bytes
+from .program import Block, Layer, Pool, Shape, Stem, Step
+from .recognizers import Declined, check_module
 
 _library = torch.library.Library("mnv2", "FRAGMENT")
 _library.define(
@@ -123,7 +118,7 @@ class Plan:
 
     def line_bytes(self, threads: int = 1) -> int:
         """Bytes of line buffers and scratch beside the arena, of `threads` threads on one image."""
-        return _describe(self._program, threads)["line_bytes"]
+        return describe(self._program, threads)["line_bytes"]
 
     def _check(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != self.input_shape or x.dim() != 4:
@@ -140,7 +135,7 @@ class Plan:
         """The schedule, a line for every step."""
         found = []
         results = program.shapes(self.steps, self.input_shape)
-        lines = _describe(self._program, 1)["rows_in_memory"] if self.device.type == "cpu" else []
+        lines = describe(self._program, 1)["rows_in_memory"] if self.device.type == "cpu" else []
         for i, (step, shape) in enumerate(zip(self.steps, results, strict=True)):
             last = i + 1 == len(self.steps)
             rows = lines[i] if step.streams and lines else None
@@ -279,187 +274,17 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, dtype: torch.dtype | N
             f"plan: input_shape must be (C, H, W) or (N, C, H, W), got {tuple(input_shape)}"
         )
     try:
-        layers = network.read_network(model, _read_block)
-        named = list(_layers(layers))
+        named = read_layers(model)
     except Declined as reason:
         kind = type(model).__name__
         raise ValueError(f"plan: {kind} cannot be run as a plan: {reason}") from None
-    named = [(name, _cast(layer, dtype)) for name, layer in named]
-    names, steps, arena = _arrange(named, shape)
+    named = [(name, cast(layer, dtype)) for name, layer in named]
+    names = [name for name, _ in named]
+    steps, arena = arrange(named, shape)
     made = Plan(names, steps, shape, arena)
     if made.device.type == "cpu" and made.dtype != torch.float32:
         raise TypeError(f"plan: dtype must be torch.float32 on a CPU, got {made.dtype}")
     return made
-
-
-def _read_block(module: nn.Module):
-    if not isinstance(module, FusedModule):
-        return recognize(module)
-    changed = module._watched.why_changed()
-    if changed is not None:
-        raise Declined(changed)
-    return module.block_layers
-
-
-def _layers(layers: Sequence[network.Layer]) -> Iterator[tuple[str, Layer]]:
-    """The steps that layers of a model are, each with its name."""
-    layers = list(layers)
-    if not layers:
-        raise Declined("it has no layers")
-    channels = None
-    averaged = False
-    while layers:
-        layer = layers.pop(0)
-        if averaged and not isinstance(layer, network.Classifier):
-            raise Declined(f"{layer.name} must not follow an average over all pixels")
-        match layer:
-            case network.Block(name, block):
-                with torch.no_grad():
-                    weights = fold_layers(block)
-                channels = block.config.out_channels
-                yield name, Block(block.config, weights)
-            case network.Convolution(name, stage) if stage.conv.kernel_size == (3, 3):
-                yield name, _stem(layer)
-            case network.Convolution(name):
-                if not (layers and isinstance(layers[0], network.Pool)):
-                    raise Declined(f"{name} must be followed by an average over all pixels")
-                _take_average(layers)
-                averaged = True
-                yield name, _pool(layer)
-            case network.Classifier(name, linear):
-                if not averaged:
-                    raise Declined(f"{name} must follow an average over all pixels")
-                bias = None if linear.bias is None else linear.bias.detach().float()
-                weight = linear.weight.detach().clone()
-                yield name, Linear(linear.in_features, linear.out_features, weight, bias)
-            case network.Pool(name):
-                layers.insert(0, layer)
-                _take_average(layers)
-                if channels is None:
-                    raise Declined(f"{name} must follow a block")
-                averaged = True
-                yield name, Pool(channels, channels, None, None, NO_CLIP)
-            case network.Flatten(name):
-                raise Declined(f"{name} must follow an average over all pixels")
-
-
-def _take_average(layers: list[network.Layer]) -> None:
-    """Remove an average over pixels and its flattening from the front."""
-    pool = layers.pop(0)
-    if pool.keeps_dims:
-        if not (layers and isinstance(layers[0], network.Flatten)):
-            raise Declined(f"{pool.name} must be flattened")
-        layers.pop(0)
-
-
-def _folded(convolution: network.Convolution) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        return fold_conv_norm(convolution.stage)
-
-
-def _stem(convolution: network.Convolution) -> Stem:
-    conv, padding = convolution.stage.conv, convolution.padding
-    found = (conv.kernel_size, conv.stride, conv.dilation, conv.groups)
-    if found != ((3, 3), (2, 2), (1, 1), 1) or max(padding) > 2:
-        raise Declined(
-            f"{convolution.name} must be a 3x3 convolution with stride 2, dilation 1, 1 group and"
-            f" at most 2 zeros around its input, got kernel_size={found[0]}, stride={found[1]},"
-            f" dilation={found[2]}, groups={found[3]}, padding={padding}"
-        )
-    weight, bias = _folded(convolution)
-    weight = weight.permute(3, 2, 1, 0).contiguous()
-    return Stem(conv.in_channels, conv.out_channels, padding, weight, bias, convolution.stage.clip)
-
-
-def _pool(convolution: network.Convolution) -> Pool:
-    conv, padding = convolution.stage.conv, convolution.padding
-    found = (conv.kernel_size, conv.stride, conv.groups, padding)
-    if found != ((1, 1), (1, 1), 1, (0, 0, 0, 0)):
-        raise Declined(
-            f"{convolution.name} must be a 1x1 convolution with stride 1, 1 group and no padding,"
-            f" got kernel_size={found[0]}, stride={found[1]}, groups={found[2]},"
-            f" padding={found[3]}"
-        )
-    weight, bias = _folded(convolution)
-    weight = weight[:, :, 0, 0].t().contiguous()
-    return Pool(conv.in_channels, conv.out_channels, weight, bias, convolution.stage.clip)
-
-
-def _cast(layer: Layer, dtype: torch.dtype | None) -> Layer:
-    """The layer with weights in a dtype; biases stay in float32 at least."""
-    if dtype is None:
-        return layer
-    if isinstance(layer, Block):
-        w = layer.weights
-        tensors = {n: getattr(w, n) for n in ("w_expand", "w_dw", "w_project")}
-        cast = {n: t if t is None else t.to(dtype) for n, t in tensors.items()}
-        return replace(layer, weights=replace(w, **cast))
-    weight = layer.weight
-    return layer if weight is None else replace(layer, weight=weight.to(dtype))
-
-
-def _arrange(named: Sequence[tuple[str, Layer]], shape: Shape) -> tuple[list[str], list[Step], int]:
-    """Names, steps and the size of the arena in elements."""
-    names = [name for name, _ in named]
-    steps = [Step(layer) for _, layer in named]
-    first = steps[0].layer
-    channels = first.config.in_channels if isinstance(first, Block) else first.in_channels
-    if shape[0] != channels:
-        raise ValueError(f"plan: input_shape must have {channels} channels, got {shape}")
-    results = program.shapes(steps, shape)
-    for name, result in zip(names, results, strict=True):
-        if min(result) < 1:
-            raise ValueError(f"plan: input_shape {shape} is too small for {name}")
-    row_by_row = _row_by_row(steps, shape)
-    sizes = [_aligned(math.prod(result)) for result in results]
-    for i in range(len(steps) - 1):
-        # Tensors that shrink on the way: from the image to the first small one.
-        if row_by_row[i] and row_by_row[i + 1] and sizes[i] > sizes[i + 1]:
-            steps[i] = replace(steps[i], streams=True)
-    kept = [i for i, step in enumerate(steps[:-1]) if not step.streams]
-    in_place = {i for i in kept if row_by_row[i] and _overwrites(steps, i)}
-    # Every step finds its input at one end of the arena and leaves its result at the other, or in
-    # the place of its input.
-    arena = max((sizes[i] for i in kept), default=0)
-    for before, i in pairwise(kept):
-        if i not in in_place:
-            arena = max(arena, sizes[before] + sizes[i])
-    at_end = True
-    for i in kept:
-        at_end = at_end if i in in_place else not at_end
-        steps[i] = replace(steps[i], offset=arena - sizes[i] if at_end else 0)
-    return names, steps, arena
-
-
-def _overwrites(steps: Sequence[Step], i: int) -> bool:
-    """Whether a step can write its result over its input, which is in the arena."""
-    layer = steps[i].layer
-    from_arena = i > 0 and not steps[i - 1].streams
-    return (
-        from_arena and isinstance(layer, Block) and layer.config.residual and layer.config.expansion
-    )
-
-
-def _row_by_row(steps: Sequence[Step], shape: Shape) -> list[bool]:
-    """Which steps go through the image once, row by row, so that they can stream."""
-    weights = program.encode(steps, shape, 0).weights
-    if _C is None or any(w is not None and w.device.type != "cpu" for w in weights):
-        return [False] * len(steps)
-    apart, offset = [], 0
-    for step, result in zip(steps, program.shapes(steps, shape), strict=True):
-        apart.append(replace(step, offset=offset))
-        offset += _aligned(math.prod(result))
-    return _describe(program.encode(apart, shape, offset), 1)["row_by_row"]
-
-
-def _describe(p: Program, threads: int) -> dict:
-    if _C is None:
-        raise RuntimeError(f"plan: {missing}")
-    return _C.describe_program(p.integers, p.bounds, threads)
-
-
-def _aligned(elements: int) -> int:
-    return -(-elements // _ALIGNMENT) * _ALIGNMENT
 
 
 def _describe_layer(layer: Layer) -> str:

@@ -1,0 +1,127 @@
+"""From the layers of a recognised network to the steps of a program: weights folded and laid out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .block import NO_CLIP
+from .fold import fold_conv_norm, fold_layers
+from .fused import FusedModule
+from .program import Block, Layer, Linear, Pool, Stem
+from .recognizers import Declined, network, recognize
+
+
+def read_layers(model: nn.Module) -> list[tuple[str, Layer]]:
+    """The layers of a model in the order they run, each with its name; weights are copies.
+
+    Raises:
+        Declined: the model is no chain that a plan has steps for.
+    """
+    return list(_layers(network.read_network(model, _read_block)))
+
+
+def _read_block(module: nn.Module):
+    if not isinstance(module, FusedModule):
+        return recognize(module)
+    changed = module._watched.why_changed()
+    if changed is not None:
+        raise Declined(changed)
+    return module.block_layers
+
+
+def _layers(layers: Sequence[network.Layer]) -> Iterator[tuple[str, Layer]]:
+    layers = list(layers)
+    if not layers:
+        raise Declined("it has no layers")
+    channels = None
+    averaged = False
+    while layers:
+        layer = layers.pop(0)
+        if averaged and not isinstance(layer, network.Classifier):
+            raise Declined(f"{layer.name} must not follow an average over all pixels")
+        match layer:
+            case network.Block(name, block):
+                with torch.no_grad():
+                    weights = fold_layers(block)
+                channels = block.config.out_channels
+                yield name, Block(block.config, weights)
+            case network.Convolution(name, stage) if stage.conv.kernel_size == (3, 3):
+                yield name, _stem(layer)
+            case network.Convolution(name):
+                if not (layers and isinstance(layers[0], network.Pool)):
+                    raise Declined(f"{name} must be followed by an average over all pixels")
+                _take_average(layers)
+                averaged = True
+                yield name, _pool(layer)
+            case network.Classifier(name, linear):
+                if not averaged:
+                    raise Declined(f"{name} must follow an average over all pixels")
+                bias = None if linear.bias is None else linear.bias.detach().float()
+                weight = linear.weight.detach().clone()
+                yield name, Linear(linear.in_features, linear.out_features, weight, bias)
+            case network.Pool(name):
+                layers.insert(0, layer)
+                _take_average(layers)
+                if channels is None:
+                    raise Declined(f"{name} must follow a block")
+                averaged = True
+                yield name, Pool(channels, channels, None, None, NO_CLIP)
+            case network.Flatten(name):
+                raise Declined(f"{name} must follow an average over all pixels")
+
+
+def _take_average(layers: list[network.Layer]) -> None:
+    """Remove an average over pixels and its flattening from the front."""
+    pool = layers.pop(0)
+    if pool.keeps_dims:
+        if not (layers and isinstance(layers[0], network.Flatten)):
+            raise Declined(f"{pool.name} must be flattened")
+        layers.pop(0)
+
+
+def _folded(convolution: network.Convolution) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return fold_conv_norm(convolution.stage)
+
+
+def _stem(convolution: network.Convolution) -> Stem:
+    conv, padding = convolution.stage.conv, convolution.padding
+    found = (conv.kernel_size, conv.stride, conv.dilation, conv.groups)
+    if found != ((3, 3), (2, 2), (1, 1), 1) or max(padding) > 2:
+        raise Declined(
+            f"{convolution.name} must be a 3x3 convolution with stride 2, dilation 1, 1 group and"
+            f" at most 2 zeros around its input, got kernel_size={found[0]}, stride={found[1]},"
+            f" dilation={found[2]}, groups={found[3]}, padding={padding}"
+        )
+    weight, bias = _folded(convolution)
+    weight = weight.permute(3, 2, 1, 0).contiguous()
+    return Stem(conv.in_channels, conv.out_channels, padding, weight, bias, convolution.stage.clip)
+
+
+def _pool(convolution: network.Convolution) -> Pool:
+    conv, padding = convolution.stage.conv, convolution.padding
+    found = (conv.kernel_size, conv.stride, conv.groups, padding)
+    if found != ((1, 1), (1, 1), 1, (0, 0, 0, 0)):
+        raise Declined(
+            f"{convolution.name} must be a 1x1 convolution with stride 1, 1 group and no padding,"
+            f" got kernel_size={found[0]}, stride={found[1]}, groups={found[2]},"
+            f" padding={found[3]}"
+        )
+    weight, bias = _folded(convolution)
+    weight = weight[:, :, 0, 0].t().contiguous()
+    return Pool(conv.in_channels, conv.out_channels, weight, bias, convolution.stage.clip)
+
+
+def cast(layer: Layer, dtype: torch.dtype | None) -> Layer:
+    """The layer with weights in a dtype; biases stay in float32 at least."""
+    if dtype is None:
+        return layer
+    if isinstance(layer, Block):
+        w = layer.weights
+        tensors = {n: getattr(w, n) for n in ("w_expand", "w_dw", "w_project")}
+        cast = {n: t if t is None else t.to(dtype) for n, t in tensors.items()}
+        return replace(layer, weights=replace(w, **cast))
+    weight = layer.weight
+    return layer if weight is None else replace(layer, weight=weight.to(dtype))
