@@ -1,4 +1,4 @@
-"""From the layers of a recognised network to the steps of a program: weights folded and laid out."""
+"""From the layers of a recognised network to the steps of a program: folded and laid out."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
