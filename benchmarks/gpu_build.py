@@ -1,7 +1,9 @@
 """Part `build` of the GPU suite: the extension with its CUDA kernels, compiled in place."""
 
+import os
 import re
 import sys
+from pathlib import Path
 from time import perf_counter
 
 from .gpu_checks import TAIL, child
@@ -29,7 +31,11 @@ def run_build(context: Context) -> None:
     code, output = child(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         context.left(),
+        # ninja, without which the files are compiled one after another, stands beside Python.
+        PATH=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
         MAX_JOBS=str(JOBS),
+        MNV2_KERNELS_SKIP_CPP="0",
+        TORCH_CUDA_ARCH_LIST="",
         MNV2_KERNELS_FORCE_BUILD="1",
         MNV2_KERNELS_CUDA="1",
     )

@@ -79,16 +79,23 @@ def run_tests(context: Context) -> None:
         context.keep([{"suite": "gpu_tests", "exit_code": code, "output": output[-TAIL:]}])
         return
     command += ["-p", "benchmarks.device_tests"]
+    rounds = [[]]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", "8"]
+        # What needs most of the memory runs alone.
+        rounds = [["-n", "8", "-m", "not serial"], ["-m", "serial"]]
+    code, output = 0, ""
     with tempfile.TemporaryDirectory() as folder:
-        code, output = child(
-            command,
-            context.left() - END_SECONDS,
-            MNV2_DEVICE_TESTS=folder,
-            # The device machine need not have a compiler for the CPU's kernels.
-            MNV2_KERNELS_SKIP_CPP="1",
-        )
+        for options in rounds:
+            if code is None:
+                break
+            ended, said = child(
+                [*command, *options],
+                context.left() - END_SECONDS,
+                MNV2_DEVICE_TESTS=folder,
+                # The device machine need not have a compiler for the CPU's kernels.
+                MNV2_KERNELS_SKIP_CPP="1",
+            )
+            code, output = None if ended is None else code or ended, output + said
         tests, launches = kept(Path(folder))
     counts = count(tests)
     wrong = complaints(code, counts, launches)

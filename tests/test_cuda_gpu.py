@@ -192,6 +192,8 @@ def test_a_call_waits_for_its_own_stream_and_for_no_gpu(case, dtype):
     torch.cuda.synchronize()
     with torch.cuda.stream(stream), no_synchronisation():
         late = torch.zeros_like(x)
+        # Memory for the result is there then: to get it can wait for the GPU.
+        run(late, weights, **case.settings)
         torch.cuda._sleep(50_000_000)
         late.copy_(x)
         y = run(late, weights, **case.settings)

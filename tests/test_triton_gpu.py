@@ -28,6 +28,7 @@ each_case = pytest.mark.parametrize("case", BLOCKS, ids=lambda case: case.id)
 
 
 def needs_memory(gib: int) -> None:
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < gib * GIB:
         pytest.skip(f"needs {gib} GiB of GPU memory, {free / GIB:.0f} are free")
@@ -130,12 +131,14 @@ def test_seventy_thousand_images():
         check_repeated(Case(BlockConfig(16, 96, 16, residual=True), 3, 4), 70_000, dtype)
 
 
+@pytest.mark.serial
 def test_hidden_tensors_beyond_31_bits():
     """The expanded tensor, were there one, would hold 3.1 * 10**9 elements."""
     needs_memory(6)
     check_repeated(Case(BlockConfig(16, 960, 16), 224, 224), 64, torch.float16)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("expansion", [True, False])
 def test_x_beyond_31_bits(expansion):
     needs_memory(14)
@@ -144,6 +147,7 @@ def test_x_beyond_31_bits(expansion):
     check_repeated(case, count, torch.float16)
 
 
+@pytest.mark.serial
 def test_one_image_beyond_31_bits():
     """2.2 * 10**9 elements in the rows of one image; rows far down are those of a small one."""
     needs_memory(14)

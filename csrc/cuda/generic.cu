@@ -258,7 +258,7 @@ cudaError_t run_sizes(const Call& call, const Device& device, cudaStream_t strea
     // Many more blocks than run at a time, so that none of them comes late.
     const Grid grid{std::min<int64_t>(arguments.items, device.multiprocessors * int64_t{32}),
                     kGenericThreads, tile.end};
-    return launch(inverted_residual_generic<T, Sizes>, grid, stream, arguments);
+    return launch(inverted_residual_generic<T, Sizes>, grid, device, stream, arguments);
 }
 
 template <class T>

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "call.h"
+
 namespace mnv2::cuda {
 
 struct Grid {
@@ -22,15 +24,16 @@ struct Grid {
 #else
 namespace mnv2::cuda {
 
-// Runs `kernel` on a stream. Synchronises nothing and allocates nothing, so it can be captured in a
-// CUDA graph.
+// Runs `kernel` on a stream of the current device. Synchronises nothing and allocates nothing, so
+// it can be captured in a CUDA graph.
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
-                   Arguments&&... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, const Device& device,
+                   cudaStream_t stream, Arguments&&... arguments) {
     if (grid.blocks < 1 || grid.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     if (grid.shared_bytes > 48 << 10) {
+        // Always the same limit: another thread may be about to launch with more than this one.
         const cudaError_t error = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
         if (error != cudaSuccess) return error;
     }
     cudaLaunchConfig_t config{};

@@ -153,7 +153,8 @@ cudaError_t launch_patch(PatchCall arguments, const Device& device, cudaStream_t
     const int resident = std::min(blocks, device.shared_bytes / shared_bytes);
     const Grid grid{std::min(arguments.tiles, resident * device.multiprocessors), kPatchThreads,
                     shared_bytes};
-    return launch(inverted_residual_patch<T, Sizes, HalfSums, blocks>, grid, stream, arguments);
+    return launch(inverted_residual_patch<T, Sizes, HalfSums, blocks>, grid, device, stream,
+                  arguments);
 }
 
 template <class T, bool HalfSums>

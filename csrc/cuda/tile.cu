@@ -76,16 +76,21 @@ cudaError_t launch_tile(const Call& call, const Device& device, cudaStream_t str
     const TileCall arguments{call, known_plan(call, call.element, device),
                              pair_clip<T>(call.clip_expand), pair_clip<T>(call.clip_dw)};
     const TilePlan& plan = arguments.plan;
+    if (plan.end == 0) return cudaErrorInvalidConfiguration;
     const Grid grid{count_tiles(call, plan) * plan.groups, plan.threads(), plan.end, plan.cluster};
     if (plan.cluster > 1)
-        return launch(inverted_residual_tile_cluster<T, Kernel, HalfSums>, grid, stream, arguments);
+        return launch(inverted_residual_tile_cluster<T, Kernel, HalfSums>, grid, device, stream,
+                      arguments);
     switch (plan.n_tiles) {
         case 2:
-            return launch(inverted_residual_tile<T, Kernel, HalfSums, 2>, grid, stream, arguments);
+            return launch(inverted_residual_tile<T, Kernel, HalfSums, 2>, grid, device, stream,
+                          arguments);
         case 3:
-            return launch(inverted_residual_tile<T, Kernel, HalfSums, 3>, grid, stream, arguments);
+            return launch(inverted_residual_tile<T, Kernel, HalfSums, 3>, grid, device, stream,
+                          arguments);
         default:
-            return launch(inverted_residual_tile<T, Kernel, HalfSums, 4>, grid, stream, arguments);
+            return launch(inverted_residual_tile<T, Kernel, HalfSums, 4>, grid, device, stream,
+                          arguments);
     }
 }
 

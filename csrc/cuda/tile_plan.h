@@ -8,12 +8,12 @@
 
 namespace mnv2::cuda {
 
-constexpr int kTileRowsOfMatrices = 4;       // matrices of 16 pixels that a warp projects
-constexpr int kTileClusterWarps = 8;         // of a block in a cluster
-constexpr int kTileStrip = 2;                // output pixels side by side of one depthwise job
-constexpr int kTileUnitPixels = 32;          // of the piece that a warp expands at a time
-constexpr int kTilePlacesHead = 16;          // bytes before the places of pixels
-constexpr int kTileSharedBytes = 163 << 10;  // of a block on every GPU of capability 8.0 and 9.0
+constexpr int kTileRowsOfMatrices = 4;      // matrices of 16 pixels that a warp projects
+constexpr int kTileClusterWarps = 8;        // of a block in a cluster
+constexpr int kTileStrip = 2;               // output pixels side by side of one depthwise job
+constexpr int kTileUnitPixels = 32;         // of the piece that a warp expands at a time
+constexpr int kTilePlacesHead = 16;         // bytes before the places of pixels
+constexpr int kTileSharedBytes = 99 << 10;  // of a block on every GPU of capability 8.0 and later
 
 // Channels of one depthwise job: as many as leave registers for the sums of the projection.
 constexpr int tile_job_channels(bool half_sums) { return half_sums ? 4 : 2; }

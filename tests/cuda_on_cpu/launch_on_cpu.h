@@ -11,7 +11,7 @@
 namespace mnv2::cuda {
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t,
+cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, const Device&, cudaStream_t,
                    Arguments&&... arguments) {
     static_assert((std::is_trivially_copyable_v<Parameters> && ...));
     static_assert((sizeof(Parameters) + ... + 0) <= 4096);
