@@ -1,20 +1,23 @@
-"""A whole MobileNetV2 1.0 at 224x224, its blocks fused, against the same network unfused."""
+"""A whole MobileNetV2 1.0 at 224x224: as a plan, with its blocks fused, and unfused."""
 
 import pytest
 import torch
 
-from mnv2_kernels import cost
+from mnv2_kernels import cost, memory_report, plan
 from mnv2_kernels.timing import num_threads
 
 from . import harness
 from .bench_block import THREADS
 
 
-@pytest.mark.parametrize("batch", (1, 8))
+@pytest.mark.parametrize("batch", (1, 8, 32))
 @pytest.mark.parametrize("threads", THREADS)
 def test_network(benchmark, record, request, threads, batch):
     name, model = harness.network()
-    models = harness.providers(model)
+    planned = plan(model, (3, 224, 224))
+    models = {"planned": planned, **harness.providers(model)}
+    with num_threads(threads):
+        planned_bytes = memory_report.planned_bytes(planned, batch)
     if request.config.getoption("--compile"):
         models["compiled"] = torch.compile(models["folded"])
     x = harness.image(3, 224, batch)
@@ -24,12 +27,13 @@ def test_network(benchmark, record, request, threads, batch):
         expected=harness.truth(model, x),
         flops=2 * cost.network_multiply_adds(batch=batch),
         threads=threads,
-        rounds=21 if batch == 1 else 9,
+        rounds={1: 21, 8: 9, 32: 5}[batch],
         repeats=3 if batch == 1 else 1,
         computed_peaks={
             execution: cost.network_peak_bytes(execution=execution, batch=batch)
             for execution in cost.EXECUTIONS
-        },
+        }
+        | {"planned": planned_bytes},
         suite="network",
         model=name,
         resolution=224,

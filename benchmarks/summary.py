@@ -123,4 +123,7 @@ def acceptance(rows: list[Row]) -> list[Row]:
             where = f"threads {row['threads']}, batch {row['batch']}"
             ratio = row["speedup"]["folded"]
             add(f"{row['model']}, {where}: speed-up over folded eager", ratio, "x")
+        if row["suite"] == "network" and row["provider"] == "planned":
+            where = f"threads {row['threads']}, batch {row['batch']}"
+            add(f"{row['model']}, {where}: plan over fused", row["speedup"]["fused"], "x")
     return found
