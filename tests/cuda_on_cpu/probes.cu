@@ -453,6 +453,7 @@ extern "C" int mnv2_probe(const char* name, int broken, int number, const uint32
     using namespace mnv2::cuda;
     for (const Entry& entry : entries)
         if (strcmp(entry.name, name) == 0)
-            return launch(entry.kernel, entry.grid, nullptr, Probe{broken != 0, number, in, out});
+            return launch(entry.kernel, entry.grid, Device{}, nullptr,
+                          Probe{broken != 0, number, in, out});
     return -1;
 }
