@@ -9,9 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from mnv2_kernels import InvertedResidual, cost, mobilenet_v2
 from mnv2_kernels.block import BlockConfig, mobilenet_v2_block_inputs
 from mnv2_kernels.memory import peak_bytes
+from mnv2_kernels.named_models import import_torchvision
 from mnv2_kernels.timing import fma_peak, interleave, num_threads, quartiles, speedup
 from mnv2_kernels.variants import plain, variants
 
@@ -31,7 +30,6 @@ RESULTS = Path(__file__).parent / "results"
 BLOCKS = list(mobilenet_v2_block_inputs())
 # Of the largest value. Float32 is near 1e-6; a tap or a channel too few is above 1e-2.
 TOLERANCE = 1e-4
-_KEPT_ALIVE: list[torch.library.Library] = []
 
 
 def distinct_blocks() -> dict[tuple[BlockConfig, int], list[int]]:
@@ -73,23 +71,13 @@ def network() -> tuple[str, nn.Module]:
     """(name, MobileNetV2 1.0 with random weights): torchvision's where it can be imported."""
     torch.manual_seed(0)
     try:
-        name, model = "torchvision mobilenet_v2", _torchvision_models().mobilenet_v2()
+        name, model = (
+            "torchvision mobilenet_v2",
+            import_torchvision("torchvision.models").mobilenet_v2(),
+        )
     except ImportError:
         name, model = "mnv2_kernels mobilenet_v2", mobilenet_v2()
     return name, randomise_norms(model, torch.randn(4, 3, 96, 96))
-
-
-def _torchvision_models() -> ModuleType:
-    """torchvision.models, also where torchvision's compiled operators do not fit this torch."""
-    try:
-        return import_module("torchvision.models")
-    except RuntimeError:
-        # Importing it needs nothing but the names of these two operators.
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        _KEPT_ALIVE.append(library)
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return import_module("torchvision.models")
 
 
 def providers(model: nn.Module) -> dict[str, nn.Module]:

@@ -40,16 +40,6 @@ void print_once(const BlockArgs& args, const Schedule& schedule) {
         std::fprintf(stderr, "mnv2 %s %s\n", kernel().name, line.c_str());
 }
 
-// Hidden channels [begin, end) of a group; whole vectors in all groups but the last.
-std::pair<int64_t, int64_t> hidden_range(const BlockArgs& args, const Schedule& schedule,
-                                         int64_t group) {
-    const int64_t lanes = kernel().lanes;
-    const int64_t vectors = (args.hidden_channels + lanes - 1) / lanes;
-    const int64_t begin = group * vectors / schedule.hidden_groups * lanes;
-    const int64_t end = (group + 1) * vectors / schedule.hidden_groups * lanes;
-    return {begin, std::min(end, args.hidden_channels)};
-}
-
 // One call: how its images, bands of rows and hidden groups are shared among the threads.
 struct Job {
     const BlockArgs& args;
@@ -76,7 +66,8 @@ struct Job {
         tile.x = {x_of(image), args.H, args.W * args.in_channels};
         tile.y = {sums, args.H_out, args.W_out * args.out_channels};
         tile.row_begin = row_begin, tile.row_end = row_end;
-        std::tie(tile.hidden_begin, tile.hidden_end) = hidden_range(args, schedule, group);
+        std::tie(tile.hidden_begin, tile.hidden_end) =
+            hidden_range(args, schedule, kernel().lanes, group);
         tile.starts_with_bias = group == 0;
         tile.finishes = schedule.hidden_groups == 1;
         for (int64_t col = 0; col < args.W_out; col += schedule.strip_cols) {

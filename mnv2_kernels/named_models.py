@@ -51,7 +51,7 @@ def _own(name: str, width_mult: float | None) -> nn.Module:
 
 def _of_torchvision(name: str, width_mult: float | None) -> nn.Module:
     require("torchvision")
-    models = _import("torchvision.models")
+    models = import_torchvision("torchvision.models")
     if name not in models.list_models():
         raise UnknownModel(f"--model must be a model that torchvision has, got {name}")
     if width_mult is None:
@@ -63,7 +63,7 @@ def _of_torchvision(name: str, width_mult: float | None) -> nn.Module:
 
 def _of_timm(name: str, width_mult: float | None) -> nn.Module:
     require("timm", "torchvision")
-    _import("torchvision")
+    import_torchvision("torchvision")
     timm = import_module("timm")
     if not timm.is_model(name):
         raise UnknownModel(f"--model must be a model that timm has, got {name}")
@@ -72,7 +72,7 @@ def _of_timm(name: str, width_mult: float | None) -> nn.Module:
     return timm.create_model(name, pretrained=False)
 
 
-def _import(name: str) -> ModuleType:
+def import_torchvision(name: str) -> ModuleType:
     """A module of torchvision, also where its compiled operators do not fit this torch."""
     try:
         return import_module(name)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import LAYOUTS, Case, expect, why_wrong
 from test_cuda_op import arguments, blocks_of, kernel_of, odd_view
-from test_triton_gpu import GIB, check_repeated, needs_memory, unasked
+from test_triton_gpu import GIB, check_allocations, check_repeated, needs_memory, unasked
 from triton_cases import DEVICE, DTYPES, HAS_GPU, dtype_name, make_inputs
 
 from mnv2_kernels import InvertedResidual, fuse, inverted_residual
@@ -213,15 +213,7 @@ def no_synchronisation():
 
 @each_case
 def test_only_the_result_is_allocated(case, dtype):
-    x, weights = make_inputs(replace(case, batch=8), dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
-    run(x, weights, **case.settings)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-    torch.cuda.reset_peak_memory_stats()
-    y = run(x, weights, **case.settings)
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_stats()["requested_bytes.all.peak"] - before == y.nbytes
+    check_allocations(run, replace(case, batch=8), dtype)
 
 
 def test_a_network_of_blocks_in_one_stream():

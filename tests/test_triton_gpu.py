@@ -221,7 +221,11 @@ def test_a_call_never_waits_for_the_gpu(case, no_synchronisation):
 @each_dtype
 @each_case
 def test_only_the_result_is_allocated(case, dtype):
-    case = replace(case, batch=8)
+    check_allocations(run, replace(case, batch=8), dtype)
+
+
+def check_allocations(run, case: Case, dtype: torch.dtype) -> None:
+    """A call of `run` takes memory for its result and for nothing else."""
     x, weights = make_inputs(case, dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     run(x, weights, **case.settings)

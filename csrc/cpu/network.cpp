@@ -149,21 +149,13 @@ struct Run {
 
     float* lines_of(int64_t thread) const { return lines + thread * lines_size; }
 
-    // Hidden channels [begin, end) of a group; whole vectors in all groups but the last.
-    static std::pair<int64_t, int64_t> hidden_range(const BlockStep& block, int64_t lanes,
-                                                    int64_t group) {
-        const int64_t vectors = (block.args.hidden_channels + lanes - 1) / lanes;
-        const int64_t groups = block.schedule.hidden_groups;
-        return {group * vectors / groups * lanes,
-                std::min((group + 1) * vectors / groups * lanes, block.args.hidden_channels)};
-    }
-
     void block_in_groups(const BlockStep& block, const float* x, float* y) const {
         const BlockArgs& args = block.args;
         const ScratchLayout layout = scratch_layout(args, block.schedule, kernel.lanes);
         float* const partial = lines + layout.partial;
         const auto group_of = [&](int64_t group, int64_t thread) {
-            const auto [hidden_begin, hidden_end] = hidden_range(block, kernel.lanes, group);
+            const auto [hidden_begin, hidden_end] =
+                hidden_range(args, block.schedule, kernel.lanes, group);
             const Tile tile{{x, args.H, args.W * args.in_channels},
                             {group == 0 ? y : partial, args.H_out, args.W_out * args.out_channels},
                             0,

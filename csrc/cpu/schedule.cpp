@@ -34,6 +34,14 @@ Ring ring_of(const BlockArgs& args, int64_t rows_per_step) {
     return {window, new_rows, one_step ? window : round_up(window, new_rows)};
 }
 
+std::pair<int64_t, int64_t> hidden_range(const BlockArgs& args, const Schedule& schedule,
+                                         int64_t lanes, int64_t group) {
+    const int64_t vectors = ceil_div(args.hidden_channels, lanes);
+    const int64_t begin = group * vectors / schedule.hidden_groups * lanes;
+    const int64_t end = (group + 1) * vectors / schedule.hidden_groups * lanes;
+    return {begin, std::min(end, args.hidden_channels)};
+}
+
 bool reads_x_in_place(const BlockArgs& args, int64_t lanes) {
     return !args.expansion && args.in_channels % lanes == 0;
 }

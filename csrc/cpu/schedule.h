@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include "../block.h"
 
@@ -49,6 +50,10 @@ struct ScratchLayout {
     int64_t partial;    // sums of all hidden groups but the first, of one image
     int64_t total;
 };
+
+// Hidden channels [begin, end) of a group; whole vectors in all groups but the last.
+std::pair<int64_t, int64_t> hidden_range(const BlockArgs& args, const Schedule& schedule,
+                                         int64_t lanes, int64_t group);
 
 // The block has no expansion and x can be read where it stands.
 bool reads_x_in_place(const BlockArgs& args, int64_t lanes);

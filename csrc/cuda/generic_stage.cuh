@@ -1,6 +1,7 @@
 // How x and the weights get into shared memory for the generic kernel: element by element, since
 // nothing is known of alignment, and as floats. What a tensor does not have is zero there.
 #pragma once
+#include "bias.cuh"
 #include "generic_plan.h"
 #include "ptx.h"
 
@@ -122,10 +123,6 @@ MNV2_DEVICE void stage_weight(const void* weight, int64_t first_row, int rows, i
             if (r + i * kStep < rows)
                 store_shared<float>(to + ((r + i * kStep) * Cols + col) * 4, values[i]);
     }
-}
-
-MNV2_DEVICE float bias_or_zero(const float* bias, int64_t channel, int64_t channels) {
-    return bias != nullptr && channel < channels ? bias[channel] : 0.f;
 }
 
 // Taps and, behind them, the biases of the depthwise and of the expansion, for one chunk.

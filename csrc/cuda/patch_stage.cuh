@@ -1,5 +1,6 @@
 // How weights and x get into shared memory for the patch kernel.
 #pragma once
+#include "bias.cuh"
 #include "call.h"
 #include "patch_plan.h"
 #include "ptx.h"
@@ -18,10 +19,6 @@ struct Constants<__nv_bfloat16> {
     static constexpr Pair kOnes = 0x3f803f80;
     static constexpr float kLargest = 3.3895314e38f;
 };
-
-MNV2_DEVICE float bias_or_zero(const float* bias, int64_t channel, int64_t channels) {
-    return bias != nullptr && channel < channels ? bias[channel] : 0.f;
-}
 
 template <class T>
 MNV2_DEVICE float nearest_finite(float value) {
