@@ -25,7 +25,7 @@ from .extension import module as _C
 from .fuse import fuse
 from .modules import mobilenet_v2
 from .named_models import UnknownModel, named_model
-from .plan import plan
+from .plan import plan, why_not_on_cpu
 from .pretrained import MissingPackage, WrongWeights, efficientnet_lite0, require
 from .timing import num_threads
 from .variants import plain, variants
@@ -190,12 +190,14 @@ def memory(options: argparse.Namespace) -> int:
     if options.figure is not None:
         require("matplotlib")
     model = named_model(options.model, options.width)
-    size = options.resolution
+    size, dtype = options.resolution, getattr(torch, options.dtype)
+    # What the kernels do not run has the schedule of the model's own dtype.
+    runs = why_not_on_cpu(dtype) is None
     try:
-        schedule = plan(model, (3, size, size))
+        schedule = plan(model, (3, size, size), dtype=dtype if runs else None)
     except ValueError as error:
         raise CannotRun(str(error)) from error
-    report = memory_report.measure(options.model, model, schedule, options.batch)
+    report = memory_report.measure(options.model, model, schedule, options.batch, dtype)
     _print_memory(report)
     if options.json is not None:
         report.write_json(options.json)
@@ -210,8 +212,9 @@ def memory(options: argparse.Namespace) -> int:
 def _print_memory(report: memory_report.MemoryReport) -> None:
     shape = "x".join(map(str, report.x_shape))
     steps = Table(
-        title=f"{report.model}, {shape}, threads: {report.threads}: KiB held in each step",
-        caption="computed / measured; input and result included, weights not",
+        title=f"{report.model}, {shape}, {report.dtype_name}, threads: {report.threads}",
+        caption="KiB held in each step, computed / measured; input and result included, weights"
+        " not",
     )
     for heading in ("step", *report.executions):
         steps.add_column(heading, justify="left" if heading == "step" else "right")
@@ -227,11 +230,18 @@ def _print_memory(report: memory_report.MemoryReport) -> None:
         peaks.add_column(heading, justify="left" if heading == "execution" else "right")
     eager = report.executions["eager"].peak_measured
     for name, held in report.executions.items():
-        of_eager = f"{held.peak_measured / eager:.1%}"
-        peaks.add_row(name, f"{held.peak_computed:,}", f"{held.peak_measured:,}", of_eager)
+        peak = held.peak_measured
+        seen, of_eager = ("-", "-") if peak is None else (f"{peak:,}", f"{peak / eager:.1%}")
+        peaks.add_row(name, f"{held.peak_computed:,}", seen, of_eager)
     console = _console()
     console.print(steps)
     console.print(peaks)
+    reasons: dict[str, list[str]] = {}
+    for name, held in report.executions.items():
+        if held.why_not_measured is not None:
+            reasons.setdefault(held.why_not_measured, []).append(name)
+    for reason, names in reasons.items():
+        print(f"{' and '.join(names)}: not measured: {reason}; line buffers are float32's.")
     print(
         "computed: exact for planned; without the scratch of kernels for the others, and without"
         " what\nmodules inside a block hold for longer than they need it.\n"
@@ -317,6 +327,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--batch", type=count, default=1, help="images at once")
         command.add_argument("--resolution", type=count, default=224, help="rows and columns")
     command = commands.choices["memory"]
+    command.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of weights, images and result",
+    )
     command.add_argument(
         "--model",
         default="mobilenet_v2",

@@ -7,6 +7,7 @@ counted.
 
 import json
 import math
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from . import cost, step_memory
 from .figures import Panel, Timeline, draw
 from .memory import live_bytes
-from .plan import Plan
+from .plan import Plan, why_not_on_cpu
 from .variants import fused_blocks, variants
 
 EXECUTIONS = (*cost.EXECUTIONS, "planned")
@@ -32,20 +33,22 @@ class Memory:
     have scratch and modules hold tensors inside a block; without the kernels' scratch for fused;
     exact for planned. measured: by step, most that the allocator's events show;
     None for a step that is no module by itself, whose events count to the step before it.
-    timeline: all that they show; position i is where step i began.
+    timeline: all that they show; position i is where step i began. why_not_measured: the sentence
+    where the kernels do not run this dtype, so that nothing is measured.
     """
 
     computed: list[int]
     measured: list[int | None]
     timeline: Timeline
+    why_not_measured: str | None = None
 
     @property
     def peak_computed(self) -> int:
         return max(self.computed)
 
     @property
-    def peak_measured(self) -> int:
-        return max(bytes_ for bytes_ in self.measured if bytes_ is not None)
+    def peak_measured(self) -> int | None:
+        return max((bytes_ for bytes_ in self.measured if bytes_ is not None), default=None)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class MemoryReport:
 
     model: str
     x_shape: tuple[int, ...]
+    dtype: torch.dtype
     threads: int
     steps: list[str]
     executions: dict[str, Memory]
@@ -61,6 +65,10 @@ class MemoryReport:
     arena_bytes: int
     line_bytes: int
     weight_bytes: int
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     def write_json(self, path: Path) -> None:
         """Write every figure, in bytes, as one JSON object.
@@ -71,7 +79,7 @@ class MemoryReport:
         document = {
             "model": self.model,
             "x_shape": self.x_shape,
-            "dtype": "float32",
+            "dtype": self.dtype_name,
             "threads": self.threads,
             "paper_bound_bytes": self.paper_bound,
             "plan": {"arena_bytes": self.arena_bytes, "line_bytes": self.line_bytes},
@@ -83,6 +91,7 @@ class MemoryReport:
                     "peak_bytes": memory.peak_measured,
                     "computed_by_step": memory.computed,
                     "by_step": memory.measured,
+                    "why_not_measured": memory.why_not_measured,
                 }
                 for name, memory in self.executions.items()
             },
@@ -90,63 +99,83 @@ class MemoryReport:
         path.write_text(json.dumps(document, indent=2) + "\n")
 
     def figure(self, path: Path) -> None:
-        """Draw the live bytes of every execution over the steps, and the paper's bound.
+        """Draw the live bytes of every measured execution over the steps, and the paper's bound.
 
         Raises:
             MissingPackage: matplotlib is not installed.
             OSError, ValueError: as `figures.draw`.
         """
-        title = f"{self.model}, {'x'.join(map(str, self.x_shape))}"
-        timelines = {name: memory.timeline for name, memory in self.executions.items()}
+        title = f"{self.model}, {'x'.join(map(str, self.x_shape))}, {self.dtype_name}"
+        timelines = {
+            name: memory.timeline
+            for name, memory in self.executions.items()
+            if memory.why_not_measured is None
+        }
         draw([Panel(title, timelines, {"paper's M(G)": self.paper_bound}, "step")], path)
 
 
 @torch.inference_mode()
-def measure(name: str, model: nn.Module, plan: Plan, batch: int = 1) -> MemoryReport:
+def measure(
+    name: str, model: nn.Module, plan: Plan, batch: int = 1, dtype: torch.dtype = torch.float32
+) -> MemoryReport:
     """Run every execution on one random input and hold what it held beside what it should.
 
     Args:
         name: of the model, for the report.
-        model: a float32 model on the CPU.
-        plan: of that model.
+        model: a model on the CPU.
+        plan: of that model, in `dtype`; in another one where the kernels do not run `dtype`, and
+            then fused and planned are computed alone, with the plan's line buffers as they are.
+        dtype: of weights, images and result.
     """
-    x = torch.randn(batch, *plan.input_shape).contiguous(memory_format=torch.channels_last)
-    of_callers = held_by_callers(model, plan, batch)
+    why_not = why_not_on_cpu(dtype)
+    if why_not is None and plan.dtype != dtype:
+        raise ValueError(f"measure: plan must be one of {dtype}, got one of {plan.dtype}")
+    itemsize = dtype.itemsize
+    sizes = {"batch": batch, "itemsize": itemsize}
+    x = torch.randn(batch, *plan.input_shape).to(dtype, memory_format=torch.channels_last)
+    of_callers = held_by_callers(model, plan, **sizes)
+    model = deepcopy(model).to(dtype)
     found = {}
     for execution, copy in executions(model).items():
-        held = timeline(copy, plan.names, x)
         computed = step_memory.live_bytes(
-            plan.steps, plan.input_shape, execution=execution, batch=batch
+            plan.steps, plan.input_shape, execution=execution, **sizes
         )
         computed = [a + b for a, b in zip(computed, of_callers, strict=True)]
-        found[execution] = _memory(computed, held)
-    plan(x)
-    # A call holds the same from its first step to its last.
-    peak = x.nbytes + max(live_bytes(lambda: plan(x)))
-    computed = [planned_bytes(plan, batch)] * len(plan.steps)
-    found["planned"] = _memory(computed, [[peak] for _ in plan.steps])
+        reason = why_not if execution == "fused" else None
+        held = timeline(copy, plan.names, x) if reason is None else None
+        found[execution] = _memory(computed, held, reason)
+    computed = [planned_bytes(plan, **sizes)] * len(plan.steps)
+    found["planned"] = _memory(computed, None, why_not)
+    if why_not is None:
+        plan(x)
+        # A call holds the same from its first step to its last.
+        peak = x.nbytes + max(live_bytes(lambda: plan(x))) + plan.owned_bytes
+        found["planned"] = _memory(computed, [[peak] for _ in plan.steps])
     return MemoryReport(
         model=name,
         x_shape=tuple(x.shape),
+        dtype=dtype,
         threads=torch.get_num_threads(),
         steps=list(plan.names),
         executions=found,
-        paper_bound=step_memory.paper_bound(plan.steps, plan.input_shape, batch=batch),
-        arena_bytes=plan.arena_bytes,
+        paper_bound=step_memory.paper_bound(plan.steps, plan.input_shape, **sizes),
+        arena_bytes=_elements(plan, plan.arena_bytes) * itemsize,
         line_bytes=plan.line_bytes(torch.get_num_threads()),
         weight_bytes=sum(p.nbytes for p in (*model.parameters(), *model.buffers())),
     )
 
 
-def planned_bytes(plan: Plan, batch: int = 1) -> int:
+def planned_bytes(plan: Plan, batch: int = 1, itemsize: int | None = None) -> int:
     """Bytes that a call of the plan on the CPU holds at PyTorch's number of threads, input and
-    result included.
+    result included. Tensors between the steps are of `itemsize` bytes a number, None for those of
+    the plan's dtype; line buffers and scratch are the plan's.
     """
     threads = torch.get_num_threads()
+    itemsize = plan.dtype.itemsize if itemsize is None else itemsize
     return step_memory.planned_bytes(
-        image=plan.dtype.itemsize * math.prod(plan.input_shape),
-        result=plan.rows()[-1].nbytes,
-        arena=plan.arena_bytes,
+        image=itemsize * math.prod(plan.input_shape),
+        result=itemsize * _elements(plan, plan.rows()[-1].nbytes),
+        arena=itemsize * _elements(plan, plan.arena_bytes),
         lines_of_one=plan.line_bytes(1),
         lines_of_all=plan.line_bytes(threads),
         batch=batch,
@@ -154,7 +183,11 @@ def planned_bytes(plan: Plan, batch: int = 1) -> int:
     )
 
 
-def held_by_callers(model: nn.Module, plan: Plan, batch: int = 1) -> list[int]:
+def _elements(plan: Plan, nbytes: int) -> int:
+    return nbytes // plan.dtype.itemsize
+
+
+def held_by_callers(model: nn.Module, plan: Plan, batch: int = 1, itemsize: int = 4) -> list[int]:
     """Bytes, by step, of the inputs that modules around the step hold until they return.
 
     A call of a module holds its arguments, also where its first child has read them: timm's stages
@@ -174,7 +207,7 @@ def held_by_callers(model: nn.Module, plan: Plan, batch: int = 1) -> list[int]:
             if not isinstance(modules.get(module), nn.ModuleList | nn.ModuleDict)
         }
         held = sum(sizes[i] for i in inputs - {0, number})
-        found.append(batch * plan.dtype.itemsize * held)
+        found.append(batch * itemsize * held)
     return found
 
 
@@ -240,7 +273,11 @@ def _mark(*_) -> None:
     torch.empty(_MARK_BYTES, dtype=torch.uint8)
 
 
-def _memory(computed: list[int], held: list[list[int] | None]) -> Memory:
+def _memory(
+    computed: list[int], held: list[list[int] | None] | None, why_not: str | None = None
+) -> Memory:
+    if held is None:
+        return Memory(computed, [None] * len(computed), ([], []), why_not)
     positions: list[float] = []
     bytes_: list[int] = []
     for number, step in enumerate(held):

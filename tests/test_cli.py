@@ -18,6 +18,7 @@ from PIL import Image
 from mnv2_kernels import cli, demo, pretrained, verify
 from mnv2_kernels.backends import BACKENDS
 from mnv2_kernels.extension import cuda_missing
+from mnv2_kernels.plan import why_not_on_cpu
 from mnv2_kernels.variants import variants
 
 needs_cpp = pytest.mark.skipif(
@@ -247,6 +248,23 @@ def rows_of(text):
     """Cells of the rows of all tables, without their headings."""
     lines = [line for line in text.splitlines() if line.startswith("│")]
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_memory_in_half_precision(dtype, capsys, tmp_path):
+    name, file = str(dtype).removeprefix("torch."), tmp_path / "memory.json"
+    arguments = ["--resolution", "64", "--width", "0.35", "--dtype", name, "--json", str(file)]
+    assert cli.main(["memory", *arguments]) == 0
+    out, document = capsys.readouterr().out, json.loads(file.read_text())
+    assert f"mobilenet_v2, 1x3x64x64, {name}, threads: " in out and document["dtype"] == name
+    reason = why_not_on_cpu(dtype)
+    shown = {cells[0]: cells[2] for cells in rows_of(out)[20:]}
+    for execution in ("eager", "folded", "fused", "planned"):
+        peak = document["executions"][execution]["peak_bytes"]
+        left_out = reason is not None and execution in ("fused", "planned")
+        assert (shown[execution] == "-") == (peak is None) == left_out
+    assert reason is None or f"fused and planned: not measured: {reason}; " in out
 
 
 @needs_cpp

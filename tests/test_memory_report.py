@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from functools import cache
 
 import cases
@@ -16,6 +17,7 @@ from mnv2_kernels import figures, memory_report, pretrained, step_memory, timing
 from mnv2_kernels.block import BlockConfig
 from mnv2_kernels.memory import allocations
 from mnv2_kernels.named_models import UnknownModel, named_model
+from mnv2_kernels.plan import why_not_on_cpu
 from mnv2_kernels.program import Block, Linear, Pool, Stem, Step
 
 needs_cpu_kernel = pytest.mark.skipif(
@@ -242,6 +244,76 @@ def test_figures_of_issue_5():
     assert list(found.executions) == list(memory_report.EXECUTIONS)
     assert peaks == sorted(peaks, reverse=True)
     assert found.weight_bytes > 4 * sum(p.numel() for p in model.parameters())
+
+
+@needs_cpu_kernel
+@pytest.mark.parametrize(
+    "dtype, size, batch, threads",
+    [(torch.bfloat16, 224, 1, 1), (torch.bfloat16, 64, 3, 2), (torch.float16, 64, 3, 1)],
+)
+def test_half_precision(dtype, size, batch, threads):
+    """Half of float32 wherever tensors are alone; kernels that do not run it are not measured."""
+    model, single, wide = report("mobilenet_v2", 1.0, size, batch, threads)
+    reason = why_not_on_cpu(dtype)
+    with timing.num_threads(threads):
+        plan = single if reason else mk.plan(model, single.input_shape, dtype=dtype)
+        found = memory_report.measure("mobilenet_v2", model, plan, batch, dtype)
+    assert found.dtype == dtype and next(model.parameters()).dtype == torch.float32
+    assert 2 * found.arena_bytes == wide.arena_bytes
+    assert found.arena_bytes == 200_704 or size != 224
+    assert 2 * found.paper_bound == wide.paper_bound
+    for execution in ("eager", "folded", "fused"):
+        held = found.executions[execution]
+        assert [2 * n for n in held.computed] == wide.executions[execution].computed
+        if execution != "fused" or reason is None:
+            pairs = zip(held.measured, held.computed, strict=True)
+            assert all(measured >= computed for measured, computed in pairs)
+    planned = found.executions["planned"]
+    saved = wide.executions["planned"].peak_computed - planned.peak_computed
+    tensors = batch * (3 * size * size + 1000) + threads * found.arena_bytes // 2
+    if reason is None:
+        assert planned.peak_measured == planned.peak_computed
+        assert saved >= 2 * tensors
+    else:
+        assert saved == 2 * tensors
+        for execution in ("fused", "planned"):
+            held = found.executions[execution]
+            assert held.why_not_measured == reason and held.peak_measured is None
+            assert held.measured == [None] * 20
+
+
+@needs_cpu_kernel
+def test_a_plan_of_another_dtype_is_refused():
+    model, _, _ = report("mobilenet_v2", 0.35, 96, 3, 1)
+    plan = mk.plan(model, (3, 96, 96))
+    plan._program.weights[:] = [w.double() for w in plan._program.weights]
+    with pytest.raises(ValueError, match="plan must be one of torch.float32, got one of torch.fl"):
+        memory_report.measure("mobilenet_v2", model, plan)
+
+
+@needs_cpu_kernel
+def test_an_owned_arena_counts():
+    model, _, by_call = report("mobilenet_v2", 0.35, 96, 3, 1)
+    with timing.num_threads(1):
+        plan = mk.plan(model, (3, 96, 96), own_arena=True)
+        found = memory_report.measure("mobilenet_v2", model, plan, 3)
+    assert found.executions["planned"].measured == by_call.executions["planned"].measured
+
+
+@needs_cpu_kernel
+def test_figure_without_what_is_not_measured(tmp_path):
+    """No green and no blue where fused and planned are left out."""
+    model, plan, _ = report("mobilenet_v2", 0.35, 96, 3, 1)
+    found = memory_report.measure("mobilenet_v2", model, plan, 1)
+    left_out = {
+        name: memory_report.Memory(held.computed, [None] * 20, ([], []), "no kernel")
+        for name, held in found.executions.items()
+        if name in ("fused", "planned")
+    }
+    replace(found, executions=found.executions | left_out).figure(tmp_path / "memory.png")
+    colours = colours_of(tmp_path / "memory.png")
+    assert {(127, 127, 127), (255, 127, 14)} <= colours
+    assert not {(31, 119, 180), (44, 160, 44)} & colours
 
 
 @needs_cpu_kernel
