@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
-from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .backends import Block, choose, why_no_kernel
@@ -114,6 +113,9 @@ class FusedModule(nn.Module):
         """
         state = self._watched.state()
         folded = self._folded  # Read once: another thread may drop it.
+        if state is None:
+            with torch.no_grad():
+                return self._fold_arguments()
         if folded is None or folded[0] != state:
             # The aliases keep the old storages alive, so that no new tensor gets their address.
             aliases = [t.detach() for t in self._watched.tensors()]
@@ -210,16 +212,25 @@ class _Watched:
             (module, name) for tensors, name, module in self.places if tensors[name] is not None
         ]
 
-    def state(self) -> list:
-        """What changes whenever the folded weights would, as far as PyTorch counts changes."""
+    def state(self) -> list | None:
+        """What changes whenever the folded weights would, as far as PyTorch counts changes.
+
+        None where one of the tensors has no memory of its own (fake tensors, wrapper subclasses):
+        it could be replaced by another that looks the same.
+        """
         tensors = self.tensors()
+        try:
+            addresses = [*map(Tensor.data_ptr, tensors)]
+        except RuntimeError:
+            return None
+        if 0 in addresses:
+            return None
         eps = map(_eps_of, self.norms)
-        addresses = map(Tensor.data_ptr, tensors)
         try:
             return [_optimizer_steps, *eps, *addresses, *map(_version_of, tensors)]
         except RuntimeError:
             # Inference tensors count no versions: only that one is replaced can be seen.
-            return [*map(_eps_of, self.norms), *map(Tensor.data_ptr, tensors)]
+            return [*map(_eps_of, self.norms), *addresses]
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -256,8 +267,13 @@ class _FromParameters(torch.autograd.Function):
         return run(backend, x, block.folded_arguments())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        # Not `once_differentiable`: where grad_y needs no gradient that gives zeros in silence.
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "inverted_residual: create_graph=True asks for second derivatives, which are not"
+                " implemented; a model fused with backend='reference' has them"
+            )
         x, *tensors = ctx.saved_tensors
         _, _, x_needs_grad, *tensors_need_grad = ctx.needs_input_grad
         needed = (x_needs_grad, *tensors_need_grad)
