@@ -76,7 +76,9 @@ class BlockLayers:
     """The layers of one recognised block, in the order they run: what a recogniser returns.
 
     `padding` (top, left, bottom, right) is what the depthwise really sees, whatever module of the
-    original applies it. `residual` is read from the original, never inferred.
+    original applies it. `residual` is read from the original, never inferred. With `same_padding`
+    the depthwise pads as TensorFlow's SAME does at stride 2, by the size of its input; `padding`
+    is then that of even sizes.
     """
 
     expand: ConvNorm | None
@@ -84,6 +86,15 @@ class BlockLayers:
     project: ConvNorm
     residual: bool
     padding: Padding
+    same_padding: bool = False
+
+    def at(self, height: int, width: int) -> "BlockLayers":
+        """The same layers with the padding that an input of height x width gets."""
+        if not self.same_padding:
+            return self
+        kernel_size = self.depthwise.conv.kernel_size[0]
+        padding = same_padding_by_two(kernel_size, height, width)
+        return replace(self, padding=padding, same_padding=False)
 
     @property
     def config(self) -> BlockConfig:
@@ -100,6 +111,15 @@ class BlockLayers:
             padding=self.padding,
             residual=self.residual,
         )
+
+
+def same_padding_by_two(kernel_size: int, height: int, width: int) -> Padding:
+    """What TensorFlow's SAME pads at stride 2, where ceil(size / 2) rows come out.
+
+    See "Notes on padding" of tensorflow.org/api_docs/python/tf/nn.
+    """
+    rows, columns = (kernel_size - (1 if size % 2 else 2) for size in (height, width))
+    return rows // 2, columns // 2, rows - rows // 2, columns - columns // 2
 
 
 def fold_layers(layers: BlockLayers) -> FoldedWeights:

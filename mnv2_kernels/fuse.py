@@ -1,18 +1,23 @@
 """Put the fused block into models that exist: fuse, unfuse, fold.
 
 A recognised block is replaced by `FusedInvertedResidual`, which has the same children under the
-same names; nothing else in the model changes.
+same names, and an nn.Sequential with blocks among its children by `FusedSequential`, which has them
+too; nothing else in the model changes.
 """
 
 import copy
+from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
 
 from .backends import BACKENDS
+from .chained import FusedRun
 from .fold import FoldedWeights, fold_layers
-from .fused import FusedInvertedResidual, FusedModule
+from .found import find, fused_chain
+from .fused import FusedModule
 from .recognizers import Declined, check_module, recognize
+from .stand_in import StandIn
 
 
 def fuse(
@@ -46,18 +51,19 @@ def fuse(
     _check_backend(backend)
     if not inplace:
         model = copy.deepcopy(model)
-    replaced: dict[nn.Module, FusedModule] = {}
+    replaced: dict[nn.Module, StandIn] = {}
     fused: dict[str, FusedModule] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, FusedModule):
-            fused[name] = module
-            continue
-        try:
-            layers = recognize(module)
-        except Declined:
-            continue
-        if layers is not None:
-            fused[name] = replaced[module] = FusedInvertedResidual(module, layers)
+    runs: dict[nn.Module, list[FusedRun]] = defaultdict(list)
+    for found in find(model):
+        if found.fused is not None:
+            fused[found.name] = found.fused
+        elif found.layers is not None:
+            fused[found.name] = block = found.make()
+            if found.span is None:
+                replaced[found.module] = block
+            else:
+                runs[found.module].append(FusedRun(*found.span, block))
+    replaced |= {chain: fused_chain(chain, inside) for chain, inside in runs.items()}
     if verify:
         for name, block in fused.items():
             _verify(name, block, backend or block.backend)
@@ -80,7 +86,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model = copy.deepcopy(model)
     originals = {}
     for module in model.modules():
-        if isinstance(module, FusedInvertedResidual):
+        if isinstance(module, StandIn):
             module.original.training = module.training
             originals[module] = module.original
     return _replace(model, originals)
@@ -124,8 +130,8 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.M
     return replacements.get(model, model)
 
 
-# An odd and an even size: padding that depends on the size differs between them.
-_VERIFIED_SIZES = ((13, 11), (10, 12))
+# Odd and even sizes: padding that depends on the size differs between them.
+_VERIFIED_SIZES = ((13, 11), (10, 12), (9, 14))
 
 
 def _verify(name: str, block: FusedModule, backend: str | None) -> None:

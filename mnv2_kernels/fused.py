@@ -19,6 +19,7 @@ from .backends import Block, choose, why_no_kernel
 from .block import NO_CLIP, BlockConfig
 from .fold import BlockLayers, ConvNorm, fold_layers
 from .ops import op_arguments, run
+from .stand_in import StandIn
 from .tracing import is_observed, trace_symbolically
 
 
@@ -132,12 +133,16 @@ class FusedModule(nn.Module):
         """Remember what the fused forward takes for granted; the end of every constructor."""
         self.__dict__["_watched"] = _Watched(self, self.block_layers)
 
-    def train(self, mode: bool = True) -> "FusedModule":
+    def forget_folded(self) -> None:
+        """Drop the cached folded weights: the next forward folds again."""
         self.__dict__["_folded"] = None
+
+    def train(self, mode: bool = True) -> "FusedModule":
+        self.forget_folded()
         return super().train(mode)
 
     def _apply(self, *args, **kwargs) -> "FusedModule":
-        self.__dict__["_folded"] = None
+        self.forget_folded()
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict:
@@ -311,50 +316,14 @@ def _with_tensors(
     )
 
 
-class FusedInvertedResidual(FusedModule):
-    """A recognised block of another library, with the same children under the same names.
-
-    Attributes that are not found here come from the original module (`stride`, `out_channels`,
-    `use_res_connect`, `has_skip` ...), so that code which reads them goes on working.
-    """
+class FusedInvertedResidual(StandIn, FusedModule):
+    """A recognised block of another library, with the same children under the same names."""
 
     def __init__(self, original: nn.Module, layers: BlockLayers, backend: str | None = None):
-        super().__init__()
-        # Children, parameters and hooks are shared with the original, not copied: a change on
-        # either side is seen by both.
-        for name, value in list(vars(self).items()):
-            if isinstance(value, dict):
-                self.__dict__[name] = original.__dict__[name]
-        self._is_full_backward_hook = original._is_full_backward_hook
-        self.__dict__["original"] = original
+        super().__init__(original)
         self.block_layers = layers
         self.backend = backend
-        self.training = original.training
         self._watch()
-
-    def plain_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        # Not a call: the hooks, being shared, have been called already.
-        return self.original.forward(x, *args, **kwargs)
-
-    def train(self, mode: bool = True) -> "FusedInvertedResidual":
-        self.original.training = mode
-        return super().train(mode)
-
-    def _replicate_for_data_parallel(self) -> "FusedInvertedResidual":
-        replica = super()._replicate_for_data_parallel()
-        original = self.original._replicate_for_data_parallel()
-        for name in ("_modules", "_parameters", "_buffers"):
-            original.__dict__[name] = replica.__dict__[name]
-        replica.__dict__["original"] = original
-        return replica
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "original":
-                raise
-            return getattr(self.original, name)
 
     def extra_repr(self) -> str:
         return f"fused {self.config.name}, residual={self.config.residual}"

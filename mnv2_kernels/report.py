@@ -11,9 +11,11 @@ from torch import nn
 
 from .backends import BACKENDS, cuda_kernel
 from .block import BlockConfig
+from .chained import FusedChain
 from .cost import tensor_bytes
-from .fused import FusedInvertedResidual, FusedModule
-from .recognizers import Declined, check_module, recognize
+from .found import find
+from .fused import FusedModule
+from .recognizers import check_module
 
 State = Literal["fused", "plain", "fusable", "declined"]
 
@@ -80,18 +82,13 @@ def explain(model: nn.Module, *, input_shape: tuple[int, ...] | None = None) -> 
 
 
 def _rows(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> Iterator[Row]:
-    for name, module in model.named_modules():
-        if isinstance(module, FusedModule):
-            yield _row(name, "fused", module, sizes.get(name))
-            continue
-        try:
-            layers = recognize(module)
-        except Declined as reason:
-            yield Row(name, "declined", reason=str(reason))
+    for found in find(model):
+        if found.fused is not None:
+            yield _row(found.name, "fused", found.fused, sizes.get(found.first))
+        elif found.layers is not None:
+            yield _row(found.name, "fusable", found.make(), sizes.get(found.first))
         else:
-            if layers is not None:
-                block = FusedInvertedResidual(module, layers)
-                yield _row(name, "fusable", block, sizes.get(name))
+            yield Row(found.name, "declined", reason=found.reason)
 
 
 def _row(name: str, state: State, block: FusedModule, size: tuple[int, int] | None) -> Row:
@@ -101,7 +98,8 @@ def _row(name: str, state: State, block: FusedModule, size: tuple[int, int] | No
     if size is not None:
         x = weight.new_empty(()).expand(1, block.config.in_channels, *size)
         chosen_by = block.chosen_by
-        sizes = tensor_bytes(block.config, *size, itemsize=weight.element_size())
+        config = block.block_layers.at(*size).config
+        sizes = tensor_bytes(config, *size, itemsize=weight.element_size())
         saved = sizes.expanded + sizes.depthwise
     reason, backend, kernel = block.why_plain(x), None, None
     if reason is None:
@@ -125,6 +123,8 @@ def _input_sizes(model: nn.Module, input_shape: Iterable[int]) -> dict[str, tupl
     for name, module in shadow.named_modules():
         if isinstance(module, FusedModule):
             module.backend = None
+        elif isinstance(module, FusedChain):
+            module.forward = module.plain_forward
 
         def remember(module, args, name=name):
             if args and isinstance(args[0], torch.Tensor) and args[0].dim() == 4:

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .chained import FusedChain
+from .found import find
 from .fuse import fuse
 from .fused import FusedModule
+from .recognizers.layers import batch_norm_activation
 
 
 def variants(model: nn.Module) -> dict[str, nn.Module]:
@@ -29,8 +32,9 @@ def variants(model: nn.Module) -> dict[str, nn.Module]:
 def plain(model: nn.Module) -> nn.Module:
     """A copy that runs its layers one by one, also those of modules that could run fused."""
     copy = deepcopy(model)
-    for module in fused_blocks(copy).values():
-        module.forward = module.plain_forward
+    for module in copy.modules():
+        if isinstance(module, FusedModule | FusedChain):
+            module.forward = module.plain_forward
     return copy
 
 
@@ -66,15 +70,17 @@ def block_calls(
 def _fold_batch_norm(model: nn.Module) -> nn.Module:
     """Fold every batch norm into the convolution registered right before it, in place.
 
-    Modules that run fused fold theirs themselves and are left alone.
+    What runs fused folds its own and is left alone.
     """
-    own = [m for m in fused_blocks(model).values() if "forward" not in vars(m)]
-    skipped = {inner for module in own for inner in module.modules()}
+    own = [f.fused for f in find(model) if f.fused is not None and "forward" not in vars(f.module)]
+    skipped = {inner for block in own for inner in block.modules()}
     for parent in model.modules():
         if parent in skipped:
             continue
         for (name, conv), (next_name, norm) in pairwise(list(parent.named_children())):
-            if isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d:
-                setattr(parent, name, fuse_conv_bn_eval(conv, norm))
-                setattr(parent, next_name, nn.Identity())
+            if isinstance(conv, nn.Conv2d) and conv not in skipped:
+                after = batch_norm_activation(norm)
+                if after is not None and norm.running_mean is not None:
+                    setattr(parent, name, fuse_conv_bn_eval(conv, norm))
+                    setattr(parent, next_name, after)
     return model

@@ -3,12 +3,20 @@
 import torch
 from efficientnet_lite_pytorch import utils as lite_utils
 from efficientnet_lite_pytorch.model import MBConvBlock
+from segmentation_models_pytorch.encoders import _efficientnet as smp_efficientnet
 from timm.layers import Conv2dSame
 from timm.models._efficientnet_blocks import InvertedResidual as TimmBlock
+from timm.models._efficientnet_blocks import UniversalInvertedResidual
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.mobilenetv3 import InvertedResidual as MobileNetV3Block
 from torchvision.models.mobilenetv3 import InvertedResidualConfig
+from transformers import MobileNetV2Config, MobileViTConfig
+from transformers.models.mobilenet_v2.modeling_mobilenet_v2 import (
+    MobileNetV2InvertedResidual,
+    MobileNetV2Stem,
+)
+from transformers.models.mobilevit.modeling_mobilevit import MobileViTInvertedResidual
 
 
 def randomise(module: nn.Module) -> nn.Module:
@@ -137,6 +145,98 @@ def lukemelas(
     return MBConvBlock(arguments, settings, image_size=image_size)
 
 
+def smp_block(expand_ratio=3, stride=1, image_size=None, act=None, id_skip=True):
+    """MBConvBlock of segmentation_models_pytorch, whose activation is SiLU unless replaced."""
+    arguments = smp_efficientnet.BlockArgs(
+        num_repeat=1,
+        kernel_size=3,
+        stride=stride,
+        expand_ratio=expand_ratio,
+        input_filters=8,
+        output_filters=8,
+        se_ratio=None,
+        id_skip=id_skip,
+    )
+    settings = smp_efficientnet.GlobalParams(batch_norm_momentum=0.99, batch_norm_epsilon=1e-3)
+    block = smp_efficientnet.MBConvBlock(arguments, settings, image_size)
+    return edited(block, "_swish", act()) if act else block
+
+
+def transformers_block(out_channels=8, stride=1, dilation=1, **settings):
+    config = MobileNetV2Config(expand_ratio=3.0, **settings)
+    return MobileNetV2InvertedResidual(config, 8, out_channels, stride, dilation)
+
+
+def transformers_stem(**settings):
+    return MobileNetV2Stem(MobileNetV2Config(**settings), 8, 24, 16)
+
+
+def mobile_vit_block():
+    return MobileViTInvertedResidual(MobileViTConfig(), 8, 8, 1)
+
+
+class ConvModule(nn.Module):
+    """What mmcv's module of this name has and does, with its usual settings."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.order = ("conv", "norm", "act")
+        self.with_norm, self.with_activation = True, len(layers) == 3
+        self.with_explicit_padding = self.with_spectral_norm = False
+        self.norm_name = "bn"
+        self.conv, self.bn = layers[:2]
+        if self.with_activation:
+            self.activate = layers[2]
+
+    def forward(self, x, activate=True, norm=True):
+        x = self.conv(x)
+        if norm and self.with_norm:
+            x = getattr(self, self.norm_name)(x)
+        return self.activate(x) if activate and self.with_activation else x
+
+
+def mmcv_block(**settings):
+    """mmpretrain's InvertedResidual: three ConvModules in a Sequential."""
+    layers = flow(**settings)
+    units = [layers[:-5], layers[-5:-2], layers[-2:]]
+    return Flat([ConvModule(unit) for unit in units if unit], settings.get("stride", 1) == 1)
+
+
+class ConvLayer2d(nn.Module):
+    """What ml-cvnets' module of this name has and does."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.block = nn.Sequential()
+        for name, layer in zip(("conv", "norm", "act"), layers, strict=False):
+            self.block.add_module(name, layer)
+        self.norm_name = type(layers[1]).__name__
+        self.act_name = type(layers[2]).__name__ if len(layers) == 3 else None
+
+    def forward(self, x):
+        return self.block(x)
+
+
+class CvnetsBlock(nn.Module):
+    """ml-cvnets' InvertedResidual."""
+
+    def __init__(self, layers, residual):
+        super().__init__()
+        self.block = nn.Sequential()
+        units = {"exp_1x1": layers[:-5], "conv_3x3": layers[-5:-2], "red_1x1": layers[-2:]}
+        for name, unit in units.items():
+            if unit:
+                self.block.add_module(name, ConvLayer2d(unit))
+        self.use_res_connect = residual
+
+    def forward(self, x, *args, **kwargs):
+        return x + self.block(x) if self.use_res_connect else self.block(x)
+
+
+def cvnets_block(residual=True, **settings):
+    return CvnetsBlock(flow(**settings), residual)
+
+
 def v3(hidden=24, out_channels=8, stride=1, dilation=1, se=False, act="RE", kernel=3):
     config = InvertedResidualConfig(8, kernel, hidden, out_channels, se, act, stride, dilation, 1.0)
     return MobileNetV3Block(config, nn.BatchNorm2d)
@@ -157,14 +257,19 @@ def timm_block(block_type=TimmBlock, in_channels=8, out_channels=8, **settings):
     return block_type(in_channels, out_channels, **settings)
 
 
-def old_timm_same(stride=1, kernel=3):
+def universal_block(in_channels=8, out_channels=8, **settings):
+    """The block of MobileNetV4, with its depthwise in the middle unless told otherwise."""
+    settings = {"exp_ratio": 3.0, "layer_scale_init_value": None} | settings
+    return timm_block(UniversalInvertedResidual, in_channels, out_channels, **settings)
+
+
+def old_timm_same(stride=1, kernel=3, **settings):
     """A timm block whose depthwise pads as TensorFlow does, at run time."""
-    block = timm_block(dw_kernel_size=kernel)
+    block = timm_block(dw_kernel_size=kernel, **settings)
     same = Conv2dSame(24, 24, kernel, stride=stride, groups=24, bias=False)
     return edited(block, "conv_dw", same)
 
 
-# name: (block, residual, stride)
 def largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
     """Largest difference of two results over the largest value."""
     return ((first - second).abs().max() / second.abs().max()).item()

@@ -3,7 +3,6 @@
 from functools import partial
 
 import pytest
-import timm
 import torch
 import torchvision
 from foreign_blocks import (
@@ -11,17 +10,24 @@ from foreign_blocks import (
     Flat,
     Kuangliu,
     conv_norm_act,
+    cvnets_block,
+    edited,
     flow,
     lukemelas,
+    mmcv_block,
+    mobile_vit_block,
     old_timm_same,
+    smp_block,
     timm_block,
+    transformers_block,
+    universal_block,
     v3,
 )
+from timm.layers import Conv2dSame
 from timm.models._efficientnet_blocks import (
     CondConvResidual,
     EdgeResidual,
     SqueezeExcite,
-    UniversalInvertedResidual,
 )
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -30,7 +36,6 @@ from torchvision.models.efficientnet import FusedMBConvConfig, MBConv, MBConvCon
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 from torchvision.models.quantization.mobilenetv2 import QuantizableInvertedResidual
 from torchvision.models.resnet import BasicBlock
-from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleNetBlock
 
 import mnv2_kernels as mk
 from mnv2_kernels.recognizers import Declined, recognize
@@ -136,6 +141,17 @@ def norm_last():
     return Flat([conv, act, norm, *rest], True)
 
 
+def mmcv_changed(name, value):
+    block = mmcv_block()
+    setattr(block.conv[1], name, value)
+    return block
+
+
+def edited_padding(block):
+    block.conv_3x3.convolution.padding = (1, 1)
+    return block
+
+
 def flat_lazy():
     block = Flat([nn.LazyConv2d(24, 1), *flow()[1:]], False)
     assert block.conv[0].in_channels == 0
@@ -178,8 +194,28 @@ DECLINED = {
     "timm space to depth": (lambda: timm_block(s2d=1), "further children: conv_s2d"),
     "timm SiLU": (lambda: timm_block(act_layer=nn.SiLU), "SiLU in BatchNormAct2d is not ReLU"),
     "timm drop in norm": (norm_with_drop, "BatchNormAct2d drops values: Dropout"),
-    "timm SAME at stride 2": (
+    "timm SAME at stride 2 with a residual": (
         lambda: old_timm_same(stride=2),
+        "its residual flag is set, but shapes differ",
+    ),
+    "timm SAME at stride 2, dilated": (
+        lambda: edited(
+            timm_block(out_channels=16),
+            "conv_dw",
+            Conv2dSame(24, 24, 3, stride=2, dilation=2, groups=24),
+        ),
+        r"must go without dilation, got \(2, 2\)",
+    ),
+    "padding before SAME at stride 2": (
+        lambda: Flat(
+            [
+                *flow()[:3],
+                nn.ZeroPad2d(1),
+                Conv2dSame(24, 24, 3, stride=2, groups=24),
+                *flow()[4:],
+            ],
+            False,
+        ),
         "Conv2dSame at stride 2 pads according to the size",
     ),
     "timm group size": (lambda: timm_block(group_size=8), "got groups=3"),
@@ -192,7 +228,41 @@ DECLINED = {
         "further children: routing_fn",
     ),
     "timm EdgeResidual": (lambda: timm_block(EdgeResidual), "EdgeResidual"),
-    "timm universal": (lambda: timm_block(UniversalInvertedResidual), "UniversalInverted"),
+    "timm universal, depthwise first": (
+        lambda: universal_block(dw_kernel_size_start=3),
+        "dw_start is ConvNormAct, expected Identity",
+    ),
+    "timm universal, depthwise last": (
+        lambda: universal_block(dw_kernel_size_end=3),
+        "dw_end is ConvNormAct, expected Identity",
+    ),
+    "timm universal, layer scale": (
+        lambda: universal_block(layer_scale_init_value=0.1),
+        "layer_scale is LayerScale2d, expected Identity",
+    ),
+    "timm universal, no depthwise": (
+        lambda: universal_block(dw_kernel_size_mid=0),
+        "it has 2 convolutions|one group per channel",
+    ),
+    "timm universal, anti-aliasing": (
+        lambda: universal_block(8, 16, stride=2, aa_layer=nn.AvgPool2d),
+        "AvgPool2d is not",
+    ),
+    "transformers MobileViT": (mobile_vit_block, "SiLUActivation is not"),
+    "transformers padded twice": (
+        lambda: edited_padding(transformers_block()),
+        "padded both by its module and by itself",
+    ),
+    "mmcv, activation first": (
+        lambda: mmcv_changed("order", ("act", "conv", "norm")),
+        "runs its layers in another order: act, conv, norm",
+    ),
+    "mmcv, padding layer": (
+        lambda: mmcv_changed("with_explicit_padding", True),
+        "pads by a layer of its own",
+    ),
+    "cvnets, swish": (lambda: cvnets_block(act=nn.SiLU), "SiLU is not"),
+    "smp": (smp_block, "SiLU is not"),
     "lukemelas squeeze-excite": (lambda: lukemelas(se_ratio=0.25), "squeeze-excite"),
     "lukemelas swish": (lambda: lukemelas(relu_fn="swish"), "MemoryEfficientSwish is not"),
     "kuangliu convolution shortcut": (lambda: Kuangliu(8, 24, 16, 1), "shortcut is a module"),
@@ -315,13 +385,11 @@ def test_declined_with_the_reason(name):
     "module",
     [
         BasicBlock(8, 8),
-        ShuffleNetBlock(16, 16, 1),
-        nn.Sequential(*flow()),
+        nn.Sequential(*conv_norm_act(8, 24), *conv_norm_act(24, 24, 3, 1, 24)),
         nn.Conv2d(8, 8, 3),
         ConvBNReLU(*conv_norm_act(8, 8)),
         Flat(conv_norm_act(8, 8, 3), True),
         nn.ModuleList(flow()),
-        timm.layers.SeparableConvNormAct(8, 8),
         torch.fx.symbolic_trace(TorchvisionBlock(8, 8, 1, 6)).get_submodule("conv"),
     ],
     ids=lambda m: type(m).__name__,
@@ -335,4 +403,4 @@ def test_a_network_is_no_block():
     """Its `layers` holds depthwise convolutions too; its blocks are found inside."""
     network = torchvision.models.mnasnet0_5()
     assert recognize(network) is None
-    assert len(mk.explain(network)) == 16
+    assert len(mk.explain(network)) == 17

@@ -6,18 +6,25 @@ from math import inf
 import pytest
 import torch
 from foreign_blocks import (
+    ConvBNReLU,
     Flat,
     Nested,
     OldTorchvision,
     conv_norm_act,
+    cvnets_block,
     flow,
     largest_difference,
     lukemelas,
+    mmcv_block,
     old_timm_same,
     randomise,
+    smp_block,
     timm_block,
+    transformers_block,
+    universal_block,
     v3,
 )
+from timm.layers import SeparableConv2d, SeparableConvNormAct
 from timm.layers.norm_act import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models._efficientnet_blocks import (
     DepthwiseSeparableConv,
@@ -42,6 +49,13 @@ def torchvision_t1():
 def padded(stride, pads, kernel=3):
     layers = flow(8, 24, 16, stride, kernel, padding=0)
     return Flat([*layers[:3], nn.ZeroPad2d(pads), *layers[3:]], False)
+
+
+def mobilenet_v1_pair(act, stride=1):
+    """Depthwise and 1x1, both with an activation: what MobileNetV1 is made of."""
+    return nn.Sequential(
+        *conv_norm_act(8, 8, 3, stride, 8, act=act), *conv_norm_act(8, 16, act=act)
+    )
 
 
 def prefolded():
@@ -81,6 +95,57 @@ RECOGNISED = {
     "timm-sync": (lambda: convert_sync_batchnorm(timm_block()), True, 1),
     "timm-same-stride1": (old_timm_same, True, 1),
     "timm-same-stride1-k5": (lambda: old_timm_same(kernel=5), True, 1),
+    "timm-same-stride2": (lambda: old_timm_same(2, out_channels=16), False, 2),
+    "timm-same-stride2-k5": (lambda: old_timm_same(2, 5, out_channels=16), False, 2),
+    "timm-universal": (universal_block, True, 1),
+    "timm-universal-k5-stride2": (
+        lambda: universal_block(8, 16, stride=2, dw_kernel_size_mid=5, act_layer=nn.ReLU),
+        False,
+        2,
+    ),
+    "timm-universal-noskip": (
+        lambda: universal_block(noskip=True),
+        False,
+        1,
+    ),
+    "timm-separable-layer": (lambda: SeparableConvNormAct(8, 16, 5), False, 1),
+    "timm-separable-layer-no-norm": (lambda: SeparableConv2d(8, 16, stride=2), False, 2),
+    "transformers": (transformers_block, True, 1),
+    "transformers-stride2": (lambda: transformers_block(16, 2), False, 2),
+    "transformers-dilated": (lambda: transformers_block(dilation=2), True, 1),
+    "transformers-symmetric": (lambda: transformers_block(tf_padding=False), True, 1),
+    "transformers-symmetric-stride2": (
+        lambda: transformers_block(16, 2, tf_padding=False),
+        False,
+        2,
+    ),
+    "transformers-symmetric-dilated": (
+        lambda: transformers_block(16, dilation=2, tf_padding=False),
+        False,
+        1,
+    ),
+    "transformers-relu": (lambda: transformers_block(hidden_act="relu"), True, 1),
+    "mmcv": (mmcv_block, True, 1),
+    "mmcv-stride2": (lambda: mmcv_block(stride=2, act=nn.ReLU), False, 2),
+    "mmcv-t1": (lambda: mmcv_block(hidden=8), True, 1),
+    "cvnets": (cvnets_block, True, 1),
+    "cvnets-stride2": (lambda: cvnets_block(False, stride=2, kernel=5), False, 2),
+    "cvnets-t1": (lambda: cvnets_block(hidden=8), True, 1),
+    "smp-relu6": (lambda: smp_block(act=nn.ReLU6), True, 1),
+    "smp-relu6-t1": (lambda: smp_block(1, image_size=16, act=nn.ReLU6), True, 1),
+    "smp-relu6-no-skip": (lambda: smp_block(act=nn.ReLU6, id_skip=False), False, 1),
+    "smp-relu6-stride2": (lambda: smp_block(stride=2, act=nn.ReLU6), False, 2),
+    "lukemelas-dynamic": (lambda: lukemelas(image_size=None), True, 1),
+    "lukemelas-dynamic-stride2": (lambda: lukemelas(8, 16, 3, 2, 5, None), False, 2),
+    "sequential": (lambda: nn.Sequential(*flow(8, 24, 16)), False, 1),
+    "sequential-residual-is-never-guessed": (lambda: nn.Sequential(*flow()), False, 1),
+    "mobilenetv1": (lambda: mobilenet_v1_pair(nn.ReLU), False, 1),
+    "mobilenetv1-stride2": (lambda: mobilenet_v1_pair(nn.ReLU6, stride=2), False, 2),
+    "mobilenetv1-nested": (
+        lambda: nn.Sequential(*map(ConvBNReLU, *[iter(mobilenet_v1_pair(nn.ReLU))] * 3)),
+        False,
+        1,
+    ),
     "flat": (lambda: Flat(flow(), True), True, 1),
     "flat-flag-off": (lambda: Flat(flow(), False), False, 1),
     "flat-identity": (lambda: Flat(flow(), True, "identity"), True, 1),
@@ -114,7 +179,7 @@ RECOGNISED = {
 
 
 def run_reference(layers, x):
-    config = layers.config
+    config = layers.at(*x.shape[2:]).config
     return reference.inverted_residual(
         x,
         fold_layers(layers),
@@ -132,7 +197,7 @@ def test_recognised_block_is_computed_as_written(name, dtype):
     block = randomise(build()).to(dtype)
     layers = recognize(block)
     assert (layers.residual, layers.config.stride) == (residual, stride)
-    for height, width in ((9, 12), (6, 5)):
+    for height, width in ((9, 12), (6, 5), (8, 10), (7, 11)):
         # Large enough for the upper clips to matter.
         x = 4 * torch.randn(2, 8, height, width, dtype=dtype)
         with torch.no_grad():

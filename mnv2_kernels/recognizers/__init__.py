@@ -4,13 +4,14 @@ A recogniser takes a module and returns its layers (`fold.BlockLayers`), None wh
 something else, or raises `Declined` where it is such a block but cannot be fused exactly. It looks
 at children and their sizes, never at class names alone, and reads the residual flag instead of
 inferring it. To add a family, write a file with a `recognize(module)` that hands its layers in
-the order they run to `layers.assemble`, and add it to RECOGNIZERS.
+the order they run to `layers.assemble`, and add it to RECOGNIZERS; docs/recognizers.md says how.
+Blocks that are no module of their own are in `chains`.
 """
 
 from torch import nn
 
 from ..fold import BlockLayers
-from . import lukemelas, relatives, sequential, timm
+from . import chains, lukemelas, relatives, sequential, timm, transformers
 from .declined import Declined
 from .layers import check_untouched
 
@@ -18,11 +19,13 @@ from .layers import check_untouched
 RECOGNIZERS = (
     sequential.recognize,
     timm.recognize,
+    transformers.recognize,
     lukemelas.recognize,
     relatives.recognize,
+    chains.recognize,
 )
 
-__all__ = ["RECOGNIZERS", "Declined", "check_module", "recognize"]
+__all__ = ["RECOGNIZERS", "Declined", "chains", "check_module", "recognize"]
 
 
 def recognize(module: nn.Module) -> BlockLayers | None:

@@ -28,8 +28,11 @@ def zero_pad(module: nn.ConstantPad2d) -> Padding:
     return top, left, bottom, right
 
 
-def read_padding(conv: nn.Conv2d) -> Padding:
-    """The zeros that a convolution pads with (top, left, bottom, right), whatever the input."""
+def read_padding(conv: nn.Conv2d) -> Padding | None:
+    """The zeros that a convolution pads with (top, left, bottom, right).
+
+    None where they depend on the size of its input, as TensorFlow's SAME does at stride 2.
+    """
     kind = describe(conv)
     if conv.padding_mode != "zeros":
         raise Declined(f"padding_mode must be 'zeros', got {conv.padding_mode!r}")
@@ -46,20 +49,23 @@ def read_padding(conv: nn.Conv2d) -> Padding:
         if is_zero_pad(static):
             return tuple(a + b for a, b in zip(zero_pad(static), own, strict=True))
     if type(conv).__name__ in _DYNAMIC_SAME and not conv._modules and own == (0, 0, 0, 0):
-        if tuple(conv.stride) == (1, 1):
-            return _same_padding(conv)
-        raise Declined(f"{kind} at stride {conv.stride[0]} pads according to the size of its input")
+        return same_padding(conv)
     raise Declined(f"{kind} overrides the forward of nn.Conv2d")
 
 
 def _own_padding(conv: nn.Conv2d) -> Padding:
     if conv.padding == "same":
-        return _same_padding(conv)
+        return _keeping_size(conv)
     vertical, horizontal = (0, 0) if conv.padding == "valid" else conv.padding
     return vertical, horizontal, vertical, horizontal
 
 
-def _same_padding(conv: nn.Conv2d) -> Padding:
+def same_padding(conv: nn.Conv2d) -> Padding | None:
+    """What TensorFlow's SAME pads: None where it depends on the size of the input."""
+    return _keeping_size(conv) if tuple(conv.stride) == (1, 1) else None
+
+
+def _keeping_size(conv: nn.Conv2d) -> Padding:
     """SAME at stride 1: any size is kept; an odd zero goes to the bottom and to the right."""
     rows, columns = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
     return rows // 2, columns // 2, rows - rows // 2, columns - columns // 2

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..block import NO_CLIP, BlockConfig, Clip, Padding
-from ..fold import BlockLayers, ConvNorm
-from .convolutions import is_identity, is_zero_pad, read_padding, zero_pad
+from ..fold import BlockLayers, ConvNorm, same_padding_by_two
+from .convolutions import is_identity, is_zero_pad, read_padding, same_padding, zero_pad
 from .declined import Declined, describe
+from .units import PadsLikeTensorFlow, unit_layers
 
 
 def children(module: nn.Module) -> dict[str, nn.Module]:
@@ -19,13 +20,22 @@ def children(module: nn.Module) -> dict[str, nn.Module]:
     return dict(module.named_children())
 
 
+def is_sequential(module: nn.Module) -> bool:
+    """Whether a module runs its children one after the other and does nothing else."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
 def flatten(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers of nested nn.Sequential in the order they run; anything else is one layer."""
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        for child in module:
-            yield from flatten(child)
-    else:
+    """The layers of nested nn.Sequential in the order they run; anything else is one layer.
+
+    Other libraries' modules of a convolution with its norm and activation are taken apart too.
+    """
+    inside = list(module) if is_sequential(module) else unit_layers(module)
+    if inside is None:
         yield module
+    else:
+        for child in inside:
+            yield from flatten(child)
 
 
 def check_only(module: nn.Module, expected: Iterable[str]) -> None:
@@ -57,7 +67,7 @@ def assemble(layers: Iterable[nn.Module], residual: bool | None) -> BlockLayers:
     Raises:
         Declined: the layers are not an inverted residual that can be fused exactly.
     """
-    stages, paddings = read_stages(layers)
+    stages, paddings = read_stages(layers, by_size=True)
     if len(stages) not in (2, 3):
         raise Declined(
             f"it has {len(stages)} convolutions, expected expansion, depthwise and projection"
@@ -76,46 +86,71 @@ def assemble(layers: Iterable[nn.Module], residual: bool | None) -> BlockLayers:
                 f"a convolution to {before.conv.out_channels} channels is followed by one from"
                 f" {after.conv.in_channels}"
             )
+    same = paddings[-2] is None
     block = BlockLayers(
         expand=expand[0] if expand else None,
         depthwise=depthwise,
         project=project,
         residual=bool(residual),
-        padding=paddings[-2],
+        padding=paddings[-2] or same_padding_by_two(depthwise.conv.kernel_size[0], 2, 2),
+        same_padding=same,
     )
     _check_residual(block.config, residual)
     return block
 
 
-def read_stages(layers: Iterable[nn.Module]) -> tuple[list[ConvNorm], list[Padding]]:
+def read_stages(
+    layers: Iterable[nn.Module], *, by_size: bool = False
+) -> tuple[list[ConvNorm], list[Padding | None]]:
     """Layers grouped into convolution, norm, clip, and the zeros padded before each convolution.
+
+    With `by_size`, None stands for zeros that depend on the size of the input: TensorFlow's SAME.
 
     Raises:
         Declined: the layers are something else.
     """
     stages: list[ConvNorm] = []
-    paddings: list[Padding] = []
+    paddings: list[Padding | None] = []
     pending: Padding | None = None
+    same = False
     for layer in layers:
         if is_identity(layer):
             continue
-        if is_zero_pad(layer):
+        if isinstance(layer, PadsLikeTensorFlow):
+            same = True
+        elif is_zero_pad(layer):
             pending = _add(pending, zero_pad(layer))
         elif isinstance(layer, nn.Conv2d):
             stages.append(ConvNorm(layer, None))
-            paddings.append(_add(pending, read_padding(layer)))
-            pending = None
+            padding = _read_padding(layer, same)
+            if padding is None and not (by_size and pending is None):
+                raise Declined(
+                    f"{describe(layer)} at stride {layer.stride[0]} pads according to the size of"
+                    " its input"
+                )
+            paddings.append(_add(pending, padding))
+            pending, same = None, False
         elif not stages or pending is not None:
             raise Declined(f"{describe(layer)} stands where a convolution was expected")
         else:
-            stages[-1] = _append(stages[-1], layer)
+            stages[-1] = append(stages[-1], layer)
     if pending is not None:
         raise Declined("the padding after the last convolution cannot be fused")
     return stages, paddings
 
 
-def _append(stage: ConvNorm, layer: nn.Module) -> ConvNorm:
-    """The stage with the norm or the activation that follows it."""
+def _read_padding(conv: nn.Conv2d, same: bool) -> Padding | None:
+    """The zeros before a convolution; `same` says that its module pads as TensorFlow does."""
+    own = read_padding(conv)
+    if not same:
+        return own
+    if own is None or any(own):
+        raise Declined(f"{describe(conv)} is padded both by its module and by itself, {own}")
+    return same_padding(conv)
+
+
+def append(stage: ConvNorm, layer: nn.Module) -> ConvNorm:
+    """The stage with the norm or the activation that follows it; declines every other layer."""
     clip = _read_clip(layer)
     if clip is None:
         clip = _read_norm(layer, stage.conv.out_channels)
@@ -147,15 +182,15 @@ def _read_norm(norm: nn.Module, channels: int) -> Clip:
     """The clip inside a batch norm over `channels`; declines every other module."""
     kind, inside = type(norm).__name__, children(norm)
     clip: Clip = NO_CLIP
-    if kind in _NORMS_WITH_ACTIVATION and set(inside) <= {"drop", "act"}:
-        if not is_identity(inside.get("drop", nn.Identity())):
-            raise Declined(f"{kind} drops values: {describe(inside['drop'])}")
-        activation = inside.get("act", nn.Identity())
+    activation = batch_norm_activation(norm)
+    if activation is not None:
         if not is_identity(activation):
             clip = _read_clip(activation)
             if clip is None:
                 raise Declined(f"{describe(activation)} in {kind} is not ReLU, ReLU6 or Hardtanh")
-    elif inside or not (kind == _FROZEN_NORM or _is_batch_norm(norm)):
+    elif "drop" in inside:
+        raise Declined(f"{kind} drops values: {describe(inside['drop'])}")
+    else:
         raise Declined(
             f"{describe(norm)} is not a convolution, a batch norm, ReLU, ReLU6 or Hardtanh"
         )
@@ -169,12 +204,23 @@ def _read_norm(norm: nn.Module, channels: int) -> Clip:
     return clip
 
 
+def batch_norm_activation(norm: nn.Module) -> nn.Module | None:
+    """The activation inside a batch norm, nn.Identity for a plain one; None for other modules."""
+    kind, inside = type(norm).__name__, children(norm)
+    if kind in _NORMS_WITH_ACTIVATION and inside.keys() <= {"drop", "act"}:
+        drops = not is_identity(inside.get("drop", nn.Identity()))
+        return None if drops else inside.get("act", nn.Identity())
+    if not inside and (kind == _FROZEN_NORM or _is_batch_norm(norm)):
+        return nn.Identity()
+    return None
+
+
 def _is_batch_norm(norm: nn.Module) -> bool:
     forwards = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
     return isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and type(norm).forward in forwards
 
 
-def _check_pointwise(name: str, conv: nn.Conv2d, padding: Padding) -> None:
+def _check_pointwise(name: str, conv: nn.Conv2d, padding: Padding | None) -> None:
     found = (tuple(conv.kernel_size), tuple(conv.stride), conv.groups, padding)
     if found != ((1, 1), (1, 1), 1, (0, 0, 0, 0)):
         raise Declined(
@@ -183,7 +229,7 @@ def _check_pointwise(name: str, conv: nn.Conv2d, padding: Padding) -> None:
         )
 
 
-def _check_depthwise(conv: nn.Conv2d, padding: Padding) -> None:
+def _check_depthwise(conv: nn.Conv2d, padding: Padding | None) -> None:
     if not conv.groups == conv.in_channels == conv.out_channels:
         raise Declined(
             f"the depthwise must have one group per channel, got groups={conv.groups} for"
@@ -194,6 +240,13 @@ def _check_depthwise(conv: nn.Conv2d, padding: Padding) -> None:
         if value not in [(a, a) for a in allowed]:
             raise Declined(f"the depthwise must have a {name} in {allowed}, got {value}")
     extent = conv.dilation[0] * (conv.kernel_size[0] - 1)
+    if padding is None:
+        if conv.dilation != (1, 1):
+            raise Declined(
+                f"{describe(conv)} pads according to the size of its input, which must go without"
+                f" dilation, got {conv.dilation}"
+            )
+        return
     if not all(0 <= p <= extent for p in padding):
         raise Declined(f"the depthwise's padding must be from 0 to {extent}, got {padding}")
 
@@ -237,5 +290,5 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _add(first: Padding | None, second: Padding) -> Padding:
+def _add(first: Padding | None, second: Padding | None) -> Padding | None:
     return second if first is None else tuple(a + b for a, b in zip(first, second, strict=True))

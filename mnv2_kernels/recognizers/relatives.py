@@ -16,11 +16,6 @@ _RELATIVES = (
         None,
         "its expansion is not a 1x1 convolution and it has no depthwise (EdgeResidual)",
     ),
-    (
-        ("dw_start", "pw_exp", "dw_mid", "pw_proj"),
-        None,
-        "its depthwise convolutions may stand at three places (UniversalInvertedResidual)",
-    ),
 )
 
 

@@ -1,7 +1,9 @@
-"""timm's InvertedResidual and DepthwiseSeparableConv (`timm/models/_efficientnet_blocks.py`).
+"""timm's blocks (`timm/models/_efficientnet_blocks.py`, `timm/layers/separable_conv.py`).
 
-mobilenetv2_*, mobilenetv1_*, efficientnet_lite*, mnasnet_*, fbnetc, spnasnet and the blocks
-without squeeze-excite of others. The activations live inside the norms (BatchNormAct2d).
+InvertedResidual and DepthwiseSeparableConv of mobilenetv1_*, mobilenetv2_*, efficientnet_lite*,
+mnasnet_*, fbnetc, spnasnet and the blocks without squeeze-excite of others; mobilenetv4_*'s
+UniversalInvertedResidual where its one depthwise stands in the middle. The activations live inside
+the norms (BatchNormAct2d).
 """
 
 from torch import nn
@@ -9,18 +11,24 @@ from torch import nn
 from ..fold import BlockLayers
 from .convolutions import is_identity
 from .declined import Declined, describe
-from .layers import assemble, check_only, children, read_flag
+from .layers import assemble, check_only, children, flatten, read_flag
 
 _INVERTED_RESIDUAL = ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3")
 # bn1 is the norm of the depthwise here; an activation in bn2 comes before the residual.
 _DEPTHWISE_SEPARABLE = ("conv_dw", "bn1", "conv_pw", "bn2")
-_OPTIONAL = ("aa", "se", "drop_path")
+_UNIVERSAL = ("pw_exp", "dw_mid", "pw_proj")
+_OPTIONAL = ("aa", "se", "drop_path", "dw_start", "dw_end", "layer_scale")
+# Without a norm, an activation or a residual between or around them.
+_SEPARABLE = (("conv_dw", "conv_pw", "bn"), ("conv_dw", "conv_pw"))
 
 
 def recognize(module: nn.Module) -> BlockLayers | None:
     """A block with timm's names of the layers; space to depth comes as a further child."""
     found = children(module)
-    for names in (_INVERTED_RESIDUAL, _DEPTHWISE_SEPARABLE):
+    for names in _SEPARABLE:
+        if found.keys() == set(names) and type(module).__module__.startswith("timm."):
+            return assemble([found[n] for n in names], residual=False)
+    for names in (_INVERTED_RESIDUAL, _DEPTHWISE_SEPARABLE, _UNIVERSAL):
         if found.keys() >= set(names):
             break
     else:
@@ -29,4 +37,5 @@ def recognize(module: nn.Module) -> BlockLayers | None:
         if name in found and not is_identity(found[name]):
             raise Declined(f"{name} is {describe(found[name])}, expected Identity")
     check_only(module, (*names, *_OPTIONAL))
-    return assemble([found[n] for n in names], read_flag(module, ("has_skip",)))
+    layers = [layer for name in names for layer in flatten(found[name])]
+    return assemble(layers, read_flag(module, ("has_skip",)))

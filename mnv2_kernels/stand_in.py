@@ -1,0 +1,49 @@
+"""A module that stands where another one stood, with the same children under the same names."""
+
+from torch import Tensor, nn
+
+
+class StandIn(nn.Module):
+    """Base of what `fuse` puts into a model: another forward for the layers of `original`.
+
+    Children, parameters and hooks are shared with the original, not copied: a change on either
+    side is seen by both. Attributes that are not found here come from the original (`stride`,
+    `out_channels`, `use_res_connect`, `has_skip` ...), so that code which reads them goes on
+    working.
+    """
+
+    original: nn.Module
+
+    def __init__(self, original: nn.Module):
+        super().__init__()
+        for name, value in list(vars(self).items()):
+            if isinstance(value, dict):
+                self.__dict__[name] = original.__dict__[name]
+        self._is_full_backward_hook = original._is_full_backward_hook
+        self.__dict__["original"] = original
+        self.training = original.training
+
+    def plain_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """The original's forward with all its arguments."""
+        # Not a call: the hooks, being shared, have been called already.
+        return self.original.forward(x, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> "StandIn":
+        self.original.training = mode
+        return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> "StandIn":
+        replica = super()._replicate_for_data_parallel()
+        original = self.original._replicate_for_data_parallel()
+        for name in ("_modules", "_parameters", "_buffers"):
+            original.__dict__[name] = replica.__dict__[name]
+        replica.__dict__["original"] = original
+        return replica
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "original":
+                raise
+            return getattr(self.original, name)
