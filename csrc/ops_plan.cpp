@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "host.h"
 #include "program.h"
 
 namespace mnv2::cpu {
@@ -17,13 +18,14 @@ namespace {
 at::Tensor run_plan(const at::Tensor& x_, const WeightList& weights, at::IntArrayRef integers,
                     at::ArrayRef<double> bounds) {
     static const Kernel& kernel = select_kernel(at::get_cpu_capability().c_str());
-    Network network = read_network(integers, bounds, &weights, kernel.lanes);
+    const std::optional<Element> element = element_of(x_.scalar_type());
+    TORCH_CHECK_TYPE(element.has_value(), "run_plan: x must be float32, bfloat16 or float16, got ",
+                     x_.scalar_type());
+    Network network = read_network(integers, bounds, &weights, *element, kernel);
     TORCH_CHECK_VALUE(x_.dim() == 4 && x_.size(1) == network.channels && x_.size(2) == network.H &&
                           x_.size(3) == network.W,
                       "run_plan: x must have shape (N, ", network.channels, ", ", network.H, ", ",
                       network.W, "), got ", x_.sizes());
-    TORCH_CHECK_TYPE(x_.scalar_type() == at::kFloat, "run_plan: x must be float32, got ",
-                     x_.scalar_type());
     at::Tensor x = x_;
     std::vector<int64_t> shape = network.y_shape;
     shape.insert(shape.begin(), x.size(0));
@@ -37,16 +39,19 @@ at::Tensor run_plan(const at::Tensor& x_, const WeightList& weights, at::IntArra
     } else {
         x = x.contiguous(at::MemoryFormat::ChannelsLast);
     }
-    const int64_t x_image = x.size(0) > 1 ? x.stride(0) : 0, y_image = y.numel() / y.size(0);
-    const auto* const x_data = x.const_data_ptr<float>();
-    auto* const y_data = y.mutable_data_ptr<float>();
+    const int64_t size = size_of(*element);
+    const int64_t x_image = x.size(0) > 1 ? size * x.stride(0) : 0;
+    const int64_t y_image = size * y.numel() / y.size(0);
+    const auto* const x_data = static_cast<const char*>(x.const_data_ptr());
+    auto* const y_data = static_cast<char*>(y.mutable_data_ptr());
 
     const int64_t threads = at::get_num_threads(), images = x.size(0);
     // Whole images by one thread each, while there are enough for all threads.
     const int64_t whole = threads > 1 ? images - images % threads : 0;
     const int64_t lines = line_floats(network.steps, kernel.lanes, 1);
-    const int64_t of_thread = network.arena + lines;
-    const int64_t shared = network.arena + line_floats(network.steps, kernel.lanes, threads);
+    const int64_t arena_floats = (network.arena * size + 63) / 64 * 16;  // whole cache lines
+    const int64_t of_thread = arena_floats + lines;
+    const int64_t shared = arena_floats + line_floats(network.steps, kernel.lanes, threads);
     const at::Tensor memory =
         at::empty({std::max(whole > 0 ? threads * of_thread : 0, whole < images ? shared : 0)},
                   at::TensorOptions().dtype(at::kFloat));
@@ -59,7 +64,7 @@ at::Tensor run_plan(const at::Tensor& x_, const WeightList& weights, at::IntArra
         float* const own = arena + at::get_thread_num() * of_thread;
         for (int64_t image = begin; image < end; image++)
             run_network(kernel, network.steps, x_data + image * x_image, y_data + image * y_image,
-                        own, own + network.arena, alone);
+                        own, own + arena_floats, alone);
     });
     const Threads all{threads, [](int64_t count, const auto& task) {
                           at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -68,7 +73,7 @@ at::Tensor run_plan(const at::Tensor& x_, const WeightList& weights, at::IntArra
                       }};
     for (int64_t image = whole; image < images; image++)
         run_network(kernel, network.steps, x_data + image * x_image, y_data + image * y_image,
-                    arena, arena + network.arena, threads > 1 ? all : alone);
+                    arena, arena + arena_floats, threads > 1 ? all : alone);
     return y;
 }
 
