@@ -1,4 +1,5 @@
-// A whole network as one op: mnv2::run_plan (mnv2_kernels/plan.py) on CPU tensors.
+// A whole network as one op: mnv2::run_plan (mnv2_kernels/plan.py) on CPU tensors, and
+// mnv2::run_plan_in, the same in memory of the caller.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
@@ -6,6 +7,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <variant>
 #include <vector>
 
 #include "host.h"
@@ -15,70 +20,139 @@ namespace mnv2::cpu {
 
 namespace {
 
-at::Tensor run_plan(const at::Tensor& x_, const WeightList& weights, at::IntArrayRef integers,
-                    at::ArrayRef<double> bounds) {
-    static const Kernel& kernel = select_kernel(at::get_cpu_capability().c_str());
-    const std::optional<Element> element = element_of(x_.scalar_type());
+const Kernel& kernel() {
+    static const Kernel& selected = select_kernel(at::get_cpu_capability().c_str());
+    return selected;
+}
+
+struct PlanCall {
+    Network network;
+    Element element;
+    at::Tensor x, y;
+
+    int64_t images() const { return x.size(0); }
+    // Whole cache lines, so that what lies behind it is aligned too.
+    int64_t arena_floats() const { return (network.arena * size_of(element) + 63) / 64 * 16; }
+
+    // Whole images by one thread each, while there are enough for all threads.
+    int64_t whole_images(int64_t threads) const {
+        return threads > 1 ? images() - images() % threads : 0;
+    }
+    // An arena and line buffers: one of each for a thread alone.
+    int64_t floats_of_image(int64_t threads) const {
+        return arena_floats() + line_floats(network.steps, kernel().lanes, threads);
+    }
+    // All that `threads` threads need beside x and y.
+    int64_t floats(int64_t threads) const {
+        const int64_t whole = whole_images(threads);
+        return std::max(whole > 0 ? threads * floats_of_image(1) : 0,
+                        whole < images() ? floats_of_image(threads) : 0);
+    }
+};
+
+PlanCall make_call(const at::Tensor& x, const WeightList& weights, at::IntArrayRef integers,
+                   at::ArrayRef<double> bounds) {
+    const std::optional<Element> element = element_of(x.scalar_type());
     TORCH_CHECK_TYPE(element.has_value(), "run_plan: x must be float32, bfloat16 or float16, got ",
-                     x_.scalar_type());
-    Network network = read_network(integers, bounds, &weights, *element, kernel);
-    TORCH_CHECK_VALUE(x_.dim() == 4 && x_.size(1) == network.channels && x_.size(2) == network.H &&
-                          x_.size(3) == network.W,
+                     x.scalar_type());
+    Network network = read_network(integers, bounds, &weights, *element, kernel());
+    TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) == network.channels && x.size(2) == network.H &&
+                          x.size(3) == network.W,
                       "run_plan: x must have shape (N, ", network.channels, ", ", network.H, ", ",
-                      network.W, "), got ", x_.sizes());
-    at::Tensor x = x_;
+                      network.W, "), got ", x.sizes());
     std::vector<int64_t> shape = network.y_shape;
     shape.insert(shape.begin(), x.size(0));
     auto options = x.options();
     if (shape.size() == 4) options = options.memory_format(at::MemoryFormat::ChannelsLast);
-    const at::Tensor y = at::empty(shape, options);
-    if (x.size(0) == 0) return y;
-    if (auto* stem = std::get_if<StemArgs>(&network.steps[0].layer)) {
+    PlanCall call{std::move(network), *element, x, at::empty(shape, options)};
+    if (auto* stem = std::get_if<StemArgs>(&call.network.steps[0].layer)) {
         stem->channel_stride = x.stride(1), stem->row_stride = x.stride(2);
         stem->col_stride = x.stride(3);
     } else {
-        x = x.contiguous(at::MemoryFormat::ChannelsLast);
+        call.x = x.contiguous(at::MemoryFormat::ChannelsLast);
     }
-    const int64_t size = size_of(*element);
-    const int64_t x_image = x.size(0) > 1 ? size * x.stride(0) : 0;
-    const int64_t y_image = size * y.numel() / y.size(0);
-    const auto* const x_data = static_cast<const char*>(x.const_data_ptr());
-    auto* const y_data = static_cast<char*>(y.mutable_data_ptr());
+    return call;
+}
 
-    const int64_t threads = at::get_num_threads(), images = x.size(0);
-    // Whole images by one thread each, while there are enough for all threads.
-    const int64_t whole = threads > 1 ? images - images % threads : 0;
-    const int64_t lines = line_floats(network.steps, kernel.lanes, 1);
-    const int64_t arena_floats = (network.arena * size + 63) / 64 * 16;  // whole cache lines
-    const int64_t of_thread = arena_floats + lines;
-    const int64_t shared = arena_floats + line_floats(network.steps, kernel.lanes, threads);
-    const at::Tensor memory =
-        at::empty({std::max(whole > 0 ? threads * of_thread : 0, whole < images ? shared : 0)},
-                  at::TensorOptions().dtype(at::kFloat));
-    auto* const arena = memory.mutable_data_ptr<float>();
-
+// memory: call.floats(threads), 64-byte aligned. Each task has its own part of it, whichever thread
+// runs it.
+void run(const PlanCall& call, int64_t threads, float* memory) {
+    const Network& network = call.network;
+    const int64_t images = call.images(), whole = call.whole_images(threads);
+    const int64_t size = size_of(call.element);
+    const int64_t x_image = images > 1 ? size * call.x.stride(0) : 0;
+    const int64_t y_image = size * call.y.numel() / images;
+    const auto* const x = static_cast<const char*>(call.x.const_data_ptr());
+    auto* const y = static_cast<char*>(call.y.mutable_data_ptr());
+    const auto run_image = [&](int64_t image, float* arena, const Threads& shared_by) {
+        run_network(kernel(), network.steps, x + image * x_image, y + image * y_image, arena,
+                    arena + call.arena_floats(), shared_by);
+    };
     const Threads alone{1, [](int64_t count, const auto& task) {
                             for (int64_t i = 0; i < count; i++) task(i, 0);
                         }};
-    at::parallel_for(0, whole, 1, [&](int64_t begin, int64_t end) {
-        float* const own = arena + at::get_thread_num() * of_thread;
-        for (int64_t image = begin; image < end; image++)
-            run_network(kernel, network.steps, x_data + image * x_image, y_data + image * y_image,
-                        own, own + arena_floats, alone);
-    });
     const Threads all{threads, [](int64_t count, const auto& task) {
                           at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-                              for (int64_t i = begin; i < end; i++) task(i, at::get_thread_num());
+                              for (int64_t i = begin; i < end; i++) task(i, i);
                           });
                       }};
+    if (whole > 0) {
+        const int64_t of_task = call.floats_of_image(1), each = whole / threads;
+        at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t task = begin; task < end; task++)
+                for (int64_t image = task * each; image < (task + 1) * each; image++)
+                    run_image(image, memory + task * of_task, alone);
+        });
+    }
     for (int64_t image = whole; image < images; image++)
-        run_network(kernel, network.steps, x_data + image * x_image, y_data + image * y_image,
-                    arena, arena + arena_floats, threads > 1 ? all : alone);
-    return y;
+        run_image(image, memory, threads > 1 ? all : alone);
+}
+
+at::Tensor run_plan(const at::Tensor& x, const WeightList& weights, at::IntArrayRef integers,
+                    at::ArrayRef<double> bounds) {
+    const PlanCall call = make_call(x, weights, integers, bounds);
+    if (call.images() == 0) return call.y;
+    const int64_t threads = at::get_num_threads();
+    const at::Tensor memory =
+        at::empty({call.floats(threads)}, at::TensorOptions().dtype(at::kFloat));
+    run(call, threads, memory.mutable_data_ptr<float>());
+    return call.y;
+}
+
+bool shares_memory(const at::Tensor& a, const at::Tensor& b) {
+    return a.has_storage() && b.has_storage() && a.storage().is_alias_of(b.storage());
+}
+
+at::Tensor run_plan_in(const at::Tensor& x, const at::Tensor& arena, const WeightList& weights,
+                       at::IntArrayRef integers, at::ArrayRef<double> bounds) {
+    TORCH_CHECK_VALUE(
+        arena.is_cpu() && arena.scalar_type() == at::kByte && arena.is_contiguous() &&
+            reinterpret_cast<uintptr_t>(arena.const_data_ptr()) % 64 == 0,
+        "run_plan_in: arena must be contiguous uint8 on the CPU that begins at a multiple of 64"
+        " bytes, got ",
+        arena.scalar_type(), " of strides ", arena.strides(), " on ", arena.device());
+    TORCH_CHECK_VALUE(!shares_memory(arena, x), "run_plan_in: arena must not share memory with x");
+    for (size_t i = 0; i < weights.size(); i++) {
+        const std::optional<at::Tensor> weight = weights.get(i);
+        TORCH_CHECK_VALUE(!weight.has_value() || !shares_memory(arena, *weight),
+                          "run_plan_in: arena must not share memory with weights[", i, "]");
+    }
+    const PlanCall call = make_call(x, weights, integers, bounds);
+    if (call.images() == 0) return call.y;
+    const int64_t floats = arena.numel() / static_cast<int64_t>(sizeof(float));
+    int64_t threads = at::get_num_threads();
+    while (threads > 1 && call.floats(threads) > floats) threads--;
+    TORCH_CHECK_VALUE(call.floats(threads) <= floats, "run_plan_in: arena must have at least ",
+                      call.floats(threads) * sizeof(float), " bytes, got ", arena.numel());
+    run(call, threads, static_cast<float*>(arena.mutable_data_ptr()));
+    return call.y;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mnv2, CPU, m) { m.impl("run_plan", &run_plan); }
+TORCH_LIBRARY_IMPL(mnv2, CPU, m) {
+    m.impl("run_plan", &run_plan);
+    m.impl("run_plan_in", &run_plan_in);
+}
 
 }  // namespace mnv2::cpu

@@ -1,9 +1,18 @@
-"""Where the tensors of a network are while it runs: which stream, which overwrite, and where."""
+"""Where the tensors of a network are while it runs: which stream, which overwrite, and where; and
+memory that a plan keeps for them.
+"""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
+from threading import Lock
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
 
 from . import program
 from .extension import missing
@@ -80,3 +89,45 @@ def describe(p: Program, threads: int) -> dict:
 
 def _aligned(elements: int) -> int:
     return -(-elements // _ALIGNMENT) * _ALIGNMENT
+
+
+class OwnedArena:
+    """Memory for one call at a time: `nbytes` bytes, held from now on.
+
+    Copies, by `copy.deepcopy` or pickle, get memory of their own.
+    """
+
+    def __init__(self, nbytes: int):
+        with torch.inference_mode(False):
+            self._memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        self._lock = Lock()
+        _owned.add(self)
+
+    def __reduce__(self) -> tuple:
+        return OwnedArena, (self.nbytes,)
+
+    @property
+    def nbytes(self) -> int:
+        return self._memory.nbytes
+
+    @contextmanager
+    def taken(self) -> Iterator[Tensor]:
+        """The memory (nbytes,), uint8, once no other thread has it."""
+        with self._lock:
+            yield self._memory
+
+    def _unlock(self) -> None:
+        self._lock = Lock()
+
+
+_owned: WeakSet[OwnedArena] = WeakSet()
+
+
+def _unlock_all() -> None:
+    """A fork copies the locks that other threads hold, but not those threads."""
+    for arena in _owned:
+        arena._unlock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_all)

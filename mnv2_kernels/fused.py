@@ -7,10 +7,12 @@ library.
 
 from dataclasses import replace
 from itertools import chain
+from operator import attrgetter
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import profiler
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -18,6 +20,7 @@ from .backends import Block, choose, why_no_kernel
 from .block import NO_CLIP, BlockConfig
 from .fold import BlockLayers, ConvNorm, fold_layers
 from .ops import op_arguments, run
+from .tracing import is_observed, trace_symbolically
 
 
 class FusedModule(nn.Module):
@@ -35,11 +38,30 @@ class FusedModule(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, H_out, W_out), channels_last where the kernel ran."""
-        backend = self._backend_for(x)
-        if backend is None:
-            return self.plain_forward(x, *args, **kwargs)
+        """(N, C_in, H, W) -> (N, C_out, H_out, W_out), channels_last where the kernel ran.
+
+        A graph that is recorded holds the op and the folding before it. Inside the transforms of
+        `torch.func` (vmap, grad, jvp ...) and in ONNX files the plain layers stand for the block.
+        """
+        if not isinstance(x, Tensor):
+            return trace_symbolically(self, x, args, kwargs)
         if torch.compiler.is_compiling():
+            backend = None if torch.onnx.is_in_onnx_export() else self._backend_for(x)
+            if backend is None:
+                return self.plain_forward(x, *args, **kwargs)
+            return run(backend, x, self._fold_arguments())
+        if profiler._is_profiler_enabled:
+            with profiler.record_function(f"mnv2_kernels::{self.config.name}"):
+                return self._eager_forward(x, *args, **kwargs)
+        return self._eager_forward(x, *args, **kwargs)
+
+    def _eager_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        backend = self._backend_for(x)
+        if backend is None or torch._C._are_functorch_transforms_active():
+            return self.plain_forward(x, *args, **kwargs)
+        if is_observed():
+            if torch.onnx.is_in_onnx_export():
+                return self.plain_forward(x, *args, **kwargs)
             return run(backend, x, self._fold_arguments())
         if torch.is_grad_enabled():
             tensors = self._watched.tensors()
@@ -119,6 +141,13 @@ class FusedModule(nn.Module):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_folded": None}
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks for; it would put a replacement into the caller's model."""
+        raise NotImplementedError(
+            f"torch.jit.script: {type(self).__name__} cannot be scripted; use torch.export or"
+            " torch.jit.trace, or script the model that `unfuse` returns"
+        )
+
 
 class _Watched:
     """What a fused forward looks at on every call, gathered once so that looking is cheap."""
@@ -138,8 +167,10 @@ class _Watched:
         self.block = Block.of(config, clips)
         self.batch_norms = [n for n in norms if isinstance(n, nn.modules.batchnorm._BatchNorm)]
         self.hooks = [getattr(m, kind) for m in inner for kind in _HOOKS]
-        # Those without children too: a parametrization would become their first.
-        self.families = [m._modules for m in (block, *inner)]
+        families = [m._modules for m in (block, *inner)]
+        self.families = [f for f in families if f]
+        # A parametrization would become the first child of a module without any.
+        self.childless = [f for f in families if not f]
         self.children = self.current_children()
         self.convs = [s.conv for s in stages]
         self.geometry = self.current_geometry()
@@ -157,7 +188,7 @@ class _Watched:
         """What happened to the inner layers that only the plain layers follow."""
         if any(self.hooks):
             return "an inner module has hooks"
-        if self.current_children() != self.children:
+        if self.current_children() != self.children or any(self.childless):
             return "inner modules have been replaced: unfuse, then fuse again"
         if self.current_geometry() != self.geometry:
             return "a convolution has been changed: unfuse, then fuse again"
@@ -167,7 +198,7 @@ class _Watched:
         return list(chain.from_iterable(map(dict.values, self.families)))
 
     def current_geometry(self) -> list:
-        return [(c.stride, c.padding, c.dilation) for c in self.convs]
+        return list(map(_geometry_of, self.convs))
 
     def tensors(self) -> list[Tensor]:
         """Every parameter and buffer that the folded weights are computed from."""
@@ -182,17 +213,19 @@ class _Watched:
     def state(self) -> list:
         """What changes whenever the folded weights would, as far as PyTorch counts changes."""
         tensors = self.tensors()
-        eps = [norm.eps for norm in self.norms]
+        eps = map(_eps_of, self.norms)
         addresses = map(Tensor.data_ptr, tensors)
         try:
             return [_optimizer_steps, *eps, *addresses, *map(_version_of, tensors)]
         except RuntimeError:
             # Inference tensors count no versions: only that one is replaced can be seen.
-            return [*eps, *(t.data_ptr() for t in tensors)]
+            return [*map(_eps_of, self.norms), *map(Tensor.data_ptr, tensors)]
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _version_of = Tensor._version.__get__
+_geometry_of = attrgetter("stride", "padding", "dilation")
+_eps_of = attrgetter("eps")
 
 # Fused optimizers change parameters without counting it in their versions.
 _optimizer_steps = 0

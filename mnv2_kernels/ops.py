@@ -287,9 +287,31 @@ for _name, _overload in (("inverted_residual", _op), ("inverted_residual_triton"
 @register_flop_formula([torch.ops.mnv2.inverted_residual, torch.ops.mnv2.inverted_residual_triton])
 def _flops(x_shape, w_expand_shape, b_expand, w_dw_shape, *args, out_shape, **kwargs) -> int:
     """Two per multiply-add, as torch's own formulas; halo recomputation is not counted."""
+    return 2 * sum(_multiply_adds(x_shape, w_expand_shape, w_dw_shape, out_shape))
+
+
+@register_flop_formula(torch.ops.mnv2.inverted_residual_backward)
+def _backward_flops(
+    grad_shape, x_shape, w_expand_shape, b_expand, w_dw_shape, *args, out_shape, **kwargs
+) -> int:
+    """The products that give the gradients asked for; recomputing the block is not counted."""
+    expansion, depthwise, projection = _multiply_adds(
+        x_shape, w_expand_shape, w_dw_shape, grad_shape
+    )
+    x, w_expand, b_expand, w_dw, b_dw, w_project, _ = args[-1]
+    through_expansion = x or w_expand or b_expand
+    through_depthwise = through_expansion or w_dw or b_dw
+    return 2 * (
+        expansion * (w_expand + x)
+        + depthwise * (w_dw + through_expansion)
+        + projection * (w_project + through_depthwise)
+    )
+
+
+def _multiply_adds(x_shape, w_expand_shape, w_dw_shape, y_shape) -> tuple[int, int, int]:
+    """Of expansion, depthwise and projection."""
     batch, in_channels, height, width = x_shape
     kernel, _, hidden = w_dw_shape
-    out_pixels = batch * math.prod(out_shape[2:])
+    out_pixels = batch * math.prod(y_shape[2:])
     expansion = 0 if w_expand_shape is None else batch * height * width * in_channels * hidden
-    depthwise = out_pixels * kernel * kernel * hidden
-    return 2 * (expansion + depthwise + out_pixels * hidden * out_shape[1])
+    return expansion, out_pixels * kernel * kernel * hidden, out_pixels * hidden * y_shape[1]

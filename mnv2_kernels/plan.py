@@ -4,7 +4,7 @@ Where every block is fused, what is left of memory and time is between the block
 outputs, and a call of Python and of the dispatcher for each. A plan knows all sizes beforehand. It
 lays the tensors of an image out in one arena; lets the first layers, whose tensors are the largest,
 stream into one another a few rows at a time; overwrites the input of a residual block row by row;
-and runs as one op, `torch.ops.mnv2.run_plan`.
+and runs as one op (`plan_op.py`), which allocates the arena or gets one that the plan owns.
 """
 
 import math
@@ -16,35 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import figures, program, step_memory
-from .arena import arrange, describe
+from . import figures, plan_op, program, step_memory
+from .arena import OwnedArena, arrange, describe
+from .backends import BACKENDS
 from .extension import missing
 from .lowering import cast, read_layers
 from .ops import inverted_residual
 from .program import Block, Layer, Pool, Shape, Stem, Step
 from .recognizers import Declined, check_module
-
-_library = torch.library.Library("mnv2", "FRAGMENT")
-_library.define(
-    "run_plan(Tensor x, Tensor?[] weights, int[] program, float[] bounds) -> Tensor",
-    tags=[torch.Tag.pt2_compliant_tag],
-)
-
-
-@torch.library.register_fake("mnv2::run_plan", lib=_library)
-def _fake(x, weights, integers, bounds):
-    torch._check_value(x.dim() == 4, lambda: f"run_plan: x must have 4 dimensions, got {x.dim()}")
-    dims = integers[3]
-    y = x.new_empty((x.shape[0], *integers[4 : 4 + dims]))
-    return y.to(memory_format=torch.channels_last) if dims == 3 else y
-
-
-if missing is not None:
-
-    def _unavailable(*args):
-        raise RuntimeError(f"run_plan: {missing}")
-
-    _library.impl("run_plan", _unavailable, "CPU")
 
 
 @dataclass(frozen=True)
@@ -68,6 +47,10 @@ class Plan:
 
     plan(x) is what the model gives for x (N, C, H, W), for any N. Weights are copies, with batch
     norm folded in: later changes of the model do not reach them.
+
+    Threads may call one plan at once. Where it owns its arena, a call waits for the one before it;
+    copies of the plan (`copy.deepcopy`, pickle) own another one and run side by side. Compiled and
+    exported programs allocate the arena in each call, whoever owns it.
     """
 
     def __init__(self, names: Sequence[str], steps: Sequence[Step], shape: Shape, arena: int):
@@ -76,6 +59,8 @@ class Plan:
         self.steps = tuple(steps)
         self._arena = arena
         self._program = program.encode(steps, shape, arena)
+        self._owned: OwnedArena | None = None
+        self._owned_threads = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> what the model returns for it.
@@ -86,7 +71,10 @@ class Plan:
         self._check(x)
         if x.device.type == "cpu":
             p = self._program
-            return torch.ops.mnv2.run_plan(x, p.weights, p.integers, p.bounds)
+            if self._owned is None or torch.compiler.is_compiling():
+                return plan_op.run_plan(x, p.weights, p.integers, p.bounds)
+            with self._owned.taken() as arena:
+                return plan_op.run_plan_in(x, arena, p.weights, p.integers, p.bounds)
         for step in self.steps:
             x = _run(step.layer, x)
         return x
@@ -116,9 +104,31 @@ class Plan:
         """Bytes of all tensors between the steps, for one image."""
         return self._arena * self.dtype.itemsize
 
+    @property
+    def owned_bytes(self) -> int:
+        """Bytes that the plan holds between calls beside its weights: arena, line buffers and
+        scratch where it owns them, 0 where each call allocates them.
+        """
+        return 0 if self._owned is None else self._owned.nbytes
+
     def line_bytes(self, threads: int = 1) -> int:
         """Bytes of line buffers and scratch beside the arena, of `threads` threads on one image."""
         return describe(self._program, threads)["line_bytes"]
+
+    def _own_arena(self) -> None:
+        if self.device.type != "cpu":
+            raise ValueError(
+                f"plan: own_arena must be False for a model on {self.device}, where `capture` makes"
+                " a call that keeps its memory"
+            )
+        self._owned_threads = torch.get_num_threads()
+        self._owned = OwnedArena(self._most_bytes(self._owned_threads))
+
+    def _most_bytes(self, threads: int) -> int:
+        """Bytes that a call needs beside x and its result, whatever its batch."""
+        sizes = {"image": 0, "result": 0, "arena": self.arena_bytes, "threads": threads}
+        sizes |= {"lines_of_one": self.line_bytes(1), "lines_of_all": self.line_bytes(threads)}
+        return max(step_memory.planned_bytes(batch=n, **sizes) for n in (1, threads))
 
     def _check(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != self.input_shape or x.dim() != 4:
@@ -208,9 +218,17 @@ class Plan:
         totals = f"arena {self.arena_bytes:,} bytes"
         if self.device.type == "cpu":
             totals += f"; line buffers and scratch {self.line_bytes():,} bytes for one thread"
+            totals += f"; {self._describe_owner()}"
         return f"{table}\n{totals}"
 
     __repr__ = __str__
+
+    def _describe_owner(self) -> str:
+        if self._owned is None:
+            return "allocated by each call"
+        most = self._owned_threads
+        threads = f"{most} threads" if most > 1 else "one thread"
+        return f"owned by the plan: {self.owned_bytes:,} bytes for at most {threads}"
 
 
 class CapturedPlan:
@@ -248,7 +266,13 @@ class CapturedPlan:
         return self._y
 
 
-def plan(model: nn.Module, input_shape: Sequence[int], *, dtype: torch.dtype | None = None) -> Plan:
+def plan(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    own_arena: bool = False,
+) -> Plan:
     """The whole model as one call on one preplanned arena.
 
     Args:
@@ -259,13 +283,18 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, dtype: torch.dtype | N
             infers.
         input_shape: (C, H, W) of an image, or (N, C, H, W); a plan takes any N.
         dtype: of weights and input; None takes that of the model. float32 on a CPU.
+        own_arena: on a CPU, allocate the arena with its line buffers and scratch now, once, and not
+            in every call: enough for any N on as many threads as PyTorch has now. Calls use no more
+            of them, allocate nothing but their result (without a stem also a copy of an x that is
+            not channels_last), and wait for one another.
 
     Returns:
         A `Plan`: call it as the model, print it to see its schedule.
 
     Raises:
         TypeError: model is not a module, or dtype is none that runs on its device.
-        ValueError: the model is no such chain, or input_shape does not fit it.
+        ValueError: the model is no such chain, input_shape does not fit it, or own_arena is asked
+            for on another device than a CPU.
     """
     check_module("plan", model)
     shape = tuple(input_shape)[-3:]
@@ -282,9 +311,19 @@ def plan(model: nn.Module, input_shape: Sequence[int], *, dtype: torch.dtype | N
     names = [name for name, _ in named]
     steps, arena = arrange(named, shape)
     made = Plan(names, steps, shape, arena)
-    if made.device.type == "cpu" and made.dtype != torch.float32:
-        raise TypeError(f"plan: dtype must be torch.float32 on a CPU, got {made.dtype}")
+    if made.device.type == "cpu" and (reason := why_not_on_cpu(made.dtype)) is not None:
+        raise TypeError(f"plan: dtype must be one of the CPU kernels, got {made.dtype}: {reason}")
+    if own_arena:
+        made._own_arena()
     return made
+
+
+def why_not_on_cpu(dtype: torch.dtype) -> str | None:
+    """None where the CPU kernels run images of a dtype, otherwise the sentence to show."""
+    if missing is not None:
+        return None  # A plan can be made all the same; calling it says so.
+    cpu = next(backend for backend in BACKENDS if backend.name == "cpu")
+    return cpu.why_not(torch.empty(0, dtype=dtype, device="cpu"))
 
 
 def _describe_layer(layer: Layer) -> str:

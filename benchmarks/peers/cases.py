@@ -1,0 +1,87 @@
+"""What is run: the 17 blocks of MobileNetV2 at 224x224, and the whole network."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from mnv2_kernels import cost
+from mnv2_kernels.variants import variants
+
+from .. import harness
+
+BATCHES = (1, 8, 32)
+NAMES = (
+    *(f"net_b{batch}" for batch in BATCHES),
+    *(f"block{number:02}_b1" for number in range(1, 18)),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload on a number of threads; its name is `net_b8/t2` or `block05_b1/t1`."""
+
+    workload: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.workload}/t{self.threads}"
+
+    @property
+    def block(self) -> int | None:
+        """Number of the block, 1 to 17; None for the whole network."""
+        kind = self.workload.partition("_")[0]
+        return None if kind == "net" else int(kind.removeprefix("block"))
+
+    @property
+    def batch(self) -> int:
+        return int(self.workload.rpartition("_b")[2])
+
+    @property
+    def flops(self) -> int:
+        if self.block is None:
+            return 2 * cost.network_multiply_adds(batch=self.batch)
+        config, size = harness.BLOCKS[self.block - 1]
+        return cost.flops(config, size, size, batch=self.batch)
+
+    def labels(self) -> dict[str, object]:
+        """What rows say of the workload."""
+        if self.block is None:
+            return {"model": harness.network()[0], "resolution": 224}
+        config, size = harness.BLOCKS[self.block - 1]
+        return {"block": self.block, "config": config.name, "resolution": size}
+
+    def model(self) -> nn.Module:
+        """As written, in evaluation mode, with the same random weights in every process."""
+        if self.block is None:
+            return deepcopy(harness.network()[1])
+        return harness.block_module(harness.BLOCKS[self.block - 1][0])
+
+    def input(self) -> Tensor:
+        """x (N, C, H, W), channels_last, the same in every process."""
+        if self.block is None:
+            return harness.image(3, 224, self.batch)
+        config, size = harness.BLOCKS[self.block - 1]
+        return harness.image(config.in_channels, size, self.batch)
+
+
+def select(patterns: Sequence[str], threads: Sequence[int]) -> list[Case]:
+    """The cases whose names fit one of the patterns (`net_*/t1`), thread counts together.
+
+    Raises:
+        ValueError: a pattern fits none.
+    """
+    every = [Case(name, count) for count in threads for name in NAMES]
+    for pattern in patterns:
+        if not any(fnmatchcase(str(case), pattern) for case in every):
+            raise ValueError(
+                f"--cases must fit names from {every[0]} to {every[-1]}, {pattern} fits none"
+            )
+    return [case for case in every if any(fnmatchcase(str(case), p) for p in patterns)]
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """The same layers with batch norm folded into the convolutions, channels_last."""
+    return variants(model)["folded"]

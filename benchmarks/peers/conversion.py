@@ -1,0 +1,49 @@
+"""Models in the formats of peers: made once, in a process of their own, and kept in a folder."""
+
+import hashlib
+import inspect
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .cases import Case
+from .peer import Peer
+from .process import WorkerProcess
+
+
+def converted(peer: Peer, case: Case, model: nn.Module, cache: Path) -> Path | None:
+    """The folder that the peer loads from, filled now if it is not there; None if it needs none.
+
+    Raises:
+        WorkerFailed: the conversion does.
+    """
+    if peer.convert is None:
+        return None
+    threads = f"-t{case.threads}" if peer.per_threads else ""
+    converter = peer.convert.__module__.rpartition(".")[2]
+    folder = cache / f"{converter}-{case.workload}{threads}-{_digest(peer, model)}"
+    if folder.exists():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        made = Path(temporary) / "made"
+        made.mkdir()
+        log = cache / f"{peer.name}-convert.log"
+        with WorkerProcess(peer.name, case.threads, log) as worker:
+            worker.ask("convert", peer=peer.name, case=str(case), folder=str(made))
+        os.rename(made, folder)
+    return folder
+
+
+def _digest(peer: Peer, model: nn.Module) -> str:
+    """Of the weights, the converter and the versions: a conversion of others is not taken."""
+    found = hashlib.sha256(inspect.getsource(sys.modules[peer.convert.__module__]).encode())
+    found.update(json.dumps([torch.__version__, peer.versions()]).encode())
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()[:12]

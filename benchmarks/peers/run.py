@@ -1,0 +1,137 @@
+"""One case with every peer that can run: load, check, time in turns, rows."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from .. import harness
+from ..machine import facts
+from .cases import Case
+from .check import bfloat16_rounding, error_of
+from .conversion import converted
+from .peer import Peer
+from .process import WorkerFailed, WorkerProcess
+from .turns import Samples, stolen_ticks, take_turns
+
+PEAK = "multiply-add peak"
+PEAK_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Rows of one case, and a sentence for every peer that has none."""
+
+    case: Case
+    rows: list[harness.Row]
+    failures: dict[str, str]
+
+
+def run(
+    cases: Sequence[Case], peers: Sequence[Peer], *, rounds: int, seconds: float, cache: Path
+) -> Iterator[Outcome]:
+    """Each case in turn; workers live as long as the number of threads stays the same.
+
+    Args:
+        peers: that can run here.
+        rounds: turns of each that count.
+        seconds: of a turn.
+        cache: folder of conversions and logs.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    for threads in dict.fromkeys(case.threads for case in cases):
+        with ExitStack() as stack:
+            workers = {
+                name: stack.enter_context(
+                    WorkerProcess(name, threads, cache / f"{name.replace(' ', '-')}.log")
+                )
+                for name in (PEAK, *(peer.name for peer in peers))
+            }
+            for case in cases:
+                if case.threads == threads:
+                    yield _run_case(case, peers, workers, rounds, seconds, cache)
+
+
+def _run_case(case, peers, workers, rounds, seconds, cache) -> Outcome:
+    errors, failures = _load(case, peers, workers, cache)
+    idle = dict.fromkeys(errors, 0.0)
+
+    def turn(name: str) -> float:
+        answer = workers[name].ask("turn", seconds=seconds)
+        idle[name] = max(idle[name], answer["idle_cpu"])
+        return answer["seconds"]
+
+    def peak() -> float:
+        answer = workers[PEAK].ask("peak", threads=case.threads, seconds=PEAK_SECONDS)
+        return answer["gflops"] or 0.0
+
+    turns = {PEAK: peak, **{name: (lambda name=name: turn(name)) for name in errors}}
+    samples = take_turns(turns, rounds=rounds, stolen=stolen_ticks)
+    # Noise only ever lowers a peak.
+    bound = max(samples.pop(PEAK).clean, default=0.0) or None
+    for name in [name for name, found in samples.items() if not found.clean]:
+        failures[name] = "time was stolen in every one of its turns"
+        del samples[name]
+    rows = []
+    for peer in peers:
+        if peer.name in samples:
+            row = _row(case, peer, samples, bound)
+            rows.append({**row, "error": errors[peer.name], "idle_seconds": idle[peer.name]})
+    return Outcome(case, rows, failures)
+
+
+def _load(case, peers, workers, cache) -> tuple[dict[str, float], dict[str, str]]:
+    """(error by peer, sentence by peer that fails or is wrong)."""
+    model, x = case.model(), case.input()
+    expected = harness.truth(model, x)
+    rounding = None
+    if any(peer.precision == "bfloat16" for peer in peers):
+        rounding = bfloat16_rounding(model, x, expected)
+    errors, failures = {}, {}
+    with TemporaryDirectory() as temporary:
+        result = Path(temporary) / "result.pt"
+        for peer in peers:
+            result.unlink(missing_ok=True)
+            try:
+                folder = converted(peer, case, model, cache)
+                workers[peer.name].ask(
+                    "load",
+                    peer=peer.name,
+                    case=str(case),
+                    folder=None if folder is None else str(folder),
+                    result=str(result),
+                )
+                y = torch.load(result)
+                errors[peer.name] = error_of(y, expected, peer.precision, rounding)
+            except WorkerFailed as error:
+                failures[peer.name] = str(error)
+            except AssertionError as error:
+                failures[peer.name] = f"wrong, not timed: {error}"
+    return errors, failures
+
+
+def _row(case: Case, peer: Peer, samples: dict[str, Samples], bound: float | None) -> harness.Row:
+    own = samples[peer.name]
+    times = own.quartiles()
+    rate = case.flops / times["50%"] / 1e9
+    return {
+        "suite": "peers",
+        "case": str(case),
+        **case.labels(),
+        "provider": peer.name,
+        "batch": case.batch,
+        "dtype": peer.precision,
+        "threads": case.threads,
+        "seconds": times,
+        "rounds": len(own.clean),
+        "dropped": own.dropped,
+        "gflops": rate,
+        "fma_peak_gflops": bound,
+        "share_of_fma_peak": rate / bound if bound else None,
+        "speedup": {name: own.ratio(other) for name, other in samples.items() if name != peer.name},
+        "versions": peer.versions(),
+        **facts(),
+    }

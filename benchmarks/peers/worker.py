@@ -1,0 +1,108 @@
+"""The process that one peer runs in: `python -m benchmarks.peers.worker`.
+
+Reads a JSON object a line and answers each with one: {"do": NAME, ...} calls the method of that
+name. Between its turns it waits for a line, so that no other process is disturbed.
+"""
+
+import gc
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+from time import perf_counter, process_time
+
+import torch
+
+from mnv2_kernels import timing
+
+from .cases import Case, folded
+from .peer import Loaded
+from .registry import PEERS
+
+# Before a turn's first sample: threads are awake again, and caches hold what the last run left.
+WARMUP = 2
+
+
+class Worker:
+    """At most one loaded model."""
+
+    def __init__(self):
+        self.loaded: Loaded | None = None
+        self.cpu_seconds = process_time()
+
+    def convert(self, peer: str, case: str, folder: str) -> dict:
+        """Fill the folder for `load`."""
+        workload = _case(case)
+        torch.set_num_threads(workload.threads)
+        PEERS[peer].convert(folded(workload.model()), workload.input(), Path(folder))
+        return {}
+
+    def load(self, peer: str, case: str, folder: str | None, result: str) -> dict:
+        """Make the model ready, run it and save what it gives."""
+        self.loaded = None
+        gc.collect()
+        workload = _case(case)
+        torch.set_num_threads(workload.threads)
+        if folder is not None:
+            source = Path(folder)
+        else:
+            source = workload.model()
+            if not PEERS[peer].as_written:
+                source = folded(source)
+        self.loaded = PEERS[peer].load(source, workload.input(), workload.threads)
+        # The last of several: one that has spoilt its input, or its packed weights, is found out.
+        for _ in range(1 + WARMUP):
+            self.loaded.run()
+        torch.save(self.loaded.output().contiguous(), result)
+        self.cpu_seconds = process_time()
+        return {}
+
+    def turn(self, seconds: float) -> dict:
+        """Time runs for so long; at least three.
+
+        Returns the median, and how long this process has computed since its last turn, when it
+        should have waited.
+        """
+        idle = process_time() - self.cpu_seconds
+        for _ in range(WARMUP):
+            self.loaded.run()
+        samples = []
+        begin = now = perf_counter()
+        while len(samples) < 3 or now - begin < seconds:
+            before = now
+            self.loaded.run()
+            now = perf_counter()
+            samples.append(now - before)
+        self.cpu_seconds = process_time()
+        return {"seconds": statistics.median(samples), "runs": len(samples), "idle_cpu": idle}
+
+    def peak(self, threads: int, seconds: float) -> dict:
+        """GFLOP/s of multiply-adds in registers, None without the extension."""
+        return {"gflops": timing.fma_peak(threads, seconds=seconds)}
+
+
+def _case(name: str) -> Case:
+    workload, _, threads = name.rpartition("/t")
+    return Case(workload, int(threads))
+
+
+def main() -> None:
+    # Libraries print; what they print must not get between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    gc.disable()
+    worker = Worker()
+    with torch.inference_mode():
+        for line in sys.stdin:
+            request = json.loads(line)
+            try:
+                answer = getattr(worker, request.pop("do"))(**request)
+            except Exception as error:
+                sentence = next(iter(str(error).splitlines()), "")
+                answer = {"error": f"{type(error).__name__}: {sentence}"}
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
