@@ -58,12 +58,11 @@ pybind11::dict build_info() {
     return info;
 }
 
-mnv2::cuda::Element element(const std::string& dtype) {
-    if (dtype == "float16") return mnv2::cuda::Element::half;
-    if (dtype == "bfloat16") return mnv2::cuda::Element::bfloat16;
-    if (dtype == "float32") return mnv2::cuda::Element::single;
-    throw pybind11::value_error("cuda_kernel: dtype must be float16, bfloat16 or float32, got '" +
-                                dtype + "'");
+mnv2::Element element(const std::string& dtype) {
+    if (dtype == "float16") return mnv2::Element::half;
+    if (dtype == "bfloat16") return mnv2::Element::bfloat16;
+    if (dtype == "float32") return mnv2::Element::single;
+    throw pybind11::value_error("dtype must be float16, bfloat16 or float32, got '" + dtype + "'");
 }
 
 using Bounds = std::pair<double, double>;
@@ -122,9 +121,10 @@ double fma_peak(const std::string& name, int64_t threads, double seconds) {
 
 // What a program needs beside its arena, and which of its steps go through the image row by row.
 pybind11::dict describe_program(const std::vector<int64_t>& integers,
-                                const std::vector<double>& bounds, int64_t threads) {
+                                const std::vector<double>& bounds, const std::string& dtype,
+                                int64_t threads) {
     const Kernel& kernel = mnv2::cpu::select_kernel(at::get_cpu_capability().c_str());
-    const auto network = mnv2::cpu::read_network(integers, bounds, nullptr, kernel.lanes);
+    const auto network = mnv2::cpu::read_network(integers, bounds, nullptr, element(dtype), kernel);
     pybind11::list row_by_row, rows;
     for (size_t i = 0; i < network.steps.size(); i++) {
         row_by_row.append(mnv2::cpu::is_row_by_row(network.steps[i]));
@@ -151,7 +151,7 @@ PYBIND11_MODULE(_C, m) {
           arg("height"), arg("width"), arg("dtype"),
           "Name of the CUDA kernel that runs a block on images of this size.");
     m.def("describe_program", &describe_program, pybind11::arg("program"), pybind11::arg("bounds"),
-          pybind11::arg("threads"),
+          pybind11::arg("dtype"), pybind11::arg("threads"),
           "Bytes of line buffers of a program, and which steps go row by row.");
     m.def("fma_peak", &fma_peak, arg("kernel"), arg("threads"), arg("seconds"),
           pybind11::call_guard<pybind11::gil_scoped_release>(),

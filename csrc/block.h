@@ -8,6 +8,11 @@ struct Clip {
     float lower, upper;
 };
 
+// What activations and weights are stored as; biases are float32.
+enum class Element { half, bfloat16, single };
+
+constexpr int64_t size_of(Element element) { return element == Element::single ? 4 : 2; }
+
 // What a call computes. Activations are NHWC, in every weight the output channels are innermost
 // (mnv2_kernels/fold.py):
 //   x (N, H, W, in_channels)               y (N, H_out, W_out, out_channels)
@@ -25,9 +30,16 @@ struct BlockSizes {
 // A block with its weights on the CPU. w_expand is nullptr where there is no expansion; a bias that
 // is nullptr counts as zeros.
 struct BlockArgs : BlockSizes {
-    const float *w_expand, *b_expand;
-    const float *w_dw, *b_dw;
-    const float *w_project, *b_project;
+    Element element;
+    // bfloat16 numbers are multiplied two at a time (AVX512-BF16): in_channels, where there is an
+    // expansion, and hidden_channels are even then.
+    bool pairs;
+    const void* w_expand;
+    const float* b_expand;
+    const void* w_dw;
+    const float* b_dw;
+    const void* w_project;
+    const float* b_project;
 };
 
 }  // namespace mnv2

@@ -49,6 +49,19 @@ void check_bias(const char* name, const at::Tensor& bias, const char* letter, in
 
 }  // namespace
 
+std::optional<Element> element_of(at::ScalarType dtype) {
+    switch (dtype) {
+        case at::kFloat:
+            return Element::single;
+        case at::kBFloat16:
+            return Element::bfloat16;
+        case at::kHalf:
+            return Element::half;
+        default:
+            return std::nullopt;
+    }
+}
+
 int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
     const int64_t room = size + pad - dilation * (kernel - 1) - 1;
     return room < 0 ? 0 : room / stride + 1;

@@ -12,6 +12,9 @@ namespace mnv2 {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// What a tensor consists of; nullopt: nothing that a kernel takes.
+std::optional<Element> element_of(at::ScalarType dtype);
+
 // A checked call: dense inputs, the result to be filled, and the sizes.
 struct Call {
     // x (channels_last), w_expand, b_expand, w_dw, b_dw, w_project, b_project; undefined: absent.

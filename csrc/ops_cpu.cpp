@@ -1,4 +1,4 @@
-// The op on CPU tensors: float32, one image and band of rows (or group of hidden channels) a task.
+// The op on CPU tensors: one image and band of rows (or group of hidden channels) a task.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
@@ -44,36 +44,37 @@ void print_once(const BlockArgs& args, const Schedule& schedule) {
 struct Job {
     const BlockArgs& args;
     const Schedule& schedule;
-    const float* x;
-    float* y;
+    const Layers& layers;
+    const char* x;
+    char* y;
     ScratchLayout layout;
     float* scratch;  // layout.total floats a thread
 
     float* scratch_of(int64_t thread) const { return scratch + thread * layout.total; }
 
-    const float* x_of(int64_t image) const {
-        return x + image * args.H * args.W * args.in_channels;
+    const void* x_of(int64_t image) const {
+        return x + image * args.H * args.W * args.in_channels * size_of(args.element);
     }
 
-    float* y_of(int64_t image) const {
-        return y + image * args.H_out * args.W_out * args.out_channels;
-    }
+    void* y_of(int64_t image) const { return y + image * sum_floats(args) * size_of(args.element); }
 
-    // One hidden group of rows [row_begin, row_end); `sums` has the layout of one image of y.
-    void run_rows(int64_t image, int64_t group, int64_t row_begin, int64_t row_end, float* sums,
+    // One hidden group of rows [row_begin, row_end); `result` has the layout of one image of y, and
+    // is of floats where there is another group.
+    void run_rows(int64_t image, int64_t group, int64_t row_begin, int64_t row_end, void* result,
                   float* thread_scratch) const {
         Tile tile{};
-        tile.x = {x_of(image), args.H, args.W * args.in_channels};
-        tile.y = {sums, args.H_out, args.W_out * args.out_channels};
+        const int64_t size = size_of(args.element);
+        tile.finishes = schedule.hidden_groups == 1;
+        tile.x = {x_of(image), args.H, args.W * args.in_channels * size};
+        tile.y = {result, args.H_out, args.W_out * args.out_channels * (tile.finishes ? size : 4)};
         tile.row_begin = row_begin, tile.row_end = row_end;
         std::tie(tile.hidden_begin, tile.hidden_end) =
             hidden_range(args, schedule, kernel().lanes, group);
         tile.starts_with_bias = group == 0;
-        tile.finishes = schedule.hidden_groups == 1;
         for (int64_t col = 0; col < args.W_out; col += schedule.strip_cols) {
             tile.col_begin = col;
             tile.col_end = std::min(col + schedule.strip_cols, args.W_out);
-            kernel().run_tile(args, schedule, tile, thread_scratch);
+            layers.run_tile(args, schedule, tile, thread_scratch);
         }
     }
 
@@ -97,6 +98,11 @@ struct Job {
     // side by side for the few images that are left over. The same sums in the same order either
     // way.
     void run_two_groups() const {
+        // The sums of the first group stand in y where these are floats.
+        const auto first_of = [&](int64_t image, float* own) {
+            return args.element == Element::single ? static_cast<float*>(y_of(image))
+                                                   : own + layout.partial + sum_floats(args);
+        };
         const int64_t threads = at::get_num_threads();
         const int64_t left_over = args.N % threads;
         const int64_t shared = 2 * left_over <= threads ? left_over : 0;
@@ -104,19 +110,21 @@ struct Job {
         at::parallel_for(0, whole, 1, [&](int64_t begin, int64_t end) {
             float* const own = scratch_of(at::get_thread_num());
             for (int64_t image = begin; image < end; image++) {
-                run_rows(image, 0, 0, args.H_out, y_of(image), own);
-                run_rows(image, 1, 0, args.H_out, own + layout.partial, own);
-                kernel().combine(args, x_of(image), own + layout.partial, y_of(image));
+                float *const first = first_of(image, own), *const second = own + layout.partial;
+                run_rows(image, 0, 0, args.H_out, first, own);
+                run_rows(image, 1, 0, args.H_out, second, own);
+                layers.combine(args, x_of(image), first, second, y_of(image));
             }
         });
-        float* const partial = scratch + layout.partial;
+        float* const second = scratch + layout.partial;
         for (int64_t image = whole; image < args.N; image++) {
+            float* const first = first_of(image, scratch);
             at::parallel_for(0, 2, 1, [&](int64_t begin, int64_t end) {
                 for (int64_t group = begin; group < end; group++)
-                    run_rows(image, group, 0, args.H_out, group == 0 ? y_of(image) : partial,
+                    run_rows(image, group, 0, args.H_out, group == 0 ? first : second,
                              scratch_of(at::get_thread_num()));
             });
-            kernel().combine(args, x_of(image), partial, y_of(image));
+            layers.combine(args, x_of(image), first, second, y_of(image));
         }
     }
 };
@@ -130,27 +138,40 @@ at::Tensor inverted_residual(const at::Tensor& x, const OptionalTensor& w_expand
                              at::ArrayRef<double> clip_project) {
     Call call = make_call(x, w_expand, b_expand, w_dw, b_dw, w_project, b_project, stride, padding,
                           dilation, residual, clip_expand, clip_dw, clip_project);
-    TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat,
-                     "inverted_residual: x must be float32 for the CPU kernel, got ",
+    const std::optional<Element> element = element_of(x.scalar_type());
+    TORCH_CHECK_TYPE(element.has_value(),
+                     "inverted_residual: x must be float32, bfloat16 or float16 for the CPU kernel,"
+                     " got ",
                      x.scalar_type(), "; backend='reference' takes any floating dtype");
     if (call.sizes.N == 0) return call.y;
     BlockArgs args{};
     static_cast<BlockSizes&>(args) = call.sizes;
+    args.element = *element;
+    args.pairs = kernel().multiplies_pairs(args);
     const auto pointer = [&](size_t i) {
-        return call.inputs[i].defined() ? call.inputs[i].const_data_ptr<float>() : nullptr;
+        return call.inputs[i].defined() ? call.inputs[i].const_data_ptr() : nullptr;
     };
-    args.w_expand = pointer(1), args.b_expand = pointer(2);
-    args.w_dw = pointer(3), args.b_dw = pointer(4);
-    args.w_project = pointer(5), args.b_project = pointer(6);
+    const auto bias = [&](size_t i) -> const float* {
+        if (!call.inputs[i].defined()) return nullptr;
+        call.inputs[i] = call.inputs[i].to(at::kFloat);
+        return call.inputs[i].const_data_ptr<float>();
+    };
+    args.w_expand = pointer(1), args.b_expand = bias(2);
+    args.w_dw = pointer(3), args.b_dw = bias(4);
+    args.w_project = pointer(5), args.b_project = bias(6);
 
     const Schedule schedule = choose_schedule(args, kernel().lanes);
     print_once(args, schedule);
     const ScratchLayout layout = scratch_layout(args, schedule, kernel().lanes);
     const at::Tensor scratch =
         at::empty({at::get_num_threads() * layout.total}, at::TensorOptions().dtype(at::kFloat));
-    const Job job{args,       schedule,
-                  pointer(0), call.y.mutable_data_ptr<float>(),
-                  layout,     scratch.mutable_data_ptr<float>()};
+    const Job job{args,
+                  schedule,
+                  kernel().of(args.element),
+                  static_cast<const char*>(pointer(0)),
+                  static_cast<char*>(call.y.mutable_data_ptr()),
+                  layout,
+                  scratch.mutable_data_ptr<float>()};
     schedule.hidden_groups == 1 ? job.run_bands() : job.run_two_groups();
     return call.y;
 }

@@ -37,22 +37,6 @@ const Device& device_facts(int device) {
     return known.emplace(device, facts).first->second;
 }
 
-Element element_of(const at::Tensor& x) {
-    switch (x.scalar_type()) {
-        case at::kHalf:
-            return Element::half;
-        case at::kBFloat16:
-            return Element::bfloat16;
-        case at::kFloat:
-            return Element::single;
-        default:
-            TORCH_CHECK_TYPE(false,
-                             "inverted_residual: x must be float32, float16 or bfloat16 for the "
-                             "CUDA kernels, got ",
-                             x.scalar_type(), "; backend='reference' takes any floating dtype");
-    }
-}
-
 // A view may start anywhere in its storage; the allocator's own tensors start at multiples of 512.
 at::Tensor aligned(const at::Tensor& tensor) {
     const bool is_aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
@@ -71,7 +55,12 @@ at::Tensor inverted_residual(const at::Tensor& x, const OptionalTensor& w_expand
                                 padding, dilation, residual, clip_expand, clip_dw, clip_project);
     Call call{};
     static_cast<BlockSizes&>(call) = host.sizes;
-    call.element = element_of(x);
+    const std::optional<Element> element = element_of(x.scalar_type());
+    TORCH_CHECK_TYPE(element.has_value(),
+                     "inverted_residual: x must be float32, float16 or bfloat16 for the CUDA "
+                     "kernels, got ",
+                     x.scalar_type(), "; backend='reference' takes any floating dtype");
+    call.element = *element;
     if (call.N == 0) return host.y;
     const c10::DeviceIndex index = host.y.device().index();
     const Device& device = device_facts(index);

@@ -13,6 +13,7 @@
 #include <variant>
 #include <vector>
 
+#include "host.h"
 #include "program.h"
 
 namespace mnv2::cpu {
@@ -26,9 +27,12 @@ const Kernel& kernel() {
 
 struct PlanCall {
     Network network;
+    Element element;
     at::Tensor x, y;
 
     int64_t images() const { return x.size(0); }
+    // Whole cache lines, so that what lies behind it is aligned too.
+    int64_t arena_floats() const { return (network.arena * size_of(element) + 63) / 64 * 16; }
 
     // Whole images by one thread each, while there are enough for all threads.
     int64_t whole_images(int64_t threads) const {
@@ -36,7 +40,7 @@ struct PlanCall {
     }
     // An arena and line buffers: one of each for a thread alone.
     int64_t floats_of_image(int64_t threads) const {
-        return network.arena + line_floats(network.steps, kernel().lanes, threads);
+        return arena_floats() + line_floats(network.steps, kernel().lanes, threads);
     }
     // All that `threads` threads need beside x and y.
     int64_t floats(int64_t threads) const {
@@ -48,18 +52,19 @@ struct PlanCall {
 
 PlanCall make_call(const at::Tensor& x, const WeightList& weights, at::IntArrayRef integers,
                    at::ArrayRef<double> bounds) {
-    Network network = read_network(integers, bounds, &weights, kernel().lanes);
+    const std::optional<Element> element = element_of(x.scalar_type());
+    TORCH_CHECK_TYPE(element.has_value(), "run_plan: x must be float32, bfloat16 or float16, got ",
+                     x.scalar_type());
+    Network network = read_network(integers, bounds, &weights, *element, kernel());
     TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) == network.channels && x.size(2) == network.H &&
                           x.size(3) == network.W,
                       "run_plan: x must have shape (N, ", network.channels, ", ", network.H, ", ",
                       network.W, "), got ", x.sizes());
-    TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "run_plan: x must be float32, got ",
-                     x.scalar_type());
     std::vector<int64_t> shape = network.y_shape;
     shape.insert(shape.begin(), x.size(0));
     auto options = x.options();
     if (shape.size() == 4) options = options.memory_format(at::MemoryFormat::ChannelsLast);
-    PlanCall call{std::move(network), x, at::empty(shape, options)};
+    PlanCall call{std::move(network), *element, x, at::empty(shape, options)};
     if (auto* stem = std::get_if<StemArgs>(&call.network.steps[0].layer)) {
         stem->channel_stride = x.stride(1), stem->row_stride = x.stride(2);
         stem->col_stride = x.stride(3);
@@ -74,12 +79,14 @@ PlanCall make_call(const at::Tensor& x, const WeightList& weights, at::IntArrayR
 void run(const PlanCall& call, int64_t threads, float* memory) {
     const Network& network = call.network;
     const int64_t images = call.images(), whole = call.whole_images(threads);
-    const int64_t x_image = images > 1 ? call.x.stride(0) : 0, y_image = call.y.numel() / images;
-    const auto* const x = call.x.const_data_ptr<float>();
-    auto* const y = call.y.mutable_data_ptr<float>();
+    const int64_t size = size_of(call.element);
+    const int64_t x_image = images > 1 ? size * call.x.stride(0) : 0;
+    const int64_t y_image = size * call.y.numel() / images;
+    const auto* const x = static_cast<const char*>(call.x.const_data_ptr());
+    auto* const y = static_cast<char*>(call.y.mutable_data_ptr());
     const auto run_image = [&](int64_t image, float* arena, const Threads& shared_by) {
         run_network(kernel(), network.steps, x + image * x_image, y + image * y_image, arena,
-                    arena + network.arena, shared_by);
+                    arena + call.arena_floats(), shared_by);
     };
     const Threads alone{1, [](int64_t count, const auto& task) {
                             for (int64_t i = 0; i < count; i++) task(i, 0);

@@ -8,11 +8,20 @@ namespace mnv2::cpu {
 
 namespace {
 
+at::ScalarType dtype_of(Element element) {
+    return element == Element::single ? at::kFloat
+           : element == Element::half ? at::kHalf
+                                      : at::kBFloat16;
+}
+
 // Reads a plan from the front: the order here is that of `Plan` in mnv2_kernels/plan.py.
 class Program {
  public:
-    Program(at::IntArrayRef integers, at::ArrayRef<double> bounds, const WeightList* weights)
-        : integers_(integers), bounds_(bounds), weights_(weights) {}
+    Program(at::IntArrayRef integers, at::ArrayRef<double> bounds, const WeightList* weights,
+            Element element)
+        : element(element), integers_(integers), bounds_(bounds), weights_(weights) {}
+
+    const Element element;
 
     int64_t integer() {
         TORCH_CHECK_VALUE(next_integer_ < integers_.size(), "run_plan: program ends too early");
@@ -29,7 +38,19 @@ class Program {
         const auto lower = static_cast<float>(bounds_[next_bound_++]);
         return {lower, static_cast<float>(bounds_[next_bound_++])};
     }
-    const float* weight(int64_t count, bool optional = false) {
+    const void* weight(int64_t count) { return next_weight(count, dtype_of(element), false); }
+    const float* bias(int64_t count) {
+        return static_cast<const float*>(next_weight(count, at::kFloat, true));
+    }
+    void check_end() const {
+        TORCH_CHECK_VALUE(next_integer_ == integers_.size() && next_bound_ == bounds_.size() &&
+                              (weights_ == nullptr || next_weight_ == weights_->size()),
+                          "run_plan: program, bounds and weights must end with the last step");
+    }
+
+ private:
+    // The next tensor of weights; nullptr where there are none, or where it may be missing and is.
+    const void* next_weight(int64_t count, at::ScalarType dtype, bool optional) {
         if (weights_ == nullptr) return nullptr;
         TORCH_CHECK_VALUE(next_weight_ < weights_->size(), "run_plan: weights end too early");
         const size_t number = next_weight_++;
@@ -39,20 +60,14 @@ class Program {
                               "] must be a tensor, got None");
             return nullptr;
         }
-        TORCH_CHECK_VALUE(weight->is_cpu() && weight->scalar_type() == at::kFloat &&
+        TORCH_CHECK_VALUE(weight->is_cpu() && weight->scalar_type() == dtype &&
                               weight->is_contiguous() && weight->numel() == count,
                           "run_plan: weights[", number, "] must be ", count,
-                          " contiguous float32 numbers on the CPU, got ", weight->numel(), " of ",
-                          weight->scalar_type(), " on ", weight->device());
-        return weight->const_data_ptr<float>();
-    }
-    void check_end() const {
-        TORCH_CHECK_VALUE(next_integer_ == integers_.size() && next_bound_ == bounds_.size() &&
-                              (weights_ == nullptr || next_weight_ == weights_->size()),
-                          "run_plan: program, bounds and weights must end with the last step");
+                          " contiguous numbers of ", dtype, " on the CPU, got ", weight->numel(),
+                          " of ", weight->scalar_type(), " on ", weight->device());
+        return weight->const_data_ptr();
     }
 
- private:
     at::IntArrayRef integers_;
     at::ArrayRef<double> bounds_;
     const WeightList* weights_;
@@ -61,18 +76,20 @@ class Program {
 
 StemArgs read_stem(Program& p) {
     StemArgs stem{};
+    stem.element = p.element;
     stem.H = p.size(), stem.W = p.size();
     stem.H_out = p.size(), stem.W_out = p.size();
     stem.in_channels = p.size(), stem.out_channels = p.size();
     stem.pad_top = p.integer(), stem.pad_left = p.integer();
     stem.weight = p.weight(9 * stem.in_channels * stem.out_channels);
-    stem.bias = p.weight(stem.out_channels, true);
+    stem.bias = p.bias(stem.out_channels);
     stem.clip = p.clip();
     return stem;
 }
 
-BlockStep read_block(Program& p, int64_t lanes) {
+BlockStep read_block(Program& p, const Kernel& kernel) {
     BlockArgs args{};
+    args.element = p.element;
     args.H = p.size(), args.W = p.size();
     args.H_out = p.size(), args.W_out = p.size();
     args.in_channels = p.size(), args.hidden_channels = p.size(), args.out_channels = p.size();
@@ -83,33 +100,37 @@ BlockStep read_block(Program& p, int64_t lanes) {
     const int64_t hidden = args.hidden_channels;
     if (args.expansion) {
         args.w_expand = p.weight(args.in_channels * hidden);
-        args.b_expand = p.weight(hidden, true);
+        args.b_expand = p.bias(hidden);
     }
     args.w_dw = p.weight(args.kernel * args.kernel * hidden);
-    args.b_dw = p.weight(hidden, true);
+    args.b_dw = p.bias(hidden);
     args.w_project = p.weight(hidden * args.out_channels);
-    args.b_project = p.weight(args.out_channels, true);
+    args.b_project = p.bias(args.out_channels);
     args.clip_expand = p.clip(), args.clip_dw = p.clip(), args.clip_project = p.clip();
-    return {args, choose_network_schedule(args, lanes)};
+    args.pairs = kernel.multiplies_pairs(args);
+    return {args, choose_network_schedule(args, kernel.lanes)};
 }
 
-PoolArgs read_pool(Program& p) {
+PoolArgs read_pool(Program& p, const Kernel& kernel) {
     PoolArgs pool{};
+    pool.element = p.element;
     pool.pixels = p.size(), pool.in_channels = p.size(), pool.out_channels = p.size();
     const bool convolves = p.integer() != 0;
     pool.weight = convolves ? p.weight(pool.in_channels * pool.out_channels) : nullptr;
-    pool.bias = convolves ? p.weight(pool.out_channels, true) : nullptr;
+    pool.bias = convolves ? p.bias(pool.out_channels) : nullptr;
     pool.clip = p.clip();
     TORCH_CHECK_VALUE(convolves || pool.in_channels == pool.out_channels,
                       "run_plan: a mean alone keeps the number of channels");
+    pool.pairs = kernel.multiplies_pairs(pool);
     return pool;
 }
 
 LinearArgs read_linear(Program& p) {
     LinearArgs linear{};
+    linear.element = p.element;
     linear.in_features = p.size(), linear.out_features = p.size();
     linear.weight = p.weight(linear.in_features * linear.out_features);
-    linear.bias = p.weight(linear.out_features, true);
+    linear.bias = p.bias(linear.out_features);
     return linear;
 }
 
@@ -199,8 +220,8 @@ void check_network(const Network& network) {
 }  // namespace
 
 Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
-                     const WeightList* weights, int64_t lanes) {
-    Program p(integers, bounds, weights);
+                     const WeightList* weights, Element element, const Kernel& kernel) {
+    Program p(integers, bounds, weights, element);
     Network network{};
     network.channels = p.size(), network.H = p.size(), network.W = p.size();
     const int64_t dims = p.size();
@@ -228,13 +249,13 @@ Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
                 break;
             }
             case 1: {
-                const BlockStep block = read_block(p, lanes);
+                const BlockStep block = read_block(p, kernel);
                 network.y_shape = {block.args.out_channels, block.args.H_out, block.args.W_out};
                 step.layer = block;
                 break;
             }
             case 2: {
-                const PoolArgs pool = read_pool(p);
+                const PoolArgs pool = read_pool(p, kernel);
                 network.y_shape = {pool.out_channels};
                 step.layer = pool;
                 break;

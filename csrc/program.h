@@ -15,14 +15,15 @@ using WeightList = c10::List<std::optional<at::Tensor>>;
 
 struct Network {
     int64_t channels, H, W;  // of x
-    int64_t arena;           // floats, for one image
+    int64_t arena;           // elements, for one image
     std::vector<Step> steps;
     std::vector<int64_t> y_shape;  // of one image
 };
 
-// The order of everything is that of `Program` in mnv2_kernels/program.py. Without weights the
-// steps have sizes only. Raises ValueError where the lists do not make a network.
+// The order of everything is that of `Program` in mnv2_kernels/program.py; x, weights and the arena
+// consist of `element`. Without weights the steps have sizes only. Raises ValueError where the
+// lists do not make a network.
 Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
-                     const WeightList* weights, int64_t lanes);
+                     const WeightList* weights, Element element, const Kernel& kernel);
 
 }  // namespace mnv2::cpu

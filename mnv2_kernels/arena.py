@@ -70,8 +70,9 @@ def _overwrites(steps: Sequence[Step], i: int) -> bool:
 
 def _row_by_row(steps: Sequence[Step], shape: Shape) -> list[bool]:
     """Which steps go through the image once, row by row, so that they can stream."""
-    weights = program.encode(steps, shape, 0).weights
-    if _C is None or any(w is not None and w.device.type != "cpu" for w in weights):
+    together = program.encode(steps, shape, 0)
+    known = together.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if _C is None or together.device.type != "cpu" or not known:
         return [False] * len(steps)
     apart, offset = [], 0
     for step, result in zip(steps, program.shapes(steps, shape), strict=True):
@@ -84,7 +85,7 @@ def describe(p: Program, threads: int) -> dict:
     """What the kernels say of a program: `row_by_row`, `rows_in_memory`, `line_bytes`."""
     if _C is None:
         raise RuntimeError(f"plan: {missing}")
-    return _C.describe_program(p.integers, p.bounds, threads)
+    return _C.describe_program(p.integers, p.bounds, str(p.dtype).removeprefix("torch."), threads)
 
 
 def _aligned(elements: int) -> int:

@@ -63,9 +63,7 @@ def _why_not_cpu(x: Tensor | None, block: Block | None = None) -> str | None:
         return None
     if x.device.type != "cpu":
         return f"x must be on the CPU, got {x.device}"
-    if x.dtype != torch.float32:
-        return f"x must be float32, got {x.dtype}"
-    return None
+    return _why_not_dtype(x)
 
 
 def _why_not_cuda(x: Tensor | None, block: Block | None = None) -> str | None:
@@ -243,7 +241,7 @@ def _describe(name: str) -> str:
         return f"float16, bfloat16 and float32, CUDA {_C.build_info()['cuda']} ({where})"
     kernels = _C.cpu_kernels()
     used = next(k["name"] for k in kernels if k["selected"])
-    return f"float32, {used} (built for: {', '.join(k['name'] for k in kernels)})"
+    return f"float32, bfloat16 and float16, {used} (built for: {', '.join(k['name'] for k in kernels)})"
 
 
 def load(library: torch.library.Library, triton_op: Callable) -> None:

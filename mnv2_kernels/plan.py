@@ -93,11 +93,11 @@ class Plan:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(w for w in self._program.weights if w is not None).dtype
+        return self._program.dtype
 
     @property
     def device(self) -> torch.device:
-        return next(w for w in self._program.weights if w is not None).device
+        return self._program.device
 
     @property
     def arena_bytes(self) -> int:
@@ -282,7 +282,7 @@ def plan(
             width, resolution and number of classes. Its training mode does not matter: a plan
             infers.
         input_shape: (C, H, W) of an image, or (N, C, H, W); a plan takes any N.
-        dtype: of weights and input; None takes that of the model. float32 on a CPU.
+        dtype: of weights and input; None takes that of the model. float32, bfloat16 or float16.
         own_arena: on a CPU, allocate the arena with its line buffers and scratch now, once, and not
             in every call: enough for any N on as many threads as PyTorch has now. Calls use no more
             of them, allocate nothing but their result (without a stem also a copy of an x that is

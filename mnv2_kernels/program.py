@@ -6,6 +6,7 @@ csrc/program.cpp reads the lists that `encode` writes.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .block import BlockConfig, Clip, Padding, output_size
@@ -99,6 +100,15 @@ class Program:
     weights: list[Tensor | None]
     integers: list[int]
     bounds: list[float]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of x and all weights; biases may be float32 whatever it is."""
+        return next(w for w in self.weights if w is not None).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(w for w in self.weights if w is not None).device
 
 
 def shapes(steps: Iterable[Step], shape: Shape) -> list[Shape]:

@@ -26,4 +26,34 @@ bool runs_on(const Kernel& kernel, const char* capability) {
     return row_of(kernel.capability) >= row_of(capability);
 }
 
+bool Kernel::multiplies_pairs(const BlockArgs& args) const {
+    const bool even = args.hidden_channels % 2 == 0 && args.in_channels % 2 == 0;
+    return args.element == Element::bfloat16 && even && has_pairs();
+}
+
+bool Kernel::multiplies_pairs(const PoolArgs& pool) const {
+    return pool.element == Element::bfloat16 && pool.in_channels % 2 == 0 && has_pairs();
+}
+
+static int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+StemScratch stem_layout(const StemArgs& stem) {
+    const bool narrow = stem.element != Element::single;
+    StemScratch layout{};
+    layout.weight = aligned(((stem.W_out - 1) * 2 + 3) * 3 * stem.in_channels);
+    layout.row = layout.weight + (narrow ? aligned(9 * stem.in_channels * stem.out_channels) : 0);
+    layout.total = layout.row + (narrow ? aligned(stem.W_out * stem.out_channels) : 0);
+    return layout;
+}
+
+PoolScratch pool_layout(const PoolArgs& pool) {
+    const bool narrow = pool.element != Element::single && pool.weight != nullptr;
+    const int64_t in_memory = pool.pairs ? 2 : 1;  // numbers in the place of a float
+    PoolScratch layout{};
+    layout.weight = pool.pixels * kPoolPanel;
+    layout.x = layout.weight + (narrow ? pool.in_channels / in_memory * kPoolPanel : 0);
+    layout.total = layout.x + (narrow && !pool.pairs ? aligned(pool.pixels * pool.in_channels) : 0);
+    return layout;
+}
+
 }  // namespace mnv2::cpu

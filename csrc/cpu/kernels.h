@@ -11,27 +11,33 @@ namespace mnv2::cpu {
 // Where the rows of one image are. Memory may hold a few of them only: row r is then where other
 // rows with the same r % slots have been.
 struct OutputRows {
-    float* begin;
+    void* begin;
     int64_t slots;
-    int64_t size;  // floats from one row to the next
+    int64_t size;  // bytes from one row to the next
 
-    float* at(int64_t row) const { return begin + row % slots * size; }
+    template <class T>
+    T* at(int64_t row) const {
+        return reinterpret_cast<T*>(static_cast<char*>(begin) + row % slots * size);
+    }
     // Of the rows [row, end), how many follow one another in memory from the first on.
     int64_t run(int64_t row, int64_t end) const { return std::min(end - row, slots - row % slots); }
 };
 
 struct InputRows {
-    const float* begin;
+    const void* begin;
     int64_t slots, size;
     // Rows before and behind these are read from copies: the result overwrites x where another
     // thread needs it. Both pointers are to where row 0 would be.
     int64_t own_begin = 0, own_end = INT64_MAX;
-    const float *before = nullptr, *behind = nullptr;
+    const char *before = nullptr, *behind = nullptr;
 
-    const float* at(int64_t row) const {
-        if (row < own_begin) return before + row * size;
-        if (row >= own_end) return behind + row * size;
-        return begin + row % slots * size;
+    template <class T>
+    const T* at(int64_t row) const {
+        const char* const place = row < own_begin ? before + row * size
+                                  : row >= own_end
+                                      ? behind + row * size
+                                      : static_cast<const char*>(begin) + row % slots * size;
+        return reinterpret_cast<const T*>(place);
     }
     int64_t run(int64_t row, int64_t end) const {
         if (row < own_begin) return std::min(end, own_begin) - row;
@@ -43,12 +49,13 @@ struct InputRows {
 // A piece of one image: a range of output rows, output columns and hidden channels.
 struct Tile {
     InputRows x;
-    OutputRows y;
+    OutputRows y;  // of float32 where the tile does not finish
     int64_t row_begin, row_end;
     int64_t col_begin, col_end;
     int64_t hidden_begin, hidden_end;
-    // Where the rows of one step are summed up before they go to y; nullptr: in y itself. y may be
-    // x, row for row, where this is not nullptr and rows are outside.
+    // Where the rows of one step are summed up before they go to y, if y is float32; nullptr: in y
+    // itself. y may be x, row for row, where rows are outside and this is not nullptr or y is of
+    // another element.
     float* sums;
     bool starts_with_bias;  // of the first hidden group
     bool finishes;          // clip and residual: there is one hidden group only
@@ -62,66 +69,93 @@ using TileFn = void (*)(const BlockArgs&, const Schedule&, const Tile&, float* s
 using StepFn = void (*)(const BlockArgs&, const Schedule&, const Tile&, float* scratch,
                         int64_t out_row);
 
-// y = clip(y + partial) + residual over one image; partial has the layout of that image of y.
-using CombineFn = void (*)(const BlockArgs&, const float* x, const float* partial, float* y);
+// y = clip(first + second) + residual over one image; the sums have the layout of y, which `first`
+// may be.
+using CombineFn = void (*)(const BlockArgs&, const void* x, const float* first, const float* second,
+                           void* y);
 
 // The first convolution of a network: 3x3, stride 2, and a clip. x may lie in memory in any way.
 struct StemArgs {
     int64_t H, W, H_out, W_out, in_channels, out_channels;
     int64_t pad_top, pad_left;
-    int64_t row_stride, col_stride, channel_stride;  // of x, floats
-    const float* weight;  // (column, row, in_channels, out_channels) of the 3x3 window
-    const float* bias;    // nullptr: zeros
+    int64_t row_stride, col_stride, channel_stride;  // of x, elements
+    Element element;
+    const void* weight;  // (column, row, in_channels, out_channels) of the 3x3 window
+    const float* bias;   // nullptr: zeros
     Clip clip;
 };
-
-constexpr int64_t stem_scratch(const StemArgs& stem) {
-    return ((stem.W_out - 1) * 2 + 3) * 3 * stem.in_channels;
-}
 
 // A 1x1 convolution, a clip, and the mean over all pixels of an image; or the mean alone, of as
 // many channels as there are.
 struct PoolArgs {
     int64_t pixels, in_channels, out_channels;
-    const float* weight;  // (in_channels, out_channels); nullptr: no convolution
-    const float* bias;    // nullptr: zeros
+    Element element;
+    bool pairs;          // as of BlockArgs; in_channels are even then
+    const void* weight;  // (in_channels, out_channels); nullptr: no convolution
+    const float* bias;   // nullptr: zeros
     Clip clip;
 };
 
 constexpr int64_t kPoolPanel = 64;  // output channels at a time
-constexpr int64_t pool_scratch(const PoolArgs& pool) { return pool.pixels * kPoolPanel; }
 
 struct LinearArgs {
     int64_t in_features, out_features;
-    const float* weight;  // (out_features, in_features), as torch.nn.Linear has it
-    const float* bias;    // nullptr: zeros
+    Element element;
+    const void* weight;  // (out_features, in_features), as torch.nn.Linear has it
+    const float* bias;   // nullptr: zeros
 };
 
+// Where the pieces of a call's scratch start, in floats. Behind the gathered input: where it is not
+// float32, the weight and one result row as floats.
+struct StemScratch {
+    int64_t weight, row, total;
+};
+// Behind a panel of the result: where it is not float32, a panel of the weight, and x as floats.
+struct PoolScratch {
+    int64_t panel, weight, x, total;
+};
+StemScratch stem_layout(const StemArgs& stem);
+PoolScratch pool_layout(const PoolArgs& pool);
+
 // Output rows [begin, end) of one image.
-using StemFn = void (*)(const StemArgs&, const float* x, const OutputRows& y, int64_t begin,
+using StemFn = void (*)(const StemArgs&, const void* x, const OutputRows& y, int64_t begin,
                         int64_t end, float* scratch);
 // Output channels [begin, end) of one image; begin is a multiple of kPoolPanel.
-using PoolFn = void (*)(const PoolArgs&, const float* x, float* y, int64_t begin, int64_t end,
+using PoolFn = void (*)(const PoolArgs&, const void* x, void* y, int64_t begin, int64_t end,
                         float* scratch);
 // Output features [begin, end) of one image.
-using LinearFn = void (*)(const LinearArgs&, const float* x, float* y, int64_t begin, int64_t end);
+using LinearFn = void (*)(const LinearArgs&, const void* x, void* y, int64_t begin, int64_t end);
 
 // Seconds that `rounds` rounds of independent multiply-adds in registers take on this core; each
 // is flops_per_round floating-point operations.
 using PeakFn = double (*)(int64_t rounds);
 
-struct Kernel {
-    const char* name;        // as in ATEN_CPU_CAPABILITY
-    const char* capability;  // what at::get_cpu_capability() must say at least
-    int64_t lanes;
+// Everything for one kind of element.
+struct Layers {
     TileFn run_tile, begin_tile;
     StepFn step_tile;
     CombineFn combine;
     StemFn stem_rows;
     PoolFn pool_columns;
     LinearFn linear_rows;
+};
+
+struct Kernel {
+    const char* name;        // as in ATEN_CPU_CAPABILITY
+    const char* capability;  // what at::get_cpu_capability() must say at least
+    int64_t lanes;
+    Layers single, half, bfloat16;
+    bool (*has_pairs)();  // AVX512-BF16
     PeakFn time_fma;
     int64_t flops_per_round;
+
+    const Layers& of(Element element) const {
+        return element == Element::single ? single : element == Element::half ? half : bfloat16;
+    }
+
+    // Whether bfloat16 numbers are multiplied two at a time.
+    bool multiplies_pairs(const BlockArgs& args) const;
+    bool multiplies_pairs(const PoolArgs& pool) const;
 };
 
 extern const Kernel* const kKernels[];

@@ -10,6 +10,7 @@ constexpr int64_t kAlignFloats = 16;
 int64_t aligned(int64_t floats) {
     return (floats + kAlignFloats - 1) / kAlignFloats * kAlignFloats;
 }
+int64_t aligned_bytes(int64_t bytes) { return aligned((bytes + 3) / 4); }  // as floats
 
 const BlockStep* block_of(const Step& step) { return std::get_if<BlockStep>(&step.layer); }
 
@@ -17,10 +18,22 @@ int64_t rows_of(const Step& step) {
     if (const auto* block = block_of(step)) return block->args.H_out;
     return std::get<StemArgs>(step.layer).H_out;
 }
+Element element_of(const Step& step) {
+    if (const auto* block = block_of(step)) return block->args.element;
+    if (const auto* stem = std::get_if<StemArgs>(&step.layer)) return stem->element;
+    if (const auto* pool = std::get_if<PoolArgs>(&step.layer)) return pool->element;
+    return std::get<LinearArgs>(step.layer).element;
+}
+// Bytes of a row of the result, and of x.
 int64_t row_size(const Step& step) {
-    if (const auto* block = block_of(step)) return block->args.W_out * block->args.out_channels;
+    const int64_t size = size_of(element_of(step));
+    if (const auto* block = block_of(step))
+        return size * block->args.W_out * block->args.out_channels;
     const auto& stem = std::get<StemArgs>(step.layer);
-    return stem.W_out * stem.out_channels;
+    return size * stem.W_out * stem.out_channels;
+}
+int64_t row_size_of_x(const BlockArgs& args) {
+    return size_of(args.element) * args.W * args.in_channels;
 }
 int64_t rows_per_step(const Step& step) {
     const auto* block = block_of(step);
@@ -46,11 +59,15 @@ int64_t line_slots(const Step& step, const Step& next) {
 int64_t scratch_floats(const Step& step, int64_t lanes) {
     if (const auto* block = block_of(step)) {
         const BlockArgs& args = block->args;
-        const int64_t sums = block->schedule.rows_per_step * args.W_out * args.out_channels;
+        const int64_t sums = args.element == Element::single
+                                 ? block->schedule.rows_per_step * args.W_out * args.out_channels
+                                 : 0;
         return aligned(scratch_layout(args, block->schedule, lanes).total) + aligned(sums);
     }
-    if (const auto* stem = std::get_if<StemArgs>(&step.layer)) return aligned(stem_scratch(*stem));
-    if (const auto* pool = std::get_if<PoolArgs>(&step.layer)) return aligned(pool_scratch(*pool));
+    if (const auto* stem = std::get_if<StemArgs>(&step.layer))
+        return aligned(stem_layout(*stem).total);
+    if (const auto* pool = std::get_if<PoolArgs>(&step.layer))
+        return aligned(pool_layout(*pool).total);
     return 0;
 }
 
@@ -59,9 +76,9 @@ int64_t scratch_floats(const Step& step, int64_t lanes) {
 class Chain {
  public:
     // x: the input of the first step, all of its rows; y may be x where there is one step only.
-    Chain(const Kernel& kernel, const Step* steps, int64_t count, const InputRows& x, float* y,
+    Chain(const Kernel& kernel, const Step* steps, int64_t count, const InputRows& x, void* y,
           int64_t row_begin, int64_t row_end, float* lines)
-        : kernel_(kernel), x_(x.begin) {
+        : layers_(kernel.of(element_of(*steps))), x_(x.begin) {
         int64_t begin = row_begin, end = row_end;
         links_.resize(count);
         for (int64_t i = count - 1; i >= 0; i--) {
@@ -72,7 +89,7 @@ class Chain {
             if (i < count - 1) {
                 link.y.slots = line_slots(steps[i], steps[i + 1]);
                 link.y.begin = lines;
-                lines += aligned(link.y.slots * link.y.size);
+                lines += aligned_bytes(link.y.slots * link.y.size);
             }
             link.scratch = lines;
             lines += scratch_floats(steps[i], kernel.lanes);
@@ -92,12 +109,12 @@ class Chain {
                 if (i > 0) {
                     const OutputRows& rows = links_[i - 1].y;
                     link.tile.x = {rows.begin, rows.slots, rows.size};
-                } else if (x.begin == y) {
+                } else if (x.begin == y && args.element == Element::single) {
                     const int64_t floats =
                         aligned(scratch_layout(args, block->schedule, kernel.lanes).total);
                     link.tile.sums = link.scratch + floats;
                 }
-                kernel.begin_tile(args, block->schedule, link.tile, link.scratch);
+                layers_.begin_tile(args, block->schedule, link.tile, link.scratch);
             }
     }
 
@@ -121,17 +138,17 @@ class Chain {
                 const int64_t input_end =
                     first_input_row(*link.step, row) + window(*link.step, next - row);
                 if (i > 0) make_rows(i - 1, std::min(input_end, links_[i - 1].row_end));
-                kernel_.step_tile(block->args, block->schedule, link.tile, link.scratch, row);
+                layers_.step_tile(block->args, block->schedule, link.tile, link.scratch, row);
             } else {
-                kernel_.stem_rows(std::get<StemArgs>(link.step->layer), x_, link.y, row, next,
+                layers_.stem_rows(std::get<StemArgs>(link.step->layer), x_, link.y, row, next,
                                   link.scratch);
             }
             link.next_row = next;
         }
     }
 
-    const Kernel& kernel_;
-    const float* x_;
+    const Layers& layers_;
+    const void* x_;
     std::vector<Link> links_;
 };
 
@@ -149,43 +166,48 @@ struct Run {
 
     float* lines_of(int64_t thread) const { return lines + thread * lines_size; }
 
-    void block_in_groups(const BlockStep& block, const float* x, float* y) const {
+    void block_in_groups(const BlockStep& block, const void* x, void* y) const {
         const BlockArgs& args = block.args;
         const ScratchLayout layout = scratch_layout(args, block.schedule, kernel.lanes);
-        float* const partial = lines + layout.partial;
+        const Layers& layers = kernel.of(args.element);
+        float* const second = lines + layout.partial;
+        float* const first =
+            args.element == Element::single ? static_cast<float*>(y) : second + sum_floats(args);
         const auto group_of = [&](int64_t group, int64_t thread) {
             const auto [hidden_begin, hidden_end] =
                 hidden_range(args, block.schedule, kernel.lanes, group);
-            const Tile tile{{x, args.H, args.W * args.in_channels},
-                            {group == 0 ? y : partial, args.H_out, args.W_out * args.out_channels},
-                            0,
-                            args.H_out,
-                            0,
-                            args.W_out,
-                            hidden_begin,
-                            hidden_end,
-                            nullptr,
-                            group == 0,
-                            false};
-            kernel.run_tile(args, block.schedule, tile, lines_of(thread));
+            const Tile tile{
+                {x, args.H, row_size_of_x(args)},
+                {group == 0 ? first : second, args.H_out, 4 * args.W_out * args.out_channels},
+                0,
+                args.H_out,
+                0,
+                args.W_out,
+                hidden_begin,
+                hidden_end,
+                nullptr,
+                group == 0,
+                false};
+            layers.run_tile(args, block.schedule, tile, lines_of(thread));
         };
         threads.run(2, group_of);
-        kernel.combine(args, x, partial, y);
+        layers.combine(args, x, first, second, y);
     }
 
     // Rows of x that bands read beyond their own, copied before any band writes: 2 * reach rows for
     // each border between bands, those above it first.
-    void chain(const Step* steps, int64_t count, const float* x, float* y) const {
+    void chain(const Step* steps, int64_t count, const void* x, void* y) const {
         const Step& last = steps[count - 1];
         const int64_t rows = rows_of(last), per_step = rows_per_step(last);
         const int64_t bands = std::min(threads.count, (rows + per_step - 1) / per_step);
         const auto first_row = [&](int64_t band) { return band * rows / bands; };
         const auto* block = block_of(steps[0]);
         InputRows input{x, rows_of(steps[0]), row_size(steps[0])};
-        if (block) input = {x, block->args.H, block->args.W * block->args.in_channels};
+        if (block) input = {x, block->args.H, row_size_of_x(block->args)};
         const int64_t reach = reach_of(steps[0]);
         const int64_t size = reach * input.size;
-        float* const copies = lines + threads.count * lines_size;
+        const auto* const x_rows = static_cast<const char*>(x);
+        auto* const copies = reinterpret_cast<char*>(lines + threads.count * lines_size);
         const bool in_place = x == y;
         if (in_place)
             for (int64_t band = 1; band < bands; band++)
@@ -193,9 +215,9 @@ struct Run {
                     const int64_t row = first_row(band) - (side == 0 ? reach : 0);
                     const int64_t from = std::max<int64_t>(row, 0);
                     const int64_t to = std::min(row + reach, rows);
-                    float* const copy = copies + ((band - 1) * 2 + side) * size;
+                    char* const copy = copies + ((band - 1) * 2 + side) * size;
                     if (from < to)
-                        std::copy(x + from * input.size, x + to * input.size,
+                        std::copy(x_rows + from * input.size, x_rows + to * input.size,
                                   copy + (from - row) * input.size);
                 }
         threads.run(bands, [&](int64_t band, int64_t thread) {
@@ -211,14 +233,14 @@ struct Run {
         });
     }
 
-    void block_in_chunks(const BlockStep& block, const float* x, float* y) const {
+    void block_in_chunks(const BlockStep& block, const void* x, void* y) const {
         const BlockArgs& args = block.args;
         const Schedule& schedule = block.schedule;
         const int64_t steps = (args.H_out + schedule.rows_per_step - 1) / schedule.rows_per_step;
         const int64_t bands = std::min(threads.count, steps);
         threads.run(bands, [&](int64_t band, int64_t thread) {
-            Tile tile{{x, args.H, args.W * args.in_channels},
-                      {y, args.H_out, args.W_out * args.out_channels},
+            Tile tile{{x, args.H, row_size_of_x(args)},
+                      {y, args.H_out, size_of(args.element) * args.W_out * args.out_channels},
                       band * args.H_out / bands,
                       (band + 1) * args.H_out / bands,
                       0,
@@ -231,27 +253,28 @@ struct Run {
             for (int64_t col = 0; col < args.W_out; col += schedule.strip_cols) {
                 tile.col_begin = col;
                 tile.col_end = std::min(col + schedule.strip_cols, args.W_out);
-                kernel.run_tile(args, schedule, tile, lines_of(thread));
+                kernel.of(args.element).run_tile(args, schedule, tile, lines_of(thread));
             }
         });
     }
 
-    void pool(const PoolArgs& args, const float* x, float* y) const {
+    void pool(const PoolArgs& args, const void* x, void* y) const {
         const int64_t panels = (args.out_channels + kPoolPanel - 1) / kPoolPanel;
         const int64_t parts = std::min(threads.count, panels);
         threads.run(parts, [&](int64_t part, int64_t thread) {
             const int64_t begin = part * panels / parts * kPoolPanel;
             const int64_t end =
                 std::min((part + 1) * panels / parts * kPoolPanel, args.out_channels);
-            kernel.pool_columns(args, x, y, begin, end, lines_of(thread));
+            kernel.of(args.element).pool_columns(args, x, y, begin, end, lines_of(thread));
         });
     }
 
-    void linear(const LinearArgs& args, const float* x, float* y) const {
+    void linear(const LinearArgs& args, const void* x, void* y) const {
         const int64_t parts = std::min(threads.count, args.out_features);
         threads.run(parts, [&](int64_t part, int64_t) {
-            kernel.linear_rows(args, x, y, part * args.out_features / parts,
-                               (part + 1) * args.out_features / parts);
+            kernel.of(args.element)
+                .linear_rows(args, x, y, part * args.out_features / parts,
+                             (part + 1) * args.out_features / parts);
         });
     }
 };
@@ -262,7 +285,7 @@ int64_t lines_of_thread(const std::vector<Step>& steps, int64_t lanes) {
     for (size_t i = 0; i < steps.size(); i++) {
         chain += scratch_floats(steps[i], lanes);
         if (steps[i].streams)
-            chain += aligned(line_slots(steps[i], steps[i + 1]) * row_size(steps[i]));
+            chain += aligned_bytes(line_slots(steps[i], steps[i + 1]) * row_size(steps[i]));
         else
             most = std::max(most, chain), chain = 0;
     }
@@ -272,7 +295,7 @@ int64_t copies_of_band(const std::vector<Step>& steps) {
     int64_t most = 0;
     for (const Step& step : steps)
         if (is_row_by_row(step)) most = std::max(most, 2 * reach_of(step) * row_size(step));
-    return most;
+    return aligned_bytes(most);
 }
 
 }  // namespace
@@ -294,15 +317,16 @@ int64_t rows_in_memory(const std::vector<Step>& steps, size_t number) {
     return image ? rows_of(step) : 1;
 }
 
-void run_network(const Kernel& kernel, const std::vector<Step>& steps, const float* x, float* y,
-                 float* arena, float* lines, const Threads& threads) {
+void run_network(const Kernel& kernel, const std::vector<Step>& steps, const void* x, void* y,
+                 void* arena, float* lines, const Threads& threads) {
     const Run run{kernel, lines, lines_of_thread(steps, kernel.lanes), threads};
-    const float* input = x;
+    const void* input = x;
     for (size_t first = 0, last; first < steps.size(); first = last + 1) {
         last = first;
         while (steps[last].streams) last++;
-        float* const output = last + 1 == steps.size() ? y : arena + steps[last].output;
         const Step& step = steps[first];
+        const int64_t offset = size_of(element_of(step)) * steps[last].output;
+        void* const output = last + 1 == steps.size() ? y : static_cast<char*>(arena) + offset;
         if (const auto* pool = std::get_if<PoolArgs>(&step.layer))
             run.pool(*pool, input, output);
         else if (const auto* linear = std::get_if<LinearArgs>(&step.layer))

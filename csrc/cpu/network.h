@@ -17,7 +17,7 @@ struct BlockStep {
 
 struct Step {
     std::variant<StemArgs, BlockStep, PoolArgs, LinearArgs> layer;
-    // Where the result begins in the arena, floats; of the last step it is the network's.
+    // Where the result begins in the arena, elements; of the last step it is the network's.
     int64_t output;
     // The next step takes the rows as they come: there are never more than a few of them.
     bool streams;
@@ -41,7 +41,7 @@ int64_t rows_in_memory(const std::vector<Step>& steps, size_t number);
 
 // x: one image; y: the result of the last step; arena: as large as the steps' outputs need it;
 // lines: line_floats() of them. Both are 64-byte aligned. The same bits at any number of threads.
-void run_network(const Kernel& kernel, const std::vector<Step>& steps, const float* x, float* y,
-                 float* arena, float* lines, const Threads& threads);
+void run_network(const Kernel& kernel, const std::vector<Step>& steps, const void* x, void* y,
+                 void* arena, float* lines, const Threads& threads);
 
 }  // namespace mnv2::cpu

@@ -15,6 +15,7 @@ constexpr int64_t kChunkBytes = 112 * 1024;
 constexpr int64_t kInPlaceChunkBytes = 160 * 1024;  // depthwise rows alone
 constexpr int64_t kImageBytes = 512 * 1024;  // x and y of more than this are walked through once
 constexpr int64_t kWeightBytes = 64 * 1024;  // provided that the weights are no more than this
+constexpr int64_t kSumBytes = 80 * 1024;     // of a band
 constexpr int64_t kPartialFloats = 64 * 320;
 constexpr int64_t kMinStripCols = 32;  // narrower ones expand too much of their margins twice
 constexpr int64_t kGoodChunk = 48;  // three vectors: what register tiles of products are full with
@@ -43,7 +44,7 @@ std::pair<int64_t, int64_t> hidden_range(const BlockArgs& args, const Schedule& 
 }
 
 bool reads_x_in_place(const BlockArgs& args, int64_t lanes) {
-    return !args.expansion && args.in_channels % lanes == 0;
+    return !args.expansion && args.element == Element::single && args.in_channels % lanes == 0;
 }
 
 ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes) {
@@ -66,8 +67,23 @@ ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, in
     layout.ring_stride = round_up(ring, kAlignFloats);
     layout.ring = piece(copies * layout.ring_stride);
     layout.depthwise = piece(schedule.rows_per_step * schedule.strip_cols * chunk);
-    layout.partial =
-        piece(schedule.hidden_groups > 1 ? args.H_out * args.W_out * args.out_channels : 0);
+    const bool narrow = args.element != Element::single;
+    const int64_t in_memory = args.pairs ? 2 : 1;  // numbers in the place of a float
+    const int64_t expand = narrow && args.expansion ? args.in_channels / in_memory * chunk : 0;
+    const int64_t project = narrow ? chunk / in_memory * args.out_channels : 0;
+    layout.expand_panel = piece(expand);
+    layout.project_panel = piece(project);
+    layout.panels_stride = end - layout.expand_panel;
+    piece((copies - 1) * layout.panels_stride);
+    const bool converts = narrow && args.expansion && !args.pairs;
+    const int64_t cols = input_cols(args, schedule.strip_cols);
+    const int64_t window = ring_of(args, schedule.rows_per_step).window;
+    layout.x_rows = piece(converts ? window * cols * args.in_channels : 0);
+    const int64_t sum_rows = schedule.rows_outside ? schedule.rows_per_step : schedule.band_rows;
+    const bool sums = narrow && schedule.hidden_groups == 1;
+    layout.sums = piece(sums ? sum_rows * schedule.strip_cols * args.out_channels : 0);
+    const int64_t groups = schedule.hidden_groups;
+    layout.partial = piece(groups > 1 ? (narrow ? groups : groups - 1) * sum_floats(args) : 0);
     layout.total = end;
     return layout;
 }
@@ -75,6 +91,7 @@ ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, in
 Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     Schedule schedule{};
     schedule.strip_cols = args.W_out;
+    schedule.band_rows = args.H_out;
 
     // Two rows share the input of a stride-1 depthwise. Narrow images take more rows, to fill the
     // register tiles of the products and to use each weight more often once it is in L1.
@@ -102,8 +119,9 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
         schedule.rows_outside = false;
         set_chunks(1);
         for (int64_t count = 2; schedule.hidden_chunk > kChunkMultiple; count++) {
-            // All pieces before the partial sums, which do not depend on the chunk.
-            if (4 * scratch_layout(args, schedule, lanes).partial <= chunk_bytes) return;
+            const bool fits = args.element == Element::single || scratch() <= kScratchBytes;
+            if (4 * scratch_layout(args, schedule, lanes).expand_panel <= chunk_bytes && fits)
+                return;
             set_chunks(count);
         }
     };
@@ -125,6 +143,10 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     }
 
     // Otherwise chunk by chunk; extreme widths with fewer rows at a time, then in strips.
+    const int64_t pixel_bytes = 4 * args.W_out * args.out_channels;
+    if (args.element != Element::single && schedule.hidden_groups == 1)
+        schedule.band_rows = std::clamp(round_up(kSumBytes / pixel_bytes, schedule.rows_per_step),
+                                        schedule.rows_per_step, args.H_out);
     choose_chunks();
     while (scratch() > kScratchBytes && schedule.rows_per_step > 1)
         schedule.rows_per_step = ceil_div(schedule.rows_per_step, 2);
@@ -153,8 +175,8 @@ std::string to_string(const BlockArgs& args, const Schedule& schedule, int64_t l
            "-" + n(args.out_channels) + " k" + n(args.kernel) + " s" + n(args.stride) + ": " +
            (schedule.rows_outside ? "rows" : "chunks") + " outside, hidden_chunk " +
            n(schedule.hidden_chunk) + ", rows_per_step " + n(schedule.rows_per_step) +
-           ", strip_cols " + n(schedule.strip_cols) + ", hidden_groups " +
-           n(schedule.hidden_groups) + ", scratch " + n(bytes) + " bytes";
+           ", strip_cols " + n(schedule.strip_cols) + ", band_rows " + n(schedule.band_rows) +
+           ", hidden_groups " + n(schedule.hidden_groups) + ", scratch " + n(bytes) + " bytes";
 }
 
 }  // namespace mnv2::cpu

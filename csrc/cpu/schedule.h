@@ -24,6 +24,9 @@ struct Schedule {
     // Output columns of a strip: fewer than all where the rows in flight of a large image would not
     // fit the scratch.
     int64_t strip_cols;
+    // Output rows that are summed up in scratch at a time where chunks are outside and y is not
+    // float32; otherwise all, since the sums stand in y.
+    int64_t band_rows;
     // Parts of the hidden channels whose sums are kept apart and added at the end, so that threads
     // can share one small image. Depends on the block alone: the result is the same bits at any
     // number of threads.
@@ -47,13 +50,26 @@ struct ScratchLayout {
     int64_t ring;  // expanded rows in flight
     int64_t ring_stride;
     int64_t depthwise;  // depthwise rows of one step
-    int64_t partial;    // sums of all hidden groups but the first, of one image
+    // Where x and y are not float32: the weights of a chunk as floats or pairs, input rows as
+    // floats, sums before they are rounded.
+    int64_t expand_panel;
+    int64_t project_panel;
+    int64_t panels_stride;
+    int64_t x_rows;
+    int64_t sums;
+    int64_t partial;  // sums of one image by the second hidden group; of the first one behind them,
+                      // where they are not in y
     int64_t total;
 };
 
 // Hidden channels [begin, end) of a group; whole vectors in all groups but the last.
 std::pair<int64_t, int64_t> hidden_range(const BlockArgs& args, const Schedule& schedule,
                                          int64_t lanes, int64_t group);
+
+// Floats of the sums of one image.
+constexpr int64_t sum_floats(const BlockArgs& args) {
+    return args.H_out * args.W_out * args.out_channels;
+}
 
 // The block has no expansion and x can be read where it stands.
 bool reads_x_in_place(const BlockArgs& args, int64_t lanes);

@@ -6,9 +6,6 @@
 
 namespace mnv2::cuda {
 
-// What x, the weights and y consist of. Biases are float whatever it is.
-enum class Element { half, bfloat16, single };
-
 // What a launch needs to know of the GPU.
 struct Device {
     int multiprocessors;
