@@ -11,7 +11,7 @@ from .. import harness
 from ..machine import ROOT
 from .cases import select
 from .registry import PEERS
-from .run import Outcome, run
+from .run import Outcome, Settings, run
 
 OURS = ("planned", "fused")
 
@@ -40,9 +40,8 @@ def main() -> int:
         return 2
     failed = False
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    for outcome in run(
-        cases, peers, rounds=options.rounds, seconds=options.seconds, cache=options.cache
-    ):
+    settings = Settings(options.rounds, options.seconds, options.tolerance, options.cache)
+    for outcome in run(cases, peers, settings):
         harness.append(outcome.rows, options.results)
         console.print(table(outcome))
         for name, sentence in outcome.failures.items():
@@ -92,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=15, help="turns of each that count")
     parser.add_argument("--seconds", type=float, default=0.1, help="of a turn")
     parser.add_argument("--list", action="store_true", help="what would be run, and stop")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.02,
+        metavar="SHARE",
+        help="of a turn that may be lost to other processes and machines; above it, the turn does"
+        " not count",
+    )
     parser.add_argument(
         "--results", type=Path, default=harness.RESULTS, help="folder that rows are added to"
     )

@@ -13,11 +13,12 @@ class Loaded:
     """A model ready to run on one input, which it holds in the layout that suits it best.
 
     run: one inference, and all that is timed. output: what the last run gave, float32
-    (N, C, H, W) or (N, classes).
+    (N, C, H, W) or (N, classes). holds: memory that the runtime reads without owning it.
     """
 
     run: Callable[[], object]
     output: Callable[[], Tensor]
+    holds: object = None
 
 
 def _nothing() -> str | None:

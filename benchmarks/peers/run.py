@@ -15,10 +15,24 @@ from .check import bfloat16_rounding, error_of
 from .conversion import converted
 from .peer import Peer
 from .process import WorkerFailed, WorkerProcess
-from .turns import Samples, stolen_ticks, take_turns
+from .turns import Samples, take_turns
 
 PEAK = "multiply-add peak"
 PEAK_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    rounds: turns of each that count. seconds: of a turn. tolerance: share of a turn's time that
+    may be lost to other processes and machines. cache: folder of conversions and logs.
+    """
+
+    rounds: int
+    seconds: float
+    tolerance: float
+    cache: Path
 
 
 @dataclass(frozen=True)
@@ -30,17 +44,13 @@ class Outcome:
     failures: dict[str, str]
 
 
-def run(
-    cases: Sequence[Case], peers: Sequence[Peer], *, rounds: int, seconds: float, cache: Path
-) -> Iterator[Outcome]:
+def run(cases: Sequence[Case], peers: Sequence[Peer], settings: Settings) -> Iterator[Outcome]:
     """Each case in turn; workers live as long as the number of threads stays the same.
 
     Args:
         peers: that can run here.
-        rounds: turns of each that count.
-        seconds: of a turn.
-        cache: folder of conversions and logs.
     """
+    cache = settings.cache
     cache.mkdir(parents=True, exist_ok=True)
     for threads in dict.fromkeys(case.threads for case in cases):
         with ExitStack() as stack:
@@ -52,28 +62,28 @@ def run(
             }
             for case in cases:
                 if case.threads == threads:
-                    yield _run_case(case, peers, workers, rounds, seconds, cache)
+                    yield _run_case(case, peers, workers, settings)
 
 
-def _run_case(case, peers, workers, rounds, seconds, cache) -> Outcome:
-    errors, failures = _load(case, peers, workers, cache)
+def _run_case(case, peers, workers, settings) -> Outcome:
+    errors, failures = _load(case, peers, workers, settings.cache)
     idle = dict.fromkeys(errors, 0.0)
 
-    def turn(name: str) -> float:
-        answer = workers[name].ask("turn", seconds=seconds)
+    def turn(name: str) -> tuple[float, float]:
+        answer = workers[name].ask("turn", seconds=settings.seconds)
         idle[name] = max(idle[name], answer["idle_cpu"])
-        return answer["seconds"]
+        return answer["value"], answer["lost"]
 
-    def peak() -> float:
+    def peak() -> tuple[float, float]:
         answer = workers[PEAK].ask("peak", threads=case.threads, seconds=PEAK_SECONDS)
-        return answer["gflops"] or 0.0
+        return answer["value"], answer["lost"]
 
     turns = {PEAK: peak, **{name: (lambda name=name: turn(name)) for name in errors}}
-    samples = take_turns(turns, rounds=rounds, stolen=stolen_ticks)
+    samples = take_turns(turns, rounds=settings.rounds, tolerance=settings.tolerance)
     # Noise only ever lowers a peak.
     bound = max(samples.pop(PEAK).clean, default=0.0) or None
     for name in [name for name, found in samples.items() if not found.clean]:
-        failures[name] = "time was stolen in every one of its turns"
+        failures[name] = f"more than {settings.tolerance:.0%} of its time was lost in every turn"
         del samples[name]
     rows = []
     for peer in peers:

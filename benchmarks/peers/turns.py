@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from time import sleep
 
 from mnv2_kernels.timing import quartiles
@@ -14,7 +13,7 @@ PAUSE = 0.02
 
 @dataclass
 class Samples:
-    """What one worker's turns gave, round by round; None where time was stolen meanwhile."""
+    """What one worker's turns gave, round by round; None where too much time was lost."""
 
     values: list[float | None]
 
@@ -38,20 +37,20 @@ class Samples:
 
 
 def take_turns(
-    turns: Mapping[str, Callable[[], float]],
+    turns: Mapping[str, Callable[[], tuple[float, float]]],
     *,
     rounds: int,
-    stolen: Callable[[], int],
+    tolerance: float,
     pause: Callable[[], None] = lambda: sleep(PAUSE),
 ) -> dict[str, Samples]:
     """Let everyone have `rounds` turns that count.
 
-    The order is the same in every round, begun one later each time. A turn during which stolen()
-    grew does not count; there are further rounds then, up to twice as many in all.
+    The order is the same in every round, begun one later each time. There are further rounds where
+    turns do not count, up to twice as many in all.
 
     Args:
-        turns: by name; each gives one figure.
-        stolen: time that the machine has taken from this system so far.
+        turns: by name; each gives one figure, and the share of its time that was lost.
+        tolerance: the largest share lost with which a turn counts.
         pause: between turns.
     """
     samples = {name: Samples([]) for name in turns}
@@ -62,15 +61,6 @@ def take_turns(
         first = number % len(names)
         for name in names[first:] + names[:first]:
             pause()
-            before = stolen()
-            value = turns[name]()
-            samples[name].values.append(value if stolen() == before else None)
+            value, lost = turns[name]()
+            samples[name].values.append(value if lost <= tolerance else None)
     return samples
-
-
-def stolen_ticks(stat: Path = Path("/proc/stat")) -> int:
-    """Hundredths of a second that the hypervisor gave to others, of all cores; 0 off Linux."""
-    if not stat.exists():
-        return 0
-    fields = stat.read_text().split("\n", 1)[0].split()
-    return int(fields[8]) if len(fields) > 8 else 0

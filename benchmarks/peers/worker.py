@@ -17,6 +17,7 @@ import torch
 from mnv2_kernels import timing
 
 from .cases import Case, folded
+from .lost_time import LostTime
 from .peer import Loaded
 from .registry import PEERS
 
@@ -35,7 +36,9 @@ class Worker:
         """Fill the folder for `load`."""
         workload = _case(case)
         torch.set_num_threads(workload.threads)
-        PEERS[peer].convert(folded(workload.model()), workload.input(), Path(folder))
+        # Tensors of inference mode cannot be exported.
+        with torch.inference_mode(False), torch.no_grad():
+            PEERS[peer].convert(folded(workload.model()), workload.input(), Path(folder))
         return {}
 
     def load(self, peer: str, case: str, folder: str | None, result: str) -> dict:
@@ -61,25 +64,29 @@ class Worker:
     def turn(self, seconds: float) -> dict:
         """Time runs for so long; at least three.
 
-        Returns the median, and how long this process has computed since its last turn, when it
-        should have waited.
+        Returns the median, the share of time that was lost meanwhile, and how long this process
+        has computed since its last turn, when it should have waited.
         """
         idle = process_time() - self.cpu_seconds
         for _ in range(WARMUP):
             self.loaded.run()
         samples = []
+        lost = LostTime()
         begin = now = perf_counter()
         while len(samples) < 3 or now - begin < seconds:
             before = now
             self.loaded.run()
             now = perf_counter()
             samples.append(now - before)
+        answer = {"value": statistics.median(samples), "lost": lost.share(), "idle_cpu": idle}
         self.cpu_seconds = process_time()
-        return {"seconds": statistics.median(samples), "runs": len(samples), "idle_cpu": idle}
+        return answer
 
     def peak(self, threads: int, seconds: float) -> dict:
-        """GFLOP/s of multiply-adds in registers, None without the extension."""
-        return {"gflops": timing.fma_peak(threads, seconds=seconds)}
+        """GFLOP/s of multiply-adds in registers, 0 without the extension."""
+        lost = LostTime()
+        rate = timing.fma_peak(threads, seconds=seconds) or 0.0
+        return {"value": rate, "lost": lost.share()}
 
 
 def _case(name: str) -> Case:

@@ -1,0 +1,66 @@
+"""OpenVINO on the CPU: in float32, and as it comes, which is bfloat16 where the CPU has it."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import onnx_file
+from .peer import Loaded, Peer
+
+
+def load_float32(folder: Path, x: Tensor, threads: int) -> Loaded:
+    return _load(folder, x, {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"})
+
+
+def load_default(folder: Path, x: Tensor, threads: int) -> Loaded:
+    return _load(folder, x, {"INFERENCE_NUM_THREADS": threads})
+
+
+def _load(folder: Path, x: Tensor, settings: dict[str, object]) -> Loaded:
+    import openvino
+    from openvino.preprocess import PrePostProcessor
+
+    core = openvino.Core()
+    model = core.read_model(folder / onnx_file.FILE)
+    is_image = len(model.output().get_partial_shape()) == 4
+    layouts = PrePostProcessor(model)
+    # x is NHWC already, and so may the result be: no reordering at the ends.
+    nchw, nhwc = openvino.Layout("NCHW"), openvino.Layout("NHWC")
+    layouts.input().tensor().set_layout(nhwc)
+    layouts.input().model().set_layout(nchw)
+    if is_image:
+        layouts.output().model().set_layout(nchw)
+        layouts.output().tensor().set_layout(nhwc)
+    settings |= {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    request = core.compile_model(layouts.build(), "CPU", settings).create_infer_request()
+    given = x.permute(0, 2, 3, 1).numpy()
+    request.set_input_tensor(openvino.Tensor(given, shared_memory=True))
+
+    def output() -> Tensor:
+        y = torch.from_numpy(request.get_output_tensor().data.copy())
+        return y.permute(0, 3, 1, 2) if is_image else y
+
+    return Loaded(request.infer, output, holds=given)
+
+
+def why_not_bfloat16() -> str | None:
+    import openvino
+
+    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return None
+    return "the default is float32 on this CPU, and openvino is that already"
+
+
+PACKAGES = ("openvino", *onnx_file.PACKAGES)
+PEERS = (
+    Peer("openvino", load_float32, onnx_file.convert, PACKAGES),
+    Peer(
+        "openvino-bf16",
+        load_default,
+        onnx_file.convert,
+        PACKAGES,
+        precision="bfloat16",
+        needs=why_not_bfloat16,
+    ),
+)
