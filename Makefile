@@ -9,6 +9,7 @@ WORKERS ?= 2
 ISA_TESTS ?= tests/test_inverted_residual.py
 
 BIN := .venv/bin
+PEERS := build/peers-venv
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh'))
 # Two workers share the cores, so each test process computes on one.
@@ -21,7 +22,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MNV2_KERNELS_FORCE_BUILD := 1
 
 .NOTPARALLEL:
-.PHONY: demo test test-isa test-long lint format bench report clean
+.PHONY: demo test test-isa test-long lint format bench bench-peers report clean
 
 demo: .venv/built
 	$(BIN)/python -m mnv2_kernels demo
@@ -61,6 +62,10 @@ format: .venv/installed
 bench: .venv/built
 	$(BIN)/python -m pytest benchmarks
 
+# CASES='net_b1/t*' for a few of them.
+bench-peers: $(PEERS)/installed
+	$(PEERS)/bin/python -m mnv2_kernels bench --peers $(if $(CASES),--cases $(CASES))
+
 report: .venv/installed
 	$(BIN)/python -m benchmarks.report
 
@@ -90,4 +95,15 @@ clean:
 .venv/built: .venv/installed setup.py $(filter csrc/%,$(CXX_FILES))
 	@echo "== Compiling the kernels (a minute or two)"
 	@$(PIP) install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Beside .venv, whose packages it sees: the peers ask for other versions of some.
+$(PEERS)/installed: .venv/built pyproject.toml
+	@echo "== Installing the peers (once, a few minutes)"
+	@$(BIN)/python -m venv $(PEERS)
+	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	$(BIN)/python -c "$$packages" > $$($(PEERS)/bin/python -c "$$packages")/beside.pth
+	@grep -E '^(torch|numpy)==' constraints.txt > $(PEERS)/constraints.txt
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check install -q \
+	    -c $(PEERS)/constraints.txt "mnv2_kernels[peers]"
 	@touch $@

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 a result is wrong, 2 it could not be done (one sentence o
 import argparse
 import os
 import platform
+import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -161,7 +162,9 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """MobileNetV2 plain, folded and fused, timed in turns."""
+    """MobileNetV2 plain, folded and fused, timed in turns; or beside other runtimes."""
+    if options.peers is not None:
+        return _bench_peers(options.peers)
     size = options.resolution
     model = mobilenet_v2(options.width).eval()
     x = torch.randn(options.batch, 3, size, size)
@@ -175,6 +178,17 @@ def bench(options: argparse.Namespace) -> int:
         title = f"MobileNetV2 {options.width}"
         _console().print(demonstration.performance(title, copies, x, options.rounds))
     return 0
+
+
+def _bench_peers(arguments: list[str]) -> int:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "peers").is_dir():
+        raise CannotRun(
+            f"--peers needs a checkout of the project, there is no benchmarks in {root}"
+        )
+    search_path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "benchmarks.peers", *arguments]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": search_path}).returncode
 
 
 def memory(options: argparse.Namespace) -> int:
@@ -349,5 +363,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--width", type=_positive(float), default=1.0, help="multiplier")
     command.add_argument("--rounds", type=count, default=30, help="samples of each variant")
     command.add_argument("--threads", type=count, default=torch.get_num_threads())
+    command.add_argument(
+        "--peers",
+        nargs=argparse.REMAINDER,
+        metavar="OPTION",
+        help="time other runtimes that are installed too, with what follows as options:"
+        " --peers --help",
+    )
     add(classify).add_argument("image", type=Path, metavar="IMAGE")
     return parser
