@@ -183,9 +183,7 @@ def bench(options: argparse.Namespace) -> int:
 def _bench_peers(arguments: list[str]) -> int:
     root = Path(__file__).resolve().parents[1]
     if not (root / "benchmarks" / "peers").is_dir():
-        raise CannotRun(
-            f"--peers needs a checkout of the project, there is no benchmarks in {root}"
-        )
+        raise CannotRun(f"--peers needs a checkout of the project, {root} has no benchmarks")
     search_path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "benchmarks.peers", *arguments]
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": search_path}).returncode
