@@ -48,8 +48,8 @@ MODELS = {
     "timm-140": (lambda: timm.create_model("mobilenetv2_140"), 17, 0),
     "timm-mobilenetv1": (lambda: timm.create_model("mobilenetv1_100"), 13, 0),
     "timm-lite0": (lambda: timm.create_model("efficientnet_lite0"), 16, 0),
-    "timm-tf-lite0": (lambda: timm.create_model("tf_efficientnet_lite0"), 12, 4),
-    "mnasnet": (torchvision.models.mnasnet0_5, 16, 0),
+    "timm-tf-lite0": (lambda: timm.create_model("tf_efficientnet_lite0"), 16, 0),
+    "mnasnet": (torchvision.models.mnasnet0_5, 17, 0),
     "torchvision-v3": (torchvision.models.mobilenet_v3_large, 3, 12),
     "lukemelas-lite0": (lambda: EfficientNet.from_name("efficientnet-lite0"), 16, 0),
 }

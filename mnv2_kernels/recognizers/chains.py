@@ -13,7 +13,7 @@ from torch import nn
 
 from ..fold import BlockLayers, ConvNorm
 from . import transformers
-from .convolutions import is_identity
+from .convolutions import is_identity, is_zero_pad
 from .declined import Declined
 from .layers import append, assemble, check_untouched, flatten, is_sequential
 
@@ -77,10 +77,13 @@ def find_runs(module: nn.Module) -> Iterator[Run]:
         if first < taken or not (_is_depthwise(depthwise) and _is_pointwise(project, depthwise)):
             continue
         firsts = [first]
+        while first > taken and _only_pads(flat, first - 1):
+            first -= 1
+            firsts.insert(0, first)
         if before is not None and flat[before][0] >= taken and _is_pointwise(flat[before][1]):
             firsts.insert(0, flat[before][0])
         taken = _stop(flat, last)
-        if first != taken - 1:
+        if firsts[-1] != taken - 1:
             yield _run(named, firsts, taken)
 
 
@@ -104,6 +107,10 @@ def _is_depthwise(conv: nn.Module) -> bool:
 def _is_pointwise(conv: nn.Module, before: nn.Module | None = None) -> bool:
     fits = before is None or conv.in_channels == before.out_channels
     return fits and conv.kernel_size == (1, 1) and conv.groups == 1
+
+
+def _only_pads(flat: list[tuple[int, nn.Module]], child: int) -> bool:
+    return all(is_zero_pad(layer) for i, layer in flat if i == child)
 
 
 def _stop(flat: list[tuple[int, nn.Module]], last: int) -> int:

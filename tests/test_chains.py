@@ -1,0 +1,511 @@
+"""Blocks among the children of an nn.Sequential: which are fused, and that children stay usable."""
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+import torchvision
+from foreign_blocks import (
+    ConvBNReLU,
+    conv_norm_act,
+    flow,
+    largest_difference,
+    randomise,
+    transformers_stem,
+)
+from timm.layers import Conv2dSame
+from torch import nn
+from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleNetBlock
+from torchvision.ops import SqueezeExcitation
+
+import mnv2_kernels as mk
+from mnv2_kernels.chained import FusedChain, FusedSequential, FusedSequentialBlock
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def pair(in_channels=8, out_channels=8, stride=1, act=nn.ReLU6, kernel=3):
+    """The six layers of MobileNetV1's block."""
+    return [
+        *conv_norm_act(in_channels, in_channels, kernel, stride, in_channels, act),
+        *conv_norm_act(in_channels, out_channels, act=act),
+    ]
+
+
+def mobilenet_v1() -> nn.Sequential:
+    """Every layer a child: a stem, three pairs, a last 1x1 and a pool."""
+    return randomise(
+        nn.Sequential(
+            *conv_norm_act(3, 8, 3, 2),
+            *pair(8, 16),
+            *pair(16, 16, 2, nn.ReLU),
+            *pair(16, 8, 1, kernel=5),
+            *conv_norm_act(8, 12),
+            nn.AdaptiveAvgPool2d(1),
+        )
+    ).double()
+
+
+def image(channels=3, size=(24, 21)):
+    return 3 * torch.randn(2, channels, *size, dtype=torch.float64)
+
+
+def fuse(model, **settings):
+    return mk.fuse(model, backend="reference", **settings)
+
+
+def spans(model) -> list[str]:
+    return [row.name for row in mk.explain(model) if row.state in ("fused", "fusable")]
+
+
+def assert_same(fused, model, x):
+    with torch.no_grad():
+        y, z = fused(x), model(x)
+    torch.testing.assert_close(y, z, rtol=0, atol=1e-12 * z.abs().max().item())
+
+
+def count_fused_calls(monkeypatch) -> list:
+    calls = []
+    run = mk.fused.run
+    monkeypatch.setattr(mk.fused, "run", lambda *args: calls.append(args) or run(*args))
+    return calls
+
+
+def test_all_pairs_run_in_one_pass(monkeypatch):
+    model = mobilenet_v1()
+    assert spans(model) == ["[3:9]", "[9:15]", "[15:21]"]
+    fused = fuse(model)
+    assert isinstance(fused, FusedSequential)
+    assert spans(fused) == ["[3:9]", "[9:15]", "[15:21]"]
+    assert all(row.state == "fused" for row in mk.explain(fused))
+    calls = count_fused_calls(monkeypatch)
+    assert_same(fused, model, image())
+    assert len(calls) == 3
+
+
+def test_container_keeps_children_names_and_keys():
+    model = mobilenet_v1()
+    children = list(model)
+    fused = fuse(model, inplace=True)
+    assert isinstance(fused, nn.Sequential)
+    assert len(fused) == len(children)
+    assert all(a is b for a, b in zip(fused, children, strict=True))
+    assert fused[-1] is children[-1]
+    assert list(fused.state_dict()) == list(model.state_dict())
+    assert [n for n, _ in fused.named_modules()] == [n for n, _ in model.named_modules()]
+    assert mk.unfuse(fused, inplace=True) is model
+
+
+def test_children_called_one_by_one_are_the_layers():
+    model = mobilenet_v1()
+    x = y = image()
+    for layer in fuse(model):
+        y = layer(y)
+    with torch.no_grad():
+        assert torch.equal(y, model(x))
+
+
+def test_every_slice_computes_its_layers():
+    model = mobilenet_v1()
+    fused = fuse(model)
+    inputs = [image()]
+    for layer in model:
+        inputs.append(layer(inputs[-1]).detach())
+    count = len(model)
+    for start in range(count):
+        for stop in range(start + 1, count + 1):
+            part = fused[start:stop]
+            assert list(part) == list(fused)[start:stop]
+            with torch.no_grad():
+                difference = largest_difference(part(inputs[start]), inputs[stop])
+            assert difference < 1e-12, (start, stop)
+            whole = [n for n in (3, 9, 15) if start <= n and n + 6 <= stop]
+            assert [row.state for row in mk.explain(part)].count("fused") == len(whole)
+
+
+def test_slices_with_steps_and_negative_ends():
+    model = mobilenet_v1()
+    fused = fuse(model)
+    assert spans(fused[3:-4]) == ["[0:6]", "[6:12]", "[12:18]"]
+    assert list(fused[::2]) == list(fused)[::2]
+    assert not isinstance(fused[::2], FusedChain)
+    assert fused[3:9].training is False
+
+
+def test_slice_of_a_slice():
+    model = mobilenet_v1()
+    part = fuse(model)[3:21][6:]
+    assert spans(part) == ["[0:6]", "[6:12]"]
+    assert_same(part, model[9:21], image(16))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.__setitem__(5, nn.SiLU()),
+        lambda m: m.__setitem__(0, nn.Conv2d(3, 8, 1).double()),
+        lambda m: m.append(nn.Sigmoid()),
+        lambda m: m.insert(6, nn.Tanh()),
+        lambda m: m.__delitem__(5),
+        lambda m: m.__delitem__(slice(3, 5)),
+        lambda m: m.pop(-1),
+        lambda m: m.extend([nn.Sigmoid()]),
+        lambda m: (m.__delitem__(5), m.append(nn.Sigmoid())),
+    ],
+    ids=["exchange", "outside", "append", "insert", "delete", "cut", "pop", "extend", "both"],
+)
+def test_changed_container_computes_what_it_holds(change):
+    model = mobilenet_v1()
+    fused = fuse(model)
+    for container in (model, fused):
+        torch.manual_seed(1)
+        change(container)
+    assert_same(fused, model, image())
+    again = mk.unfuse(fused)
+    assert type(again) is nn.Sequential
+    assert len(again) == len(model)
+    assert_same(again, model, image())
+    assert_same(fuse(again), model, image())
+
+
+def test_hooks_on_children_are_called():
+    fused = fuse(mobilenet_v1())
+    for index in (0, 4, 5, 23):
+        calls = []
+        handle = fused[index].register_forward_hook(lambda *args, calls=calls: calls.append(args))
+        with torch.no_grad():
+            fused(image())
+        handle.remove()
+        assert len(calls) == 1
+
+
+def test_hooks_on_the_container_are_called_once():
+    model = mobilenet_v1()
+    calls = []
+    model.register_forward_hook(lambda *args: calls.append(args))
+    fuse(model, inplace=True)(image())
+    assert len(calls) == 1
+
+
+def test_training_runs_the_layers_with_batch_statistics():
+    model = mobilenet_v1()
+    fused = fuse(model)
+    x = image()
+    results = []
+    for container in (model, fused):
+        container.train()
+        y = container(x)
+        y.square().sum().backward()
+        results.append((y, [p.grad for p in container.parameters()], container.state_dict()))
+    (y, grads, state), (z, fused_grads, fused_state) = results
+    assert torch.equal(y, z)
+    assert all(map(torch.equal, grads, fused_grads))
+    assert all(torch.equal(state[name], fused_state[name]) for name in state)
+    assert all("training mode" in row.reason for row in mk.explain(fused))
+    fused.eval()
+    assert_same(fused, model.eval(), x)
+
+
+def test_gradients_in_evaluation_mode():
+    model = mobilenet_v1()
+    fused = fuse(model)
+    x = image()
+    for container in (model, fused):
+        container(x).square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_new_weights_are_seen():
+    model = mobilenet_v1()
+    fused = fuse(model)
+    x = image()
+    fused(x)
+    with torch.no_grad():
+        for container in (model, fused):
+            container[3].weight.mul_(0.5)
+            container[4].running_mean.add_(1)
+    assert_same(fused, model, x)
+    fused.load_state_dict({k: v / 2 for k, v in model.state_dict().items()})
+    model.load_state_dict({k: v / 2 for k, v in model.state_dict().items()})
+    assert_same(fused, model, x)
+    assert_same(fused.float().double(), model.float().double(), x)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_fused_and_their_own(make, monkeypatch):
+    model = mobilenet_v1()
+    fused = fuse(model)
+    again = make(fused)
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.zero_()
+    calls = count_fused_calls(monkeypatch)
+    assert_same(again, model, image())
+    assert len(calls) == 3
+
+
+def test_backend_and_verify():
+    model = mobilenet_v1()
+    fused = mk.fuse(model, verify=True)
+    assert {row.backend for row in mk.explain(fused)} != {"reference"}
+    mk.fuse(fused, backend="reference", inplace=True)
+    assert {row.backend for row in mk.explain(fused)} == {"reference"}
+
+
+def test_fusing_twice_is_no_different():
+    fused = fuse(mobilenet_v1())
+    assert fuse(fused, inplace=True) is fused
+    assert spans(fused) == ["[3:9]", "[9:15]", "[15:21]"]
+
+
+def test_a_sequential_that_is_one_block():
+    model = randomise(nn.Sequential(nn.Sequential(*pair(8, 16)), nn.Sequential(*pair(16, 8, 2))))
+    model.double()
+    fused = fuse(model)
+    assert spans(fused) == ["0", "1"]
+    assert isinstance(fused[0], FusedSequentialBlock)
+    assert isinstance(fused[0], nn.Sequential)
+    assert len(fused[0]) == 6
+    assert_same(fused, model, image(8))
+    for start, stop in ((0, 3), (3, 6), (0, 6), (1, 2)):
+        x = image(8)
+        assert_same(fused[0][start:stop], model[0][start:stop], x)
+    for container in (model, fused):
+        container[0].append(nn.Tanh())
+        del container[1][2]
+        container[1].append(nn.Tanh())
+    assert_same(fused, model, image(8))
+    assert_same(mk.unfuse(fused), model, image(8))
+
+
+def test_folded_as_one_block():
+    block = randomise(nn.Sequential(*pair(8, 16))).double()
+    x = image(8)
+    y = mk.inverted_residual(x, mk.fold(block), backend="reference")
+    torch.testing.assert_close(y, block(x))
+
+
+def units(*groups):
+    return [ConvBNReLU(*group) for group in groups]
+
+
+def depthwise(channels=8, **settings):
+    return conv_norm_act(channels, channels, 3, 1, channels, **settings)
+
+
+# What stands in a Sequential, and which of its children become a block.
+CONTAINERS = {
+    "convolutions with norm and activation": (
+        lambda: units(conv_norm_act(8, 8, 3), depthwise(), conv_norm_act(8, 16), depthwise(16)),
+        ["[1:3]"],
+    ),
+    "an expansion before the depthwise": (
+        lambda: [nn.MaxPool2d(2), *flow(8, 24, 16), nn.Tanh()],
+        ["[1:9]"],
+    ),
+    "an expansion in a child of its own": (
+        lambda: [*units(conv_norm_act(8, 24)), nn.Sequential(*pair(24, 8))],
+        ["1"],
+    ),
+    "a 1x1 that ends one block begins no other": (
+        lambda: [*units(depthwise(), conv_norm_act(8, 8)) * 2],
+        ["[0:2]", "[2:4]"],
+    ),
+    "norm and activation behind a child with both convolutions": (
+        lambda: [
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.Conv2d(8, 12, 1)),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.Conv2d(12, 3, 3),
+        ],
+        ["[0:3]"],
+    ),
+    "SSDLite's prediction, a 1x1 without norm": (
+        lambda: [*units(depthwise()), nn.Conv2d(8, 24, 1)],
+        [""],
+    ),
+    "only the pair where the expansion does something else": (
+        lambda: [nn.Conv2d(8, 24, 1), nn.SiLU(), *pair(24, 8)],
+        ["[2:8]"],
+    ),
+    "a zero padding": (
+        lambda: [nn.Tanh(), nn.ZeroPad2d((0, 1, 0, 1)), *flow(8, 8, 8, padding=0)],
+        ["[1:7]"],
+    ),
+    "TensorFlow's padding by the size": (
+        lambda: [
+            Conv2dSame(8, 8, 3, stride=2, groups=8, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU6(),
+            *conv_norm_act(8, 16),
+        ],
+        ["[0:6]"],
+    ),
+    "three levels deep": (
+        lambda: [nn.Sequential(nn.Tanh(), nn.Sequential(*pair(), nn.Tanh()))],
+        ["0.1[0:6]"],
+    ),
+    "the same child twice": (lambda: [*pair()] * 2, ["[0:6]", "[6:12]"]),
+    "a lone depthwise": (lambda: depthwise(), []),
+    "a depthwise last": (lambda: [*conv_norm_act(8, 8), *depthwise()], []),
+    "a 1x1 of other channels": (
+        lambda: [*depthwise(), nn.PixelShuffle(2), nn.Conv2d(2, 8, 1)],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_what_is_fused_in_a_container(name):
+    build, expected = CONTAINERS[name]
+    model = randomise(nn.Sequential(*build())).double()
+    assert spans(model) == expected
+    fused = fuse(model)
+    assert spans(fused) == expected
+    for size in ((12, 14), (9, 11), (8, 13)):
+        assert_same(fused, model, image(8, size))
+
+
+# What stands in a Sequential, where the row is, and why it stays as it is.
+DECLINED = {
+    "hard swish": (lambda: pair(act=nn.Hardswish), "[0:5]", "Hardswish is not"),
+    "squeeze-excite": (
+        lambda: [*units(depthwise()), SqueezeExcitation(8, 4), nn.Conv2d(8, 8, 1)],
+        "[0:3]",
+        "SqueezeExcitation is not",
+    ),
+    "group norm": (
+        lambda: [*depthwise()[:1], nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 1)],
+        "[0:4]",
+        "GroupNorm is not",
+    ),
+    "kernel 7": (lambda: pair(kernel=7), "[0:6]", "kernel_size"),
+    "dilation 12": (
+        lambda: [nn.Tanh(), *flow(8, 8, 8, padding=12, dilation=12)],
+        "[1:6]",
+        "dilation",
+    ),
+    "parts of children": (
+        lambda: [nn.Sequential(nn.Tanh(), *depthwise()), *conv_norm_act(8, 8)],
+        "[0:4]",
+        "Tanh stands where",
+    ),
+    "quantised": (
+        lambda: [*depthwise(), torch.ao.nn.quantized.Conv2d(8, 8, 1)],
+        "[0:4]",
+        "quantised Conv2d",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECLINED)
+def test_declined_in_a_container(name):
+    build, where, reason = DECLINED[name]
+    model = nn.Sequential(*build()).eval()
+    (row,) = mk.explain(model)
+    assert (row.name, row.state) == (where, "declined")
+    assert reason in row.reason
+    assert mk.fuse(model, inplace=True) is model
+
+
+def test_hook_before_fusing_is_the_reason():
+    model = mobilenet_v1()
+    model[4].register_forward_hook(lambda *args: None)
+    rows = {row.name: row for row in mk.explain(model)}
+    assert rows["[3:9]"].reason == "4 has hooks, which would not be called"
+    assert spans(fuse(model)) == ["[9:15]", "[15:21]"]
+
+
+def test_children_of_a_declined_block_stay():
+    from foreign_blocks import Flat
+
+    block = Flat([*flow()[:-2], *conv_norm_act(24, 8, act=nn.SiLU)], True)
+    (row,) = mk.explain(nn.Sequential(block))
+    assert (row.name, row.state) == ("0", "declined")
+
+
+def test_torchvision_mnasnet_begins_with_a_block_of_flat_children():
+    model = randomise(torchvision.models.mnasnet0_5(num_classes=5)).double()
+    fused = fuse(model)
+    assert spans(fused)[0] == "layers[3:8]"
+    assert len(fused.layers) == len(model.layers) == 17
+    assert_same(fused, model, image(3, (32, 33)))
+    assert_same(fused.layers[:9], model.layers[:9], image(3, (32, 33)))
+
+
+def test_shufflenet_branches():
+    block = randomise(ShuffleNetBlock(16, 16, 1)).double()
+    fused = fuse(block)
+    assert spans(fused) == ["branch2"]
+    assert_same(fused, block, image(16))
+
+
+@pytest.mark.parametrize("tf_padding", [False, True])
+@pytest.mark.parametrize("first_layer_is_expansion", [False, True])
+def test_stem_of_transformers(tf_padding, first_layer_is_expansion):
+    settings = {"tf_padding": tf_padding, "first_layer_is_expansion": first_layer_is_expansion}
+    stem = randomise(transformers_stem(**settings)).double()
+    fused = fuse(stem)
+    assert spans(fused) == ["[1:3]" if first_layer_is_expansion else "[1:4]"]
+    assert not isinstance(fused, nn.Sequential)
+    for size in ((12, 14), (9, 11)):
+        assert_same(fused, stem, image(8, size))
+    assert type(mk.unfuse(fused)) is type(stem)
+
+
+def test_explain_has_the_sizes_of_runs():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), *pair(8, 16, 2)).eval()
+    for container in (model, fuse(model)):
+        (row,) = mk.explain(container, input_shape=(1, 3, 40, 24))
+        assert row.input_hw == (20, 12)
+        # There is no expansion; the depthwise's result is half as high and wide.
+        assert row.bytes_saved == 4 * 8 * 10 * 6
+
+
+def random_layers(rng: random.Random, channels: int) -> tuple[list[nn.Module], int]:
+    """One to three layers that may or may not be a part of a block, and their result's channels."""
+    act = rng.choice([nn.ReLU, nn.ReLU6, nn.SiLU, None])
+    kind = rng.choice(["depthwise", "depthwise", "1x1", "1x1", "3x3", "other"])
+    if kind == "other":
+        return [rng.choice([nn.Identity, nn.Tanh, nn.ReLU, lambda: nn.ZeroPad2d(1)])()], channels
+    if kind == "depthwise":
+        kernel, stride, dilation = rng.choice([3, 5]), rng.choice([1, 1, 2]), rng.choice([1, 1, 2])
+        padding = rng.choice([0, 1, kernel // 2 * dilation])
+        return conv_norm_act(
+            channels, channels, kernel, stride, channels, act, padding, dilation=dilation
+        ), channels
+    result = rng.choice([4, 6, 8])
+    layers = conv_norm_act(channels, result, 1 if kind == "1x1" else 3, act=act)
+    return layers[:1] if rng.random() < 0.2 else layers, result
+
+
+def random_chain(seed: int) -> nn.Sequential:
+    rng = random.Random(seed)
+    layers, channels = [], 4
+    for _ in range(rng.randrange(4, 12)):
+        found, channels = random_layers(rng, channels)
+        layers += found
+    for _ in range(rng.randrange(4)):
+        start = rng.randrange(len(layers))
+        stop = rng.randrange(start, len(layers)) + 1
+        layers[start:stop] = [nn.Sequential(*layers[start:stop])]
+    return randomise(nn.Sequential(*layers)).double()
+
+
+def test_random_chains_and_their_slices():
+    blocks = 0
+    for seed in range(150):
+        torch.manual_seed(seed)
+        model = random_chain(seed)
+        fused = fuse(model)
+        blocks += len(spans(fused))
+        for size in ((97, 80), (84, 91)):
+            x = image(4, size)
+            assert_same(fused, model, x)
+            middle = 1 + seed % len(model)
+            assert_same(nn.Sequential(fused[:middle], fused[middle:]), model, x)
+    # So that the comparison is one of fused blocks.
+    assert blocks > 40
