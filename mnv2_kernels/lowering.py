@@ -7,19 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from .block import NO_CLIP
-from .fold import fold_conv_norm, fold_layers
+from .chained import FusedChain
+from .fold import fold_conv_norm, fold_layers, same_padding_by_two
 from .fused import FusedModule
-from .program import Block, Layer, Linear, Pool, Stem
+from .program import Block, Layer, Linear, Pool, Shape, Stem
 from .recognizers import Declined, network, recognize
 
 
-def read_layers(model: nn.Module) -> list[tuple[str, Layer]]:
-    """The layers of a model in the order they run, each with its name; weights are copies.
+def read_layers(model: nn.Module, shape: Shape) -> list[tuple[str, Layer]]:
+    """The layers of a model in the order they run on images of `shape` (C, H, W), each with its
+    name; weights are copies.
 
     Raises:
         Declined: the model is no chain that a plan has steps for.
     """
-    return list(_layers(network.read_network(model, _read_block)))
+    if isinstance(model, FusedChain):
+        model = model.original  # The same children, in a forward that can be traced.
+    return list(_layers(network.read_network(model, _read_block), shape))
 
 
 def _read_block(module: nn.Module):
@@ -31,7 +35,7 @@ def _read_block(module: nn.Module):
     return module.block_layers
 
 
-def _layers(layers: Sequence[network.Layer]) -> Iterator[tuple[str, Layer]]:
+def _layers(layers: Sequence[network.Layer], shape: Shape) -> Iterator[tuple[str, Layer]]:
     layers = list(layers)
     if not layers:
         raise Declined("it has no layers")
@@ -43,12 +47,17 @@ def _layers(layers: Sequence[network.Layer]) -> Iterator[tuple[str, Layer]]:
             raise Declined(f"{layer.name} must not follow an average over all pixels")
         match layer:
             case network.Block(name, block):
+                block = block.at(*shape[1:])
                 with torch.no_grad():
                     weights = fold_layers(block)
                 channels = block.config.out_channels
-                yield name, Block(block.config, weights)
+                step = Block(block.config, weights)
+                shape = step.output_shape(shape)
+                yield name, step
             case network.Convolution(name, stage) if stage.conv.kernel_size == (3, 3):
-                yield name, _stem(layer)
+                step = _stem(layer, shape)
+                shape = step.output_shape(shape)
+                yield name, step
             case network.Convolution(name):
                 if not (layers and isinstance(layers[0], network.Pool)):
                     raise Declined(f"{name} must be followed by an average over all pixels")
@@ -86,9 +95,11 @@ def _folded(convolution: network.Convolution) -> tuple[Tensor, Tensor]:
         return fold_conv_norm(convolution.stage)
 
 
-def _stem(convolution: network.Convolution) -> Stem:
+def _stem(convolution: network.Convolution, shape: Shape) -> Stem:
     conv, padding = convolution.stage.conv, convolution.padding
     found = (conv.kernel_size, conv.stride, conv.dilation, conv.groups)
+    if padding is None:
+        padding = same_padding_by_two(3, *shape[1:])
     if found != ((3, 3), (2, 2), (1, 1), 1) or max(padding) > 2:
         raise Declined(
             f"{convolution.name} must be a 3x3 convolution with stride 2, dilation 1, 1 group and"

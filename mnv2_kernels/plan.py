@@ -303,7 +303,7 @@ def plan(
             f"plan: input_shape must be (C, H, W) or (N, C, H, W), got {tuple(input_shape)}"
         )
     try:
-        named = read_layers(model)
+        named = read_layers(model, shape)
     except Declined as reason:
         kind = type(model).__name__
         raise ValueError(f"plan: {kind} cannot be run as a plan: {reason}") from None

@@ -46,6 +46,23 @@ def _residuals() -> nn.Module:
     return nn.Sequential(nn.Sequential(*conv_norm_act(3, 16, 3, 2)), *blocks)
 
 
+def _flat() -> nn.Module:
+    """Depthwise blocks without modules of their own, with and without expansion."""
+    layers = [
+        *conv_norm_act(3, 8, 3, 2),
+        *conv_norm_act(8, 8, 3, 1, groups=8, act=nn.ReLU),
+        *conv_norm_act(8, 12, 1, act=None),
+        *conv_norm_act(12, 40, 1),
+        nn.ZeroPad2d((1, 2, 2, 1)),
+        *conv_norm_act(40, 40, 5, 2, groups=40, padding=0),
+        *conv_norm_act(40, 20, 1),
+        *conv_norm_act(20, 20, 3, 1, groups=20),
+        *conv_norm_act(20, 9, 1, act=nn.ReLU),
+        *conv_norm_act(9, 30, 1),
+    ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(30, 7))
+
+
 _timm = partial(partial, timm.create_model)
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     **{f"ours-{width:g}": partial(mk.mobilenet_v2, width, 100) for width in WIDTHS},
@@ -55,6 +72,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mean-alone": _mean_alone,
     "short": _short,
     "residuals": _residuals,
+    "flat": _flat,
     "block": partial(mk.InvertedResidual, 3, 17, stride=2, kernel_size=5),
     "block-residual": partial(mk.InvertedResidual, 3, 3),
     **{
@@ -62,6 +80,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         for count in (1, 2, 3, 8, 18)
     },
     "torchvision-0.75": partial(torchvision.models.mobilenet_v2, width_mult=0.75),
+    "torchvision-mnasnet": torchvision.models.mnasnet0_5,
+    "timm-tf-lite0": _timm("tf_efficientnet_lite0"),
     "timm-0.5": _timm("mobilenetv2_050"),
     "timm-1.4": _timm("mobilenetv2_140", num_classes=1001),
     "timm-without-classes": _timm("mobilenetv2_050", num_classes=0),

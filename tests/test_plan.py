@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import mnv2_kernels as mk
 from mnv2_kernels.plan import Plan
+from mnv2_kernels.program import Block, Linear, Pool, Stem
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
@@ -23,6 +24,9 @@ SIZES = {
     "ours-0.5": [(97, 131), (320, 320)],
     "ours-tf": [(192, 160), (224, 96)],
     "timm-0.5": [(127, 96)],
+    "timm-tf-lite0": [(75, 98), (97, 66), (95, 95)],
+    "flat": [(97, 66), (5, 4)],
+    "torchvision-mnasnet": [(75, 98)],
     "timm-lite0": [(224, 224), (75, 130)],
     "timm-mobilenetv1": [(131, 97)],
     "block": [(1, 1), (2, 5), (131, 97)],
@@ -51,7 +55,7 @@ def set_threads():
 @pytest.mark.parametrize(("name", "size"), CALLS, ids=str)
 def test_answers(name, size):
     # A mean error of few numbers says little.
-    images = 24 if name in ("ours-one-class", "mean-alone") else 2
+    images = 24 if name in ("ours-one-class", "mean-alone", "flat") else 2
     model, x = network(name), image(images, 3, *size)
     plan = mk.plan(model, x.shape)
     y = plan(x)
@@ -109,6 +113,19 @@ def why_bits_differ(plan: Plan, x: Tensor, set_threads, batches, counts) -> str 
                 if not torch.equal(plan(x[first : first + batch]), alone[first : first + batch]):
                     return f"{threads} threads, images {first} to {first + batch}"
     return None
+
+
+@pytest.mark.parametrize("name", ["timm-tf-lite0", "torchvision-mnasnet", "flat"])
+def test_every_convolution_is_in_a_step(name):
+    model = network(name)
+    plan = mk.plan(model, (3, 96, 96))
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    inside = [2 + s.layer.config.expansion for s in plan.steps if isinstance(s.layer, Block)]
+    assert convolutions == sum(inside) + 2, "stem and last convolution"
+    assert [type(step.layer) for step in plan.steps] == [Stem] + [Block] * len(inside) + [
+        Pool,
+        Linear,
+    ]
 
 
 @in_bits

@@ -6,6 +6,7 @@ import timm
 import torch
 import torchvision
 from foreign_blocks import conv_norm_act, edited
+from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -89,9 +90,9 @@ def parametrized() -> nn.Module:
     return model
 
 
-def replaced_forward() -> nn.Module:
+def replaced_forward(path: str = "classifier.1") -> nn.Module:
     model = ours()
-    model.classifier[1].forward = lambda x: x
+    model.get_submodule(path).forward = lambda x: x
     return model
 
 
@@ -126,9 +127,29 @@ DECLINED = {
         torchvision.models.mobilenet_v3_large,
         "MobileNetV3 cannot be run as a plan: features.4: SqueezeExcitation is not a convolution",
     ),
-    "padding at run time": (
-        lambda: timm.create_model("tf_efficientnet_lite0"),
-        "Conv2dSame at stride 2 pads according to the size of its input",
+    "padding at run time behind the blocks": (
+        lambda: behind(Conv2dSame(8, 20, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        HEAD + "kernel_size=(1, 1), stride=(2, 2), groups=1, padding=None",
+    ),
+    "padding at run time of another stem": (
+        lambda: nn.Sequential(Conv2dSame(3, 16, 5, 2), mk.InvertedResidual(16, 8)),
+        "0 must be ",
+    ),
+    "depthwise without projection": (
+        lambda: behind(*conv_norm_act(8, 8, 3, 1, groups=8)),
+        "2 must be a 3x3 convolution with stride 2, dilation 1, 1 group",
+    ),
+    "depthwise of another size": (
+        lambda: behind(*conv_norm_act(8, 8, 7, 1, groups=8), *conv_norm_act(8, 9)),
+        "2: the depthwise must have a kernel_size in (3, 5), got (7, 7)",
+    ),
+    "replaced forward of the stem": (
+        lambda: replaced_forward("features.0.0"),
+        "features.0.0: the forward of this very module has been replaced",
+    ),
+    "replaced forward of the stem's clip": (
+        lambda: replaced_forward("features.0.2"),
+        "features.0.0: the forward of this very module has been replaced",
     ),
     "two branches": (lambda: Changed(two_branches), "it is no chain"),
     "around the network": (lambda: Changed(around_the_network), "it is no chain"),

@@ -15,7 +15,7 @@ from ..block import Padding
 from ..fold import BlockLayers, ConvNorm
 from .convolutions import is_identity
 from .declined import Declined, describe
-from .layers import check_untouched, has_hooks, read_stages
+from .layers import assemble, check_untouched, has_hooks, read_stages
 
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 _MEAN_DIMS = ({2, 3}, {-1, -2})
@@ -23,11 +23,14 @@ _MEAN_DIMS = ({2, 3}, {-1, -2})
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution outside the blocks, and the zeros (top, left, bottom, right) around it."""
+    """A convolution outside the blocks, and the zeros (top, left, bottom, right) around it.
+
+    None stands for zeros that depend on the size of the input: TensorFlow's SAME.
+    """
 
     name: str
     stage: ConvNorm
-    padding: Padding
+    padding: Padding | None
 
 
 @dataclass(frozen=True)
@@ -105,19 +108,15 @@ def read_network(model: nn.Module, recognize) -> list[Layer]:
     for node in _chain(graph):
         module = modules[node.target] if node.op == "call_module" else None
         if module is not None and module not in blocks and _is_plain(module):
-            begins = isinstance(module, nn.Conv2d | nn.ConstantPad2d)
-            if begins and any(isinstance(m, nn.Conv2d) for _, m in pending):
-                layers += _convolution(pending)
-                pending = []
             pending.append((node.target, module))
             continue
-        layers += _convolution(pending)
+        layers += _convolutions(pending)
         pending = []
         if module in blocks:
             layers.append(Block(node.target, blocks[module]))
         elif (layer := _other(node, module)) is not None:
             layers.append(layer)
-    return layers + list(_convolution(pending))
+    return layers + list(_convolutions(pending))
 
 
 def _chain(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -147,18 +146,64 @@ def _is_plain(module: nn.Module) -> bool:
     return norm or clip or isinstance(module, nn.Conv2d | nn.ConstantPad2d)
 
 
-def _convolution(pending: list[tuple[str, nn.Module]]) -> Iterator[Convolution]:
-    if not pending:
-        return
-    first, module = pending[0]
-    try:
-        stages, paddings = read_stages(module for _, module in pending)
-    except Declined as reason:
-        raise Declined(f"{first}: {reason}") from None
-    if len(stages) != 1:
-        raise Declined(f"{first}: {describe(module)} stands where a convolution was expected")
-    name = next(n for n, module in pending if isinstance(module, nn.Conv2d))
-    yield Convolution(name, stages[0], paddings[0])
+class _Stage:
+    """Modules that run one after the other, with one convolution at most, and their names."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.modules: list[nn.Module] = []
+
+    @property
+    def conv(self) -> nn.Conv2d | None:
+        return next((m for m in self.modules if isinstance(m, nn.Conv2d)), None)
+
+    @property
+    def name(self) -> str:
+        """The convolution's, or the first module's."""
+        return self.names[self.modules.index(self.conv) if self.conv is not None else 0]
+
+    @property
+    def is_depthwise(self) -> bool:
+        conv = self.conv
+        return conv is not None and conv.groups == conv.in_channels == conv.out_channels > 1
+
+    @property
+    def is_pointwise(self) -> bool:
+        return self.conv is not None and self.conv.kernel_size == (1, 1) and self.conv.groups == 1
+
+
+def _convolutions(plain: list[tuple[str, nn.Module]]) -> Iterator[Convolution | Block]:
+    """The convolutions among plain modules; a depthwise one and its neighbours are a block."""
+    stages: list[_Stage] = []
+    for name, module in plain:
+        begins = isinstance(module, nn.Conv2d | nn.ConstantPad2d)
+        if not stages or begins and stages[-1].conv is not None:
+            stages.append(_Stage())
+        stages[-1].names.append(name)
+        stages[-1].modules.append(module)
+    while stages:
+        count = _length_of_block(stages)
+        taken, stages = stages[:count], stages[count:]
+        modules = [module for stage in taken for module in stage.modules]
+        try:
+            for module in modules:
+                check_untouched(module)
+            if count > 1:
+                yield Block(taken[0].name, assemble(modules, residual=False))
+                continue
+            found, paddings = read_stages(modules, by_size=True)
+        except Declined as reason:
+            raise Declined(f"{taken[0].names[0]}: {reason}") from None
+        yield Convolution(taken[0].name, found[0], paddings[0])
+
+
+def _length_of_block(stages: list[_Stage]) -> int:
+    """How many stages at the front are one block without residual; 1 where they are none."""
+    begins = 1 if stages[0].is_pointwise else 0
+    inside = stages[begins : begins + 2]
+    if len(inside) == 2 and inside[0].is_depthwise and inside[1].is_pointwise:
+        return begins + 2
+    return 1
 
 
 def _other(node: fx.Node, module: nn.Module | None) -> Layer | None:
