@@ -17,7 +17,7 @@ from .layers import assemble, check_only, children, flatten, read_flag
 _BODIES = ("conv", "convs", "layers", "block", "body", "residual", "bottleneck")
 # Before the residual, where they do nothing in evaluation mode.
 _DROPS = ("stochastic_depth", "drop_path", "dropout", "drop")
-_FLAGS = (
+FLAGS = (
     "use_res_connect",
     "identity",
     "apply_residual",
@@ -52,7 +52,7 @@ def recognize(module: nn.Module) -> BlockLayers | None:
         return None
     found = children(module)
     body = found[names[0]]
-    flag = read_flag(module, _FLAGS)
+    flag = read_flag(module, FLAGS)
     if not _looks_like_block(body, flag):
         return None
     drops = {n: found[n] for n in _DROPS if n in found and is_drop(found[n])}
