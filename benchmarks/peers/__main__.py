@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import harness
-from ..machine import ROOT
 from .cases import select
+from .conversion import CACHE
 from .registry import PEERS
 from .run import Outcome, Settings, run
 
@@ -19,6 +19,8 @@ OURS = ("planned", "fused")
 def main() -> int:
     """Exit status: 0 done, 1 a peer failed or was wrong, 2 nothing could be run."""
     options = _parser().parse_args()
+    # A run takes long, and is watched in files.
+    sys.stdout.reconfigure(line_buffering=True)
     unknown = [name for name in options.only or () if name not in PEERS]
     try:
         if unknown:
@@ -102,9 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--results", type=Path, default=harness.RESULTS, help="folder that rows are added to"
     )
-    parser.add_argument(
-        "--cache", type=Path, default=ROOT / "build" / "peers", help="folder of converted models"
-    )
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of converted models")
     return parser
 
 
