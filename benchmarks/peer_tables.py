@@ -5,18 +5,25 @@ from collections.abc import Iterator, Mapping
 from .harness import Row
 from .tables import MIB, markdown, percent
 
+RANK = {"default": 0, "neon": 1, "avx2": 1, "avx512": 2}
 OURS = {"float32": "planned", "bfloat16": "planned-bf16"}
 
 
 def peer_tables(results: Mapping[str, list[Row]]) -> dict[str, str]:
     """Markdown by marker name; a name is missing where there are no rows for it."""
-    rows = results["peers"]
+    rows = of_best_instruction_set(results["peers"])
     made = {
         "peers-network": network_table([row for row in rows if "model" in row]),
         "peers-blocks": block_table([row for row in rows if "block" in row]),
-        "peers-memory": memory_table(results["peers-memory"]),
+        "peers-memory": memory_table(of_best_instruction_set(results["peers-memory"])),
     }
     return {name: text for name, text in made.items() if text}
+
+
+def of_best_instruction_set(rows: list[Row]) -> list[Row]:
+    """The rows in which this package ran on the best one; few of the others can be held back."""
+    best = max((RANK[row["instruction_set"]] for row in rows), default=None)
+    return [row for row in rows if RANK[row["instruction_set"]] == best]
 
 
 def network_table(rows: list[Row]) -> str:
@@ -103,7 +110,7 @@ def total(row: Row) -> int:
 
 def memory_bars(rows: list[Row]) -> Iterator[tuple[str, dict[int, float]]]:
     """(provider, MiB by batch) of all that has been measured at batch 1 and 8."""
-    for (provider, _), found in by_provider(rows).items():
+    for (provider, _), found in by_provider(of_best_instruction_set(rows)).items():
         sizes = {row["batch"]: total(row) / MIB for row in found}
         if {1, 8} <= sizes.keys():
             yield provider, sizes

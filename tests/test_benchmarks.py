@@ -204,6 +204,7 @@ def test_tables_and_figures_come_from_the_newest_rows(tmp_path):
 def peer_rows() -> list[harness.Row]:
     """A peer of 2 ms a block and an image where the plan takes 1, and half of that in bfloat16."""
     facts = {**machine.facts(), "date": "2026-01-02T00:00:00+00:00", "cpu": "test"}
+    facts["instruction_set"] = "avx2"
     times = {("planned", "float32"): 1, ("slow", "float32"): 2, ("half", "bfloat16"): 0.5}
     workloads = [{"model": "net", "batch": batch} for batch in (1, 8)]
     workloads.append({"block": 3, "config": "24x144x24-s1-k3", "batch": 1})
@@ -226,7 +227,8 @@ def test_tables_and_a_figure_of_peers(tmp_path):
     rows = peer_rows()
     # A later run with the plan alone takes nothing away.
     later = {**rows[0], "speedup": {}, "date": "2026-01-03T00:00:00+00:00"}
-    harness.append([*rows, later], tmp_path)
+    held_back = {**rows[0], "instruction_set": "default", "seconds": {"50%": 9.0}}
+    harness.append([*rows, later, held_back], tmp_path)
     made = report.tables(results := report.latest(tmp_path))
     assert made["peers-network"].splitlines() == [
         "| provider | dtype | 1 thread, batch 1 | 1 thread, batch 8 |",

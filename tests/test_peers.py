@@ -82,17 +82,6 @@ def test_a_command_writes_rows_of_what_is_right(tmp_path, monkeypatch, capsys):
     assert "planned: runs" in printed and "over planned's" in printed
 
 
-def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
-    def wrong(y, *args):
-        return check.error_of(y * 1.01, *args)
-
-    monkeypatch.setattr(run, "error_of", wrong)
-    settings = run.Settings(rounds=1, seconds=0.001, tolerance=1e9, cache=tmp_path)
-    (outcome,) = run.run([SMALL], [PEERS["folded"]], settings)
-    assert outcome.rows == []
-    assert outcome.failures["folded"].startswith("wrong, not timed: largest error must be at most")
-
-
 def test_the_check_finds_a_missing_tap(small):
     model, x, expected = small
     folded = cases.folded(model)
@@ -257,20 +246,26 @@ def test_a_worker_that_fails_says_why(tmp_path):
         assert worker.ask("peak", threads=1, seconds=0.01)["lost"] >= 0
 
 
-def test_a_worker_that_ends_in_a_turn_takes_no_other_with_it(tmp_path, monkeypatch):
-    asked = []
-
+def test_neither_wrong_ones_nor_those_that_end_take_others_with_them(tmp_path, monkeypatch):
     def ask(self, do, **arguments):
         if (self.name, do) == ("eager", "turn"):
-            asked.append(do)
             raise WorkerFailed("eager: ended")
+        loaded.append(arguments.get("peer"))
         return real(self, do, **arguments)
 
-    real = WorkerProcess.ask
+    def error_of(y, *args):
+        return check.error_of(y * 1.01 if loaded[-1] == "fused" else y, *args)
+
+    loaded, real = [], WorkerProcess.ask
     monkeypatch.setattr(WorkerProcess, "ask", ask)
+    monkeypatch.setattr(run, "error_of", error_of)
+    peers = [PEERS[name] for name in ("fused", "folded", "eager")]
     settings = run.Settings(rounds=1, seconds=0.001, tolerance=1e9, cache=tmp_path)
-    (outcome,) = run.run([SMALL], [PEERS["folded"], PEERS["eager"]], settings)
+    (outcome,) = run.run([SMALL], peers, settings)
     assert [row["provider"] for row in outcome.rows] == ["folded"]
     assert outcome.rows[0]["speedup"] == {}
-    assert outcome.failures == {"eager": "eager: ended"}
-    assert asked
+    assert outcome.failures["eager"] == "eager: ended"
+    assert re.match(
+        "wrong, not timed: largest error must be at most 0.0001, got 1.0.e-02",
+        outcome.failures["fused"],
+    )
