@@ -44,7 +44,7 @@ std::pair<int64_t, int64_t> hidden_range(const BlockArgs& args, const Schedule& 
 }
 
 bool reads_x_in_place(const BlockArgs& args, int64_t lanes) {
-    return !args.expansion && args.element == Element::single && args.in_channels % lanes == 0;
+    return !args.expansion && args.in_channels % lanes == 0;
 }
 
 ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes) {
