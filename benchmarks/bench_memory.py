@@ -12,6 +12,7 @@ further images need, without weights and libraries.
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from .machine import ROOT, facts
 from .peers.cases import Case
 from .peers.conversion import CACHE, converted
 from .peers.peer import Peer
-from .peers.process import WorkerProcess
+from .peers.process import WorkerFailed, WorkerProcess
 from .peers.registry import PEERS
 
 
@@ -67,8 +68,22 @@ def test_memory(benchmark, record, batch):
 def test_peers_memory(benchmark, record, tmp_path, batch):
     case = Case(f"net_b{batch}", 1)
     peers = [peer for peer in PEERS.values() if peer.why_not() is None]
-    rows = benchmark.pedantic(lambda: [peer_row(peer, case, tmp_path) for peer in peers], rounds=1)
+    rows, failures = benchmark.pedantic(peer_rows, (peers, case, tmp_path), rounds=1)
     record(rows)
+    assert not failures
+
+
+def peer_rows(
+    peers: Sequence[Peer], case: Case, logs: Path
+) -> tuple[list[harness.Row], list[WorkerFailed]]:
+    """A row of each, or why there is none."""
+    rows, failures = [], []
+    for peer in peers:
+        try:
+            rows.append(peer_row(peer, case, logs))
+        except WorkerFailed as failure:
+            failures.append(failure)
+    return rows, failures
 
 
 def peer_row(peer: Peer, case: Case, logs: Path, cache: Path = CACHE) -> harness.Row:

@@ -79,7 +79,7 @@ def test_a_command_writes_rows_of_what_is_right(tmp_path, monkeypatch, capsys):
         assert 0 < row["error"] < 1e-5
         assert row["commit"] == machine.commit()
     printed = capsys.readouterr().out
-    assert "planned: runs" in printed and "time over planned's" in printed
+    assert "planned: runs" in printed and "over planned's" in printed
 
 
 def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
@@ -253,3 +253,24 @@ def test_a_worker_that_fails_says_why(tmp_path):
             worker.ask("peak", threads=1, seconds=30, timeout=0.2)
         with pytest.raises(WorkerFailed, match="^x: ended with status -9 at turn; see .*log$"):
             worker.ask("turn", seconds=0.1)
+        worker.revive()
+        assert worker.ask("peak", threads=1, seconds=0.01)["lost"] >= 0
+
+
+def test_a_worker_that_ends_in_a_turn_takes_no_other_with_it(tmp_path, monkeypatch):
+    asked = []
+
+    def ask(self, do, **arguments):
+        if (self.name, do) == ("eager", "turn"):
+            asked.append(do)
+            raise WorkerFailed("eager: ended")
+        return real(self, do, **arguments)
+
+    real = WorkerProcess.ask
+    monkeypatch.setattr(WorkerProcess, "ask", ask)
+    settings = run.Settings(rounds=1, seconds=0.001, tolerance=1e9, cache=tmp_path)
+    (outcome,) = run.run([SMALL], [PEERS["folded"], PEERS["eager"]], settings)
+    assert [row["provider"] for row in outcome.rows] == ["folded"]
+    assert outcome.rows[0]["speedup"] == {}
+    assert outcome.failures == {"eager": "eager: ended"}
+    assert asked

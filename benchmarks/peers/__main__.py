@@ -58,10 +58,11 @@ def table(outcome: Outcome) -> Table:
     names = [row["provider"] for row in rows]
     ours = next((name for name in OURS if name in names), None)
     found = Table(title=str(outcome.case))
-    for heading in ("provider", "dtype", "ms", "quartiles", "GFLOP/s", "of FMA peak"):
-        found.add_column(heading, justify="left" if heading in ("provider", "dtype") else "right")
+    for heading in ("provider", "dtype", "ms", "quartiles", "GFLOP/s", "of peak"):
+        justify = "left" if heading in ("provider", "dtype") else "right"
+        found.add_column(heading, justify=justify, no_wrap=True)
     if ours is not None:
-        found.add_column(f"time over {ours}'s", justify="right")
+        found.add_column(f"over {ours}'s", justify="right")
     found.add_column("turns", justify="right")
     found.add_column("error", justify="right")
     for row in rows:
