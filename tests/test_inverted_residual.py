@@ -19,10 +19,10 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("group", cases.groups())
-def test_values(backend, dtype, group):
+def test_values(backend, tested_dtype, group):
     failures = []
     for case in cases.groups()[group]:
-        x, weights = make_inputs(case, dtype)
+        x, weights = make_inputs(case, tested_dtype)
         expected = expect(case, x, weights)
         known = None
         for layout, memory_format in LAYOUTS.items():
@@ -30,7 +30,7 @@ def test_values(backend, dtype, group):
             if known is not None and torch.equal(y, known):
                 continue
             known, reason = y, why_wrong(y, expected)
-            if reason is None and dtype in NARROW:
+            if reason is None and tested_dtype in NARROW:
                 reason = why_not_rounded_once(y, expected, case, x, weights)
             if reason:
                 failures.append(f"{case.id} {layout}: {reason}")
@@ -96,19 +96,21 @@ def test_other_dtypes_run_on_the_reference_unasked():
     assert why_wrong(y, expect(case, x, weights.to(torch.float64))) is None
 
 
-def test_the_first_kernel_runs_unasked(kernel_backend, dtype):
+def test_the_first_kernel_runs_unasked(kernel_backend, tested_dtype):
     case = cases.groups()["S4"][-1]
-    x, weights = make_inputs(case, dtype)
+    x, weights = make_inputs(case, tested_dtype)
     inverted_residual(x, weights, **case.settings)
     assert cases.last_backend() == cases.kernel_backends()[0]
 
 
 @pytest.mark.parametrize("group", ["S1-width1", "S4"])
-def test_biases_may_have_the_dtype_of_x(kernel_backend, dtype, group):
+def test_biases_may_have_the_dtype_of_x(kernel_backend, tested_dtype, group):
     for case in cases.groups()[group]:
-        x, weights = make_inputs(case, dtype)
+        x, weights = make_inputs(case, tested_dtype)
         y = run(kernel_backend, x, weights, **case.settings)
-        assert torch.equal(run(kernel_backend, x, weights.to(dtype), **case.settings), y), case.id
+        assert torch.equal(run(kernel_backend, x, weights.to(tested_dtype), **case.settings), y), (
+            case.id
+        )
 
 
 def test_padding_left_out_keeps_the_size(backend):
@@ -134,12 +136,12 @@ LARGE = [
 
 
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.id)
-def test_large_images(kernel_backend, dtype, case):
-    x, weights = make_inputs(case, dtype)
+def test_large_images(kernel_backend, tested_dtype, case):
+    x, weights = make_inputs(case, tested_dtype)
     y = run(kernel_backend, x, weights, **case.settings)
     expected = expect(case, x, weights)
     assert why_wrong(y, expected) is None
-    if dtype in NARROW:
+    if tested_dtype in NARROW:
         assert why_not_rounded_once(y, expected, case, x, weights) is None
     for threads in (1, 3):
         with num_threads(threads):
