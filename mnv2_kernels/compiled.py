@@ -41,9 +41,10 @@ _TENSORS = (
 def folds_when_run(x: Tensor, block: BlockLayers) -> bool:
     """Whether a program that is being compiled should call this op on a CPU.
 
-    Not for gradients, which go through the folding, and not where inductor folds constants itself.
+    Not for gradients, which go through the folding, not under autocast, which would have to cast
+    the folded weights, and not where inductor folds constants itself.
     """
-    if not torch.compiler.is_dynamo_compiling() or _freezes():
+    if not torch.compiler.is_dynamo_compiling() or torch.is_autocast_enabled("cpu") or _freezes():
         return False
     if not torch.is_grad_enabled():
         return True
@@ -145,5 +146,4 @@ def _flops(x_shape, layers, present, *args, out_shape, **kwargs) -> int:
 _name = "mnv2::inverted_residual_layers"
 _library.impl("inverted_residual_layers", _kernel, "CompositeExplicitAutograd")
 torch.library.register_fake(_name, _fake, lib=_library)
-torch.library.register_autocast(_name, "cpu", torch.float32, lib=_library)
 register_flop_formula(torch.ops.mnv2.inverted_residual_layers)(_flops)

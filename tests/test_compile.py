@@ -188,6 +188,18 @@ def test_compiled_blocks_follow_the_optimizer(kernel_backend, blocks):
     assert calls == [(3, 0), (0, 3)]
 
 
+@torch.no_grad()
+def test_compiled_blocks_under_autocast(kernel_backend, blocks):
+    compiled = torch.compile(blocks, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 8, 9, 9)
+    same_as_eager(compiled, blocks, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = compiled(x)
+        assert y.dtype == blocks(x).dtype
+        torch.testing.assert_close(y, blocks(x), rtol=2e-2, atol=5e-2)
+    same_as_eager(compiled, blocks, x)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradients_of_x_through_compiled_blocks(kernel_backend, blocks, frozen):
     blocks.requires_grad_(not frozen)
