@@ -154,6 +154,12 @@ class FusedModule(nn.Module):
         self.forget_folded()
         return super()._apply(*args, **kwargs)
 
+    def _replicate_for_data_parallel(self) -> "FusedModule":
+        """A replica that runs the layers: what is folded are the weights of the first device."""
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["forward"] = replica.plain_forward
+        return replica
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_folded": None}
 
