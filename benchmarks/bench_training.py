@@ -19,6 +19,9 @@ from . import harness
 from .bench_block import THREADS
 from .machine import facts
 
+# Of the mean gradient. A wrong mask or a gradient left out is above 1e-1.
+MEAN_TOLERANCE = 1e-2
+
 
 @pytest.mark.parametrize("batch", (1, 8))
 @pytest.mark.parametrize("threads", THREADS)
@@ -85,11 +88,14 @@ class Step:
 
 
 def check(steps: dict[str, Step], truth: Step) -> None:
-    """Raise where the fused gradients are further from those in float64 than twice eager's.
+    """Raise where gradients are no rounding errors away from those in float64.
 
     In the mean: a value that rounds across a clip's bound changes a few gradients by much.
     """
     exact = truth.gradient()
-    errors = {p: (s.gradient() - exact).abs().mean().item() for p, s in steps.items()}
-    if not errors["fused"] <= 2 * errors["eager"]:
-        raise AssertionError(f"fused gradients must be as near as eager's, got errors {errors}")
+    for provider, step in steps.items():
+        error = ((step.gradient() - exact).abs().mean() / exact.abs().mean()).item()
+        if not error <= MEAN_TOLERANCE:
+            raise AssertionError(
+                f"{provider}: mean error must be at most {MEAN_TOLERANCE:g}, got {error:.2e}"
+            )
