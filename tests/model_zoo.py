@@ -232,18 +232,12 @@ MODELS: dict[str, Model] = {
     **{
         f"timm {name}": _timm(name, num_classes=10)
         for name in (
-            "mobilenetv2_050",
             "mobilenetv2_100",
             "mobilenetv1_100",
-            "efficientnet_lite0",
             "tf_efficientnet_lite0",
-            "mnasnet_100",
             "mnasnet_small",
-            "spnasnet_100",
-            "fbnetc_100",
             "mobilenetv3_small_100",
             "tf_mobilenetv3_small_minimal_100",
-            "tf_mobilenetv3_large_minimal_100",
             "mobilenetv4_conv_small",
             "mobilenetv4_conv_medium",
             "lcnet_050",
@@ -254,24 +248,16 @@ MODELS: dict[str, Model] = {
             "ghostnet_100",
         )
     },
-    "timm tf_efficientnet_lite0, odd size": _timm("tf_efficientnet_lite0", (75, 53)),
     "timm mobilenetv2_050, features": _timm("mobilenetv2_050", features_only=True),
     "timm mobilenetv2_050, output stride 8": _timm(
         "mobilenetv2_050", features_only=True, output_stride=8
     ),
-    "timm efficientnet_lite0, output stride 16": _timm(
-        "efficientnet_lite0", features_only=True, output_stride=16
-    ),
     "efficientnet_lite_pytorch efficientnet-lite0": Model(
         partial(EfficientNet.from_name, "efficientnet-lite0")
     ),
-    "transformers MobileNetV2": _transformers("ImageClassification"),
     "transformers MobileNetV2, odd size": _transformers("ImageClassification", (75, 53)),
     "transformers MobileNetV2, tf_padding off": _transformers(
         "ImageClassification", tf_padding=False
-    ),
-    "transformers MobileNetV2, first layer no expansion": _transformers(
-        "ImageClassification", first_layer_is_expansion=False
     ),
     "transformers MobileNetV2, segmentation": _transformers(
         "SemanticSegmentation", output_stride=16
@@ -289,7 +275,6 @@ MODELS: dict[str, Model] = {
     "smp DeepLabV3+ of mobilenet_v2": _smp("deeplabv3plus", "mobilenet_v2"),
     "smp FPN of timm-tf_efficientnet_lite0": _smp("fpn", "timm-tf_efficientnet_lite0"),
     "smp Unet of efficientnet-b0": _smp("unet", "efficientnet-b0"),
-    "smp Unet of tu-mobilenetv2_050": _smp("unet", "tu-mobilenetv2_050"),
     "a MobileNetV1 as nn.Sequential": Model(flat_mobilenet_v1),
 }
 
