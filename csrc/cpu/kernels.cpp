@@ -50,10 +50,11 @@ StemScratch stem_layout(const StemArgs& stem) {
 PoolScratch pool_layout(const PoolArgs& pool) {
     const bool narrow = pool.element != Element::single && pool.weight != nullptr;
     const int64_t in_memory = pool.pairs ? 2 : 1;  // numbers in the place of a float
+    const int64_t pixels = pool.averages ? pool.H * pool.W : std::min(pool.H * pool.W, kPoolPixels);
     PoolScratch layout{};
-    layout.weight = pool.pixels * kPoolPanel;
+    layout.weight = narrow || pool.averages ? pixels * kPoolPanel : 0;
     layout.x = layout.weight + (narrow ? pool.in_channels / in_memory * kPoolPanel : 0);
-    layout.total = layout.x + (narrow && !pool.pairs ? aligned(pool.pixels * pool.in_channels) : 0);
+    layout.total = layout.x + (narrow && !pool.pairs ? aligned(pixels * pool.in_channels) : 0);
     return layout;
 }
 
