@@ -25,24 +25,24 @@ _TENSORS = (
     "Tensor x, Tensor? w_expand, Tensor? b_expand, Tensor w_dw, Tensor? b_dw,"
     " Tensor w_project, Tensor? b_project"
 )
-_SETTINGS = (
+SETTINGS = (
     "int stride, int[4] padding, int dilation, bool residual,"
     " float[2] clip_expand, float[2] clip_dw, float[2] clip_project"
 )
 
 _library = torch.library.Library("mnv2", "DEF")
 _library.define(
-    f"inverted_residual({_TENSORS}, {_SETTINGS}) -> Tensor",
+    f"inverted_residual({_TENSORS}, {SETTINGS}) -> Tensor",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 _library.define(
-    f"inverted_residual_backward(Tensor grad_y, {_TENSORS}, {_SETTINGS}, bool[7] needs_grad)"
+    f"inverted_residual_backward(Tensor grad_y, {_TENSORS}, {SETTINGS}, bool[7] needs_grad)"
     " -> Tensor[]",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 # What the Triton op runs on CPU tensors; tracing stops there.
 _library.define(
-    f"inverted_residual_interpreted({_TENSORS}, {_SETTINGS}) -> Tensor",
+    f"inverted_residual_interpreted({_TENSORS}, {SETTINGS}) -> Tensor",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 _library.impl(
@@ -306,7 +306,7 @@ for _name, _overload in (("inverted_residual", _op), ("inverted_residual_triton"
 @register_flop_formula([torch.ops.mnv2.inverted_residual, torch.ops.mnv2.inverted_residual_triton])
 def _flops(x_shape, w_expand_shape, b_expand, w_dw_shape, *args, out_shape, **kwargs) -> int:
     """Two per multiply-add, as torch's own formulas; halo recomputation is not counted."""
-    return 2 * sum(_multiply_adds(x_shape, w_expand_shape, w_dw_shape, out_shape))
+    return 2 * sum(multiply_adds(x_shape, w_expand_shape, w_dw_shape, out_shape))
 
 
 @register_flop_formula(torch.ops.mnv2.inverted_residual_backward)
@@ -314,7 +314,7 @@ def _backward_flops(
     grad_shape, x_shape, w_expand_shape, b_expand, w_dw_shape, *args, out_shape, **kwargs
 ) -> int:
     """The products that give the gradients asked for; recomputing the block is not counted."""
-    expansion, depthwise, projection = _multiply_adds(
+    expansion, depthwise, projection = multiply_adds(
         x_shape, w_expand_shape, w_dw_shape, grad_shape
     )
     x, w_expand, b_expand, w_dw, b_dw, w_project, _ = args[-1]
@@ -327,7 +327,7 @@ def _backward_flops(
     )
 
 
-def _multiply_adds(x_shape, w_expand_shape, w_dw_shape, y_shape) -> tuple[int, int, int]:
+def multiply_adds(x_shape, w_expand_shape, w_dw_shape, y_shape) -> tuple[int, int, int]:
     """Of expansion, depthwise and projection."""
     batch, in_channels, height, width = x_shape
     kernel, _, hidden = w_dw_shape
