@@ -6,6 +6,7 @@
 
 from .backends import backends
 from .fold import FoldedWeights
+from .freeze import freeze_bn
 from .fuse import fold, fuse, unfuse
 from .modules import InvertedResidual, mobilenet_v2
 from .ops import inverted_residual
@@ -18,6 +19,7 @@ __all__ = [
     "backends",
     "explain",
     "fold",
+    "freeze_bn",
     "fuse",
     "inverted_residual",
     "mobilenet_v2",

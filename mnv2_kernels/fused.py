@@ -19,7 +19,8 @@ from torch.autograd import profiler
 from .backends import Block, choose, why_no_kernel
 from .block import NO_CLIP, BlockConfig
 from .compiled import folds_when_run, forget, run_layers
-from .fold import BlockLayers, ConvNorm, fold_layers
+from .fold import BlockLayers, ConvNorm, fold_layers, unfold_gradients
+from .freeze import is_frozen, why_mode_matters
 from .ops import op_arguments, run
 from .stand_in import StandIn
 from .tracing import is_observed, trace_symbolically
@@ -104,7 +105,10 @@ class FusedModule(nn.Module):
             if drop.training:
                 return f"{type(drop).__name__} is in training mode and drops values"
         if self.training:
-            return "the module is in training mode"
+            if not all(map(is_frozen, watched.batch_norms)):
+                return "the module is in training mode, and its batch norms are not frozen"
+            if watched.why_mode_matters is not None:
+                return f"the module is in training mode, and {watched.why_mode_matters}"
         return None if torch.compiler.is_compiling() else watched.why_changed()
 
     def _backend_for(self, x: Tensor) -> str | None:
@@ -151,6 +155,12 @@ class FusedModule(nn.Module):
         self.forget_folded()
         return super()._apply(*args, **kwargs)
 
+    def _replicate_for_data_parallel(self) -> "FusedModule":
+        """A replica that runs the layers: what is folded are the weights of the first device."""
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["forward"] = replica.plain_forward
+        return replica
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_folded": None}
 
@@ -170,6 +180,21 @@ class Watched:
     def __init__(self, module: nn.Module, stages: Sequence[ConvNorm]):
         inner = [m for m in module.modules() if m is not module]
         norms = [s.norm for s in stages if s.norm is not None]
+<<<<<<< HEAD
+=======
+        config = layers.config
+        self.settings = {
+            "stride": config.stride,
+            "padding": config.padding,
+            "dilation": config.dilation,
+            "residual": config.residual,
+        }
+        expand_clip = layers.expand.clip if layers.expand else NO_CLIP
+        self.clips = (expand_clip, layers.depthwise.clip, layers.project.clip)
+        self.block = Block.of(config, self.clips)
+        self.drops = layers.drops
+        self.why_mode_matters = why_mode_matters(getattr(block, "original", block), FusedModule)
+>>>>>>> main
         self.batch_norms = [n for n in norms if isinstance(n, nn.modules.batchnorm._BatchNorm)]
         self.hooks = [getattr(m, kind) for m in inner for kind in _HOOKS]
         families = [m._modules for m in (module, *inner)]
@@ -272,8 +297,8 @@ _eps_of = attrgetter("eps")
 class _FromParameters(torch.autograd.Function):
     """y of x and the unfolded parameters: the forward pass uses the cached folded weights.
 
-    The backward pass folds again, with a graph and from the very tensors of the forward pass, and
-    recomputes the block.
+    So does the backward pass; it folds a stage again, with a graph and from the very tensors of the
+    forward pass, for the gradients of the folded weights to reach the parameters.
     """
 
     @staticmethod
@@ -282,8 +307,9 @@ class _FromParameters(torch.autograd.Function):
         ctx.owners, ctx.backend = block._watched.owners(), backend
         device = x.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.arguments = block.folded_arguments()
         ctx.save_for_backward(x, *tensors)
-        return run(backend, x, block.folded_arguments())
+        return run(backend, x, ctx.arguments)
 
     @staticmethod
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -293,17 +319,27 @@ class _FromParameters(torch.autograd.Function):
                 "inverted_residual: create_graph=True asks for second derivatives, which are not"
                 " implemented; a model fused with backend='reference' has them"
             )
-        x, *tensors = ctx.saved_tensors
-        _, _, x_needs_grad, *tensors_need_grad = ctx.needs_input_grad
-        needed = (x_needs_grad, *tensors_need_grad)
-        leaves = [t.detach().requires_grad_(n) for t, n in zip((x, *tensors), needed, strict=True)]
-        # Autocast is off in a backward pass, and the forward pass may have run with it.
-        with torch.enable_grad(), torch.autocast(*ctx.autocast, cache_enabled=False):
-            layers = _with_tensors(ctx.layers, ctx.owners, leaves[1:])
-            y = run(ctx.backend, leaves[0], op_arguments(fold_layers(layers), **ctx.settings))
-        wanted = [t for t in leaves if t.requires_grad]
-        grads = iter(torch.autograd.grad(y, wanted, grad_y))
-        return None, None, *(next(grads) if n else None for n in needed)
+        _, _, *needed = ctx.needs_input_grad
+        tensors = zip(ctx.saved_tensors, needed, strict=True)
+        x, *leaves = (t.detach().requires_grad_(n) for t, n in tensors)
+        layers = _with_tensors(ctx.layers, ctx.owners, leaves)
+        if ctx.autocast[2]:
+            # Autocast is off in a backward pass, and the forward pass has run with its casts.
+            with torch.enable_grad(), torch.autocast(*ctx.autocast, cache_enabled=False):
+                y = run(ctx.backend, x, op_arguments(fold_layers(layers), **ctx.settings))
+            y.backward(grad_y)
+            return None, None, x.grad, *(leaf.grad for leaf in leaves)
+        stages = (layers.expand, layers.depthwise, layers.project)
+        # Weight and bias of every stage that has something to train.
+        trained = [s is not None and any(t.requires_grad for t in s.tensors()) for s in stages]
+        needs_grad = [x.requires_grad, *(t for stage in trained for t in (stage, stage))]
+        op = torch.ops.mnv2.inverted_residual_backward
+        grads = iter(op(grad_y, x, *ctx.arguments, needs_grad))
+        grad_x = next(grads) if x.requires_grad else None
+        for stage, is_trained in zip(stages, trained, strict=True):
+            if is_trained:
+                unfold_gradients(stage, next(grads), next(grads))
+        return None, None, grad_x, *(leaf.grad for leaf in leaves)
 
 
 def _with_tensors(

@@ -47,7 +47,7 @@ class BlockLink:
         block = self.block
         return (
             block.backend in (None, "cpu")
-            and not has_hooks(block)
+            and _is_called_as_it_is(block)
             and block._why_layers_needed() is None
         )
 
@@ -82,7 +82,7 @@ class ConvolutionLink:
     def is_ready(self) -> bool:
         """Whether nothing but its values matters of the convolution."""
         return (
-            not has_hooks(self._module)
+            _is_called_as_it_is(self._module)
             and not any(norm.training for norm in self._watched.batch_norms)
             and self._watched.why_changed() is None
         )
@@ -135,8 +135,9 @@ class Joined:
 
         `may_join(x)` is true.
         """
-        if any(has_hooks(c) or list(c._modules.values()) != now for c, now in self._inside):
-            return None
+        for container, children in self._inside:
+            if list(container._modules.values()) != children or not _is_called_as_it_is(container):
+                return None
         if not all(link.is_ready() for link in self._links):
             return None
         if torch.is_grad_enabled() and any(
@@ -197,6 +198,11 @@ def may_join(x: Tensor) -> bool:
         and not _has_global_hooks()
         and choose(None, x) == "cpu"
     )
+
+
+def _is_called_as_it_is(module: nn.Module) -> bool:
+    """Whether a call of the module runs its class's forward and nothing else."""
+    return not has_hooks(module) and "forward" not in module.__dict__
 
 
 def _has_global_hooks() -> bool:

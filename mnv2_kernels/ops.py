@@ -8,14 +8,13 @@ of the op, `inverted_residual_triton`, into which torch.compile can look.
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference, triton_kernels
+from . import backward, reference, triton_kernels
 from .backends import Block, choose, load
 from .block import Padding, same_padding
 from .contract import check, check_once
@@ -39,6 +38,13 @@ _library.define(
     f"inverted_residual_backward(Tensor grad_y, {_TENSORS}, {SETTINGS}, bool[7] needs_grad)"
     " -> Tensor[]",
     tags=[torch.Tag.pt2_compliant_tag],
+)
+# The part of it that is compiled, for float32 on the CPU: up to w_project, of the gradient before
+# clip_project; the residual's part of x is left out.
+_library.define(
+    "inverted_residual_backward_cpu(Tensor grad_y, Tensor x, Tensor? w_expand, Tensor? b_expand,"
+    " Tensor w_dw, Tensor? b_dw, Tensor w_project, int stride, int[4] padding, int dilation,"
+    " float[2] clip_expand, float[2] clip_dw, bool[6] needs_grad) -> Tensor[]"
 )
 # What the Triton op runs on CPU tensors; tracing stops there.
 _library.define(
@@ -117,7 +123,7 @@ def inverted_residual(
         RuntimeError: `backend` cannot run this call; the sentence says why.
 
     Source: MobileNetV2 (arXiv 1801.04381), sections 3.3 and 5.1. Differentiable in x and all
-    weights; the backward pass recomputes through `reference.inverted_residual`.
+    weights; the backward pass recomputes the expansion piece by piece (`backward.gradients`).
     """
     if padding is None:
         padding = same_padding(weights.w_dw.shape[0], dilation)
@@ -199,35 +205,13 @@ def _fake(x, *args):
 
 
 @torch.library.register_fake("mnv2::inverted_residual_backward", lib=_library)
-def _backward_fake(grad_y, *args):
-    tensors, needs_grad = args[:7], args[14]
+def _backward_fake(grad_y, x, *args):
+    tensors, needs_grad = (x, *args[:6]), args[13]
     wanted = (t for t, needed in zip(tensors, needs_grad, strict=True) if needed)
-    return [t.new_empty(t.shape) for t in wanted]
-
-
-def _backward_kernel(grad_y, *args):
-    """Gradients of the tensors marked in needs_grad: recomputes the block, then differentiates."""
-    tensors, settings, needs_grad = args[:7], args[7:14], args[14]
-    with torch.enable_grad(), _autograd_dispatch():
-        leaves = [
-            t if t is None else t.detach().requires_grad_(needed)
-            for t, needed in zip(tensors, needs_grad, strict=True)
-        ]
-        # As the forward pass did: autocast would compute in less.
-        with torch.autocast(grad_y.device.type, enabled=False):
-            y = _reference(*leaves, *settings)
-    wanted = [t for t, needed in zip(leaves, needs_grad, strict=True) if needed]
-    return [g.contiguous() for g in torch.autograd.grad(y, wanted, grad_y)]
-
-
-@contextmanager
-def _autograd_dispatch():
-    """Record a graph inside a kernel, where the dispatcher has left autograd behind."""
-    keys = torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView
-    with ExitStack() as stack:
-        for key in keys:
-            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
-        yield
+    grads = [t.new_empty(t.shape) for t in wanted]
+    if needs_grad[0]:
+        grads[0] = grads[0].to(memory_format=torch.channels_last)
+    return grads
 
 
 def _setup_context(ctx, inputs, output):
@@ -258,7 +242,7 @@ def _no_vmap(info, in_dims, *args):
     )
 
 
-_library.impl("inverted_residual_backward", _backward_kernel, "CompositeExplicitAutograd")
+_library.impl("inverted_residual_backward", backward.gradients, "CompositeExplicitAutograd")
 torch.library.register_autograd("mnv2::inverted_residual_backward", _double_backward, lib=_library)
 for _name in ("mnv2::inverted_residual", "mnv2::inverted_residual_triton"):
     torch.library.register_autograd(_name, _backward, setup_context=_setup_context, lib=_library)

@@ -1,0 +1,67 @@
+// Gradients of the block, the expanded tensor recomputed a tile at a time. No torch.
+#pragma once
+#include <cstdint>
+
+#include "../block.h"
+
+namespace mnv2::cpu {
+
+// A float32 block with its weights and the gradient of what its projection gives; its clip_project
+// and residual are the caller's. Where the block has no expansion, w_expand and w_expand_t are
+// nullptr.
+struct BackwardArgs : BlockArgs {
+    const float* w_expand_t;   // (hidden_channels, in_channels)
+    const float* w_project_t;  // (out_channels, hidden_channels)
+    const float* x;            // (N, H, W, in_channels)
+    const float* grad_y;       // (N, H_out, W_out, out_channels)
+};
+
+// Where gradients are added up; nullptr: not asked for. Those of weights and biases lie like these
+// and are added to what is there; grad_x is overwritten.
+struct Gradients {
+    float *x, *w_expand, *b_expand, *w_dw, *b_dw, *w_project;
+};
+
+// How a call is cut: chunks of hidden channels, and bands of output rows. Depends on the block's
+// sizes alone, as every sum's order does.
+struct BackwardSchedule {
+    int64_t chunk;  // hidden channels, a multiple of the lanes
+    int64_t chunks;
+    int64_t rows;  // output rows of a band
+    // Of the scratch: input rows (expansion and its gradient), output rows of the gradient.
+    int64_t in_rows, grad_rows;
+};
+
+BackwardSchedule choose_backward_schedule(const BlockSizes& sizes, int64_t lanes);
+
+// Floats of one thread's scratch.
+int64_t backward_scratch(const BlockSizes& sizes, const BackwardSchedule& schedule);
+
+// Tasks of one call that share nothing but what they read: `images` ranges of images times `hidden`
+// ranges of chunks. All but the first range of images have weight gradients of their own, all but
+// the first range of chunks a gradient of x, which are added up in order.
+struct BackwardSplit {
+    int64_t images, hidden;
+};
+
+BackwardSplit choose_backward_split(const BlockSizes& sizes, const BackwardSchedule& schedule);
+
+// Images [image_begin, image_end) of chunks [chunk_begin, chunk_end).
+using BackwardFn = void (*)(const BackwardArgs&, const BackwardSchedule&, const Gradients&,
+                            int64_t image_begin, int64_t image_end, int64_t chunk_begin,
+                            int64_t chunk_end, float* scratch);
+
+// The same for every instruction set; the name is that of the row in kernels.h.
+struct BackwardKernel {
+    const char* name;
+    BackwardFn run;
+};
+
+const BackwardKernel& select_backward_kernel(const char* name);
+
+#if defined(__x86_64__)
+extern const BackwardKernel kAvx512Backward, kAvx2Backward;
+#endif
+extern const BackwardKernel kGenericBackward;
+
+}  // namespace mnv2::cpu

@@ -1,0 +1,120 @@
+// Gradients of the op on CPU tensors: float32, a range of images and of hidden channels a task.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <array>
+#include <cmath>
+#include <vector>
+
+#include "cpu/backward.h"
+#include "cpu/kernels.h"
+#include "host.h"
+
+namespace mnv2::cpu {
+
+namespace {
+
+constexpr size_t kTensors = 6;  // x, w_expand, b_expand, w_dw, b_dw, w_project
+
+using Tensors = std::array<at::Tensor, kTensors>;
+
+at::Tensor zeros_like(const at::Tensor& tensor) {
+    return at::zeros(tensor.sizes(), at::TensorOptions().dtype(at::kFloat));
+}
+
+Gradients pointers(const Tensors& tensors) {
+    std::array<float*, kTensors> p{};
+    for (size_t i = 0; i < kTensors; i++)
+        if (tensors[i].defined()) p[i] = tensors[i].mutable_data_ptr<float>();
+    return {p[0], p[1], p[2], p[3], p[4], p[5]};
+}
+
+// The gradients that are asked for, of all but b_project; before clip_project and residual.
+std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor& x,
+                                     const OptionalTensor& w_expand, const OptionalTensor& b_expand,
+                                     const at::Tensor& w_dw, const OptionalTensor& b_dw,
+                                     const at::Tensor& w_project, int64_t stride,
+                                     at::IntArrayRef padding, int64_t dilation,
+                                     at::ArrayRef<double> clip_expand, at::ArrayRef<double> clip_dw,
+                                     std::array<bool, kTensors> needs_grad) {
+    constexpr double kUnbounded[] = {-INFINITY, INFINITY};
+    Call call = make_call(x, w_expand, b_expand, w_dw, b_dw, w_project, std::nullopt, stride,
+                          padding, dilation, false, clip_expand, clip_dw, kUnbounded);
+    TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat && grad_y.scalar_type() == at::kFloat,
+                     "inverted_residual: x and grad_y must be float32 for the CPU kernel, got ",
+                     x.scalar_type(), " and ", grad_y.scalar_type());
+    TORCH_CHECK_VALUE(grad_y.sizes() == call.y.sizes(),
+                      "inverted_residual: grad_y must have the shape of the result, ",
+                      call.y.sizes(), ", got ", grad_y.sizes());
+    call.y.reset();
+    const at::Tensor grad = grad_y.contiguous(at::MemoryFormat::ChannelsLast);
+
+    BackwardArgs args{};
+    static_cast<BlockSizes&>(args) = call.sizes;
+    args.element = Element::single;
+    const auto pointer = [](const at::Tensor& t) {
+        return t.defined() ? t.const_data_ptr<float>() : nullptr;
+    };
+    const at::Tensor w_expand_t = args.expansion ? call.inputs[1].t().contiguous() : at::Tensor();
+    const at::Tensor w_project_t = call.inputs[5].t().contiguous();
+    args.x = pointer(call.inputs[0]), args.grad_y = pointer(grad);
+    args.w_expand = pointer(call.inputs[1]), args.b_expand = pointer(call.inputs[2]);
+    args.w_dw = pointer(call.inputs[3]), args.b_dw = pointer(call.inputs[4]);
+    args.w_project = pointer(call.inputs[5]);
+    args.w_expand_t = pointer(w_expand_t), args.w_project_t = pointer(w_project_t);
+
+    const Kernel& isa = select_kernel(at::get_cpu_capability().c_str());
+    const BackwardSchedule schedule = choose_backward_schedule(args, isa.lanes);
+    const BackwardSplit split = choose_backward_split(args, schedule);
+
+    // parts[i] of range i of images, x_parts[i] of range i of chunks.
+    std::vector<Tensors> parts(split.images);
+    std::vector<at::Tensor> x_parts(split.hidden);
+    for (size_t i = 1; i < kTensors; i++)
+        if (needs_grad[i] && call.inputs[i].defined())
+            for (Tensors& part : parts) part[i] = zeros_like(call.inputs[i]);
+    if (needs_grad[0])
+        // All channels of a pixel are one slice of hidden ones where there is no expansion.
+        for (size_t i = 0; i < x_parts.size(); i++)
+            x_parts[i] = i == 0 || args.expansion
+                             ? at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast)
+                             : x_parts[0];
+
+    const int64_t floats = backward_scratch(args, schedule);
+    const at::Tensor scratch =
+        at::empty({at::get_num_threads() * floats}, at::TensorOptions().dtype(at::kFloat));
+    auto* const scratch_begin = scratch.mutable_data_ptr<float>();
+    const BackwardFn run = select_backward_kernel(isa.name).run;
+    at::parallel_for(0, split.images * split.hidden, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; task++) {
+            const int64_t images = task / split.hidden, hidden = task % split.hidden;
+            Tensors own = parts[images];
+            own[0] = x_parts[hidden];
+            run(args, schedule, pointers(own), images * args.N / split.images,
+                (images + 1) * args.N / split.images, hidden * schedule.chunks / split.hidden,
+                (hidden + 1) * schedule.chunks / split.hidden,
+                scratch_begin + at::get_thread_num() * floats);
+        }
+    });
+
+    std::vector<at::Tensor> gradients;
+    for (size_t i = 0; i < kTensors; i++) {
+        if (!needs_grad[i] || !call.inputs[i].defined()) continue;
+        at::Tensor sum = i == 0 ? x_parts[0] : parts[0][i];
+        if (i > 0)
+            for (size_t part = 1; part < parts.size(); part++) sum.add_(parts[part][i]);
+        else if (args.expansion)
+            for (size_t part = 1; part < x_parts.size(); part++) sum.add_(x_parts[part]);
+        gradients.push_back(sum);
+    }
+    return gradients;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mnv2, CPU, m) { m.impl("inverted_residual_backward_cpu", &backward_cpu); }
+
+}  // namespace mnv2::cpu
