@@ -180,21 +180,6 @@ class Watched:
     def __init__(self, module: nn.Module, stages: Sequence[ConvNorm]):
         inner = [m for m in module.modules() if m is not module]
         norms = [s.norm for s in stages if s.norm is not None]
-<<<<<<< HEAD
-=======
-        config = layers.config
-        self.settings = {
-            "stride": config.stride,
-            "padding": config.padding,
-            "dilation": config.dilation,
-            "residual": config.residual,
-        }
-        expand_clip = layers.expand.clip if layers.expand else NO_CLIP
-        self.clips = (expand_clip, layers.depthwise.clip, layers.project.clip)
-        self.block = Block.of(config, self.clips)
-        self.drops = layers.drops
-        self.why_mode_matters = why_mode_matters(getattr(block, "original", block), FusedModule)
->>>>>>> main
         self.batch_norms = [n for n in norms if isinstance(n, nn.modules.batchnorm._BatchNorm)]
         self.hooks = [getattr(m, kind) for m in inner for kind in _HOOKS]
         families = [m._modules for m in (module, *inner)]
@@ -262,6 +247,7 @@ class _WatchedBlock(Watched):
         self.clips = (expand_clip, layers.depthwise.clip, layers.project.clip)
         self.block = Block.of(config, self.clips)
         self.drops = layers.drops
+        self.why_mode_matters = why_mode_matters(getattr(block, "original", block), FusedModule)
 
 
 class Folded(NamedTuple):
