@@ -37,12 +37,12 @@ def test_repeated_calls(kernel_backend, case, set_threads):
 
 
 @pytest.mark.parametrize("group", cases.groups())
-def test_threads(kernel_backend, group, set_threads):
+def test_threads(kernel_backend, tested_dtype, group, set_threads):
     differing = []
     for case in cases.groups()[group]:
         for batch in {case.batch, 3}:
             case = replace(case, batch=batch)
-            x, weights = make_inputs(case)
+            x, weights = make_inputs(case, tested_dtype)
             results = {}
             for threads in THREADS:
                 set_threads(threads)
@@ -55,11 +55,11 @@ def test_threads(kernel_backend, group, set_threads):
 
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("batch", [2, 3, 8, 33])
-def test_places_in_a_batch(kernel_backend, batch, threads, set_threads):
+def test_places_in_a_batch(kernel_backend, tested_dtype, batch, threads, set_threads):
     set_threads(threads)
     for case in ten_cases():
-        image, weights = make_inputs(replace(case, batch=1))
-        x = torch.randn(batch, *image.shape[1:])
+        image, weights = make_inputs(replace(case, batch=1), tested_dtype)
+        x = torch.randn(batch, *image.shape[1:]).to(tested_dtype)
         places = sorted({0, 1, batch // 2, batch - 1})
         x[places] = image
         alone = run(kernel_backend, image, weights, **case.settings)

@@ -1,10 +1,14 @@
 """Random calls of the op against the float64 reference: shapes, strides, offsets, clips."""
 
+from functools import partial
+
 import cases
+import pytest
 import torch
 from cases import Case
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from rounding import why_not_rounded_once
 
 from mnv2_kernels import reference
 from mnv2_kernels.block import NO_CLIP, RELU, RELU6, BlockConfig
@@ -54,7 +58,7 @@ def layouts(draw):
 
     def place(x: torch.Tensor) -> torch.Tensor:
         sizes = [x.shape[i] * gaps[i] for i in order]
-        storage = torch.full([offset + torch.Size(sizes).numel()], torch.nan)
+        storage = torch.full([offset + torch.Size(sizes).numel()], torch.nan, dtype=x.dtype)
         strided = storage[offset:].view(sizes)[tuple(slice(None, None, gaps[i]) for i in order)]
         placed = strided.permute([order.index(i) for i in range(4)])
         return placed.copy_(x)
@@ -62,13 +66,16 @@ def layouts(draw):
     return place
 
 
-@settings(
-    max_examples=2000,
+repeatable = partial(
+    settings,
     derandomize=True,
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@repeatable(max_examples=2000)
 @given(case=calls(), layout=layouts())
 def test_random_calls(kernel_backend, case, layout):
     x, weights = cases.make_inputs(case)
@@ -81,3 +88,14 @@ def test_random_calls(kernel_backend, case, layout):
     torch.testing.assert_close(
         y.double(), truth, rtol=1e-4, atol=1e-4, msg=lambda m: f"{case}: {m}"
     )
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@repeatable(max_examples=250)
+@given(case=calls(), layout=layouts())
+def test_random_calls_in_16_bits(kernel_backend, dtype, case, layout):
+    x, weights = cases.make_inputs(case, dtype)
+    expected = cases.expect(case, x, weights)
+    y = cases.run(kernel_backend, layout(x), weights, **case.settings)
+    reason = cases.why_wrong(y, expected) or why_not_rounded_once(y, expected, case, x, weights)
+    assert reason is None, f"{case}: {reason}"

@@ -1,8 +1,9 @@
 """No access outside the tensors given: canaries around them, then pages that cannot be touched.
 
 A guard page is hit by SIGSEGV, so those calls run in a child process, which names every case
-before it runs it: `python test_memory_safety.py run_guarded BACKEND S1`. Inputs are put before and
-behind guard pages one by one; guard_malloc.c does so with whatever torch allocates in a call.
+before it runs it: `python test_memory_safety.py run_guarded BACKEND S1 float32`. Inputs are put
+before and behind guard pages one by one; guard_malloc.c does so with whatever torch allocates in a
+call.
 """
 
 import ctypes
@@ -38,35 +39,42 @@ def relocate(
     return move(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2), moved
 
 
-def carve(buffer: Tensor) -> Callable[[Tensor], Tensor]:
-    """Places tensors one after the other in a buffer, with a band of it around each."""
-    used = BAND
+def carve(buffers: dict[torch.dtype, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Places tensors one after the other in the buffer of their dtype, a band of it around each."""
+    used = dict.fromkeys(buffers, BAND)
 
     def place(tensor: Tensor) -> Tensor:
-        nonlocal used
-        view = buffer[used : used + tensor.numel()].view(tensor.shape)
-        used += tensor.numel() + BAND
+        begin = used[tensor.dtype]
+        used[tensor.dtype] += tensor.numel() + BAND
+        view = buffers[tensor.dtype][begin : begin + tensor.numel()].view(tensor.shape)
         return view.copy_(tensor)
 
     return place
 
 
 @pytest.mark.parametrize("group", cases.groups())
-def test_neighbours_in_memory_neither_matter_nor_change(backend, group):
+def test_neighbours_in_memory_neither_matter_nor_change(backend, tested_dtype, group):
     wrong = {}
     for case in cases.groups()[group][:: 2 if group in ("S2", "S3") else 1]:
-        x, weights = make_inputs(case)
+        x, weights = make_inputs(case, tested_dtype)
         expected = expect(case, x, weights)
         # A NaN that is read shows in the result; its bits show every write.
-        buffer = torch.full((2 * BAND + _elements(x, weights),), torch.nan)
-        x, weights = relocate(x, weights, carve(buffer))
-        before = buffer.view(torch.int32).clone()
+        size = 2 * BAND + _elements(x, weights)
+        buffers = {
+            d: torch.full((size,), torch.nan, dtype=d) for d in (tested_dtype, torch.float32)
+        }
+        x, weights = relocate(x, weights, carve(buffers))
+        before = _bits(buffers)
         y = run(backend, x, weights, **case.settings)
-        if not torch.equal(buffer.view(torch.int32), before):
+        if not torch.equal(_bits(buffers), before):
             wrong[case.id] = "wrote to its inputs or beside them"
         elif reason := why_wrong(y, expected):
             wrong[case.id] = reason
     assert not wrong
+
+
+def _bits(buffers: dict[torch.dtype, Tensor]) -> Tensor:
+    return torch.cat([buffer.view(torch.uint8) for buffer in buffers.values()])
 
 
 def _elements(x: Tensor, weights: FoldedWeights) -> int:
@@ -84,10 +92,10 @@ def uninitialised_memory_is_nan():
 
 @pytest.mark.parametrize("group", cases.groups())
 def test_what_fresh_memory_holds_does_not_matter(
-    kernel_backend, group, uninitialised_memory_is_nan
+    kernel_backend, tested_dtype, group, uninitialised_memory_is_nan
 ):
     for case in cases.groups()[group]:
-        x, weights = make_inputs(case)
+        x, weights = make_inputs(case, tested_dtype)
         y = run(kernel_backend, x, weights, **case.settings)
         assert (reason := why_wrong(y, expect(case, x, weights))) is None, f"{case.id}: {reason}"
 
@@ -116,7 +124,7 @@ class Guarded:
         memory = mmap.mmap(-1, pages + 2 * page)
         self.maps.append(memory)
         offset = page + (pages - size if self.at_end else 0)
-        memory[offset : offset + size] = tensor.numpy().tobytes()
+        memory[offset : offset + size] = tensor.flatten().view(torch.uint8).numpy().tobytes()
         start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         for address, length, protection in (
             (start, page, 0),
@@ -132,9 +140,9 @@ def cases_of(part: str) -> list[Case]:
     return [c for name, group in cases.groups().items() if name.startswith(part) for c in group]
 
 
-def run_guarded(backend: str, part: str) -> None:
+def run_guarded(backend: str, part: str, dtype: str) -> None:
     for case in cases_of(part):
-        x, weights = make_inputs(case)
+        x, weights = make_inputs(case, getattr(torch, dtype))
         expected = expect(case, x, weights)
         for at_end in (True, False):
             print(case.id, "guarded", "behind" if at_end else "before", flush=True)
@@ -143,10 +151,10 @@ def run_guarded(backend: str, part: str) -> None:
             assert (reason := why_wrong(y, expected)) is None, reason
 
 
-def run_on_guarded_heap(backend: str, part: str) -> None:
+def run_on_guarded_heap(backend: str, part: str, dtype: str) -> None:
     torch.set_num_threads(3)
     for case in cases_of(part):
-        x, weights = make_inputs(case)
+        x, weights = make_inputs(case, getattr(torch, dtype))
         for layout, memory_format in LAYOUTS.items():
             print(case.id, layout, flush=True)
             y = run(backend, x.contiguous(memory_format=memory_format), weights, **case.settings)
@@ -194,9 +202,16 @@ def guarded_heap(tmp_path_factory):
     return {"LD_PRELOAD": str(library)}
 
 
-@pytest.mark.parametrize("part", ["S1", "S2", "S3", "S4"])
-def test_guard_pages_around_the_inputs(python, kernel_backend, part):
-    check_child(python(__file__, "run_guarded", kernel_backend, part), part)
+# float16 goes the ways of a bfloat16 that is not multiplied in pairs.
+@pytest.mark.parametrize(
+    "part, dtype",
+    [
+        *[(part, dtype) for part in ("S1", "S2", "S3", "S4") for dtype in ("float32", "bfloat16")],
+        ("S4", "float16"),
+    ],
+)
+def test_guard_pages_around_the_inputs(python, kernel_backend, part, dtype):
+    check_child(python(__file__, "run_guarded", kernel_backend, part, dtype), part)
 
 
 @pytest.mark.parametrize("fault", ["read_past_the_end", "write_to_an_input"])
@@ -204,8 +219,10 @@ def test_guard_pages_catch(python, fault):
     check_caught(python(__file__, fault))
 
 
-def test_guard_pages_behind_everything_allocated(python, kernel_backend, guarded_heap):
-    check_child(python(__file__, "run_on_guarded_heap", kernel_backend, "S", **guarded_heap), "S")
+@pytest.mark.parametrize("part, dtype", [("S", "float32"), ("S", "bfloat16"), ("S4", "float16")])
+def test_guard_pages_behind_everything_allocated(python, kernel_backend, guarded_heap, part, dtype):
+    arguments = ("run_on_guarded_heap", kernel_backend, part, dtype)
+    check_child(python(__file__, *arguments, **guarded_heap), part)
 
 
 def test_the_guarded_heap_catches(python, guarded_heap):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case, expect, make_inputs, why_wrong
+from rounding import multiplies_pairs, why_not_rounded_once
 from torch import Tensor
 
 from mnv2_kernels import FoldedWeights
@@ -215,3 +216,70 @@ def test_mutants_are_found_on_the_real_blocks():
     mutants = {name: m for name, m in MUTANTS.items() if not name.startswith(elsewhere)}
     expanding = [case for case in cases.groups()["S1-width1"] if case.config.expansion]
     assert not survivors(mutants, expanding)
+
+
+def narrow_block(
+    x: Tensor,
+    weights: FoldedWeights,
+    case: Case,
+    *,
+    expanded: Callable[[Tensor], Tensor] = keep,
+    depthwise: Callable[[Tensor], Tensor] = keep,
+    project: Callable[[Tensor], Tensor] = keep,
+    result: Callable[[Tensor, Tensor], Tensor] = lambda y, x: y,
+    store: Callable[[Tensor, torch.dtype], Tensor] = lambda y, dtype: y.to(dtype),
+) -> Tensor:
+    """What the CPU kernels compute in 16 bits, in float64, with a hook at each step."""
+    in_pairs = multiplies_pairs(case, x.dtype)
+
+    def between(h: Tensor) -> Tensor:
+        return depthwise(rounded(h, torch.bfloat16) if in_pairs else h)
+
+    hooks = {"hidden": expanded, "depthwise": between, "project": project, "result": result}
+    return store(block(x.double(), weights.to(torch.float64), case, **hooks), x.dtype)
+
+
+def truncated(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bits cut off: what a bfloat16 is without rounding."""
+    wide = y.to(dtype).to(y.dtype)
+    step = torch.nextafter(y.to(dtype), torch.zeros((), dtype=dtype)).to(y.dtype)
+    return torch.where(wide.abs() > y.abs(), step, wide).to(dtype)
+
+
+def swapped_pairs(h: Tensor) -> Tensor:
+    """Two neighbouring channels exchanged, of the last pair alone."""
+    return torch.cat([h[:, :-2], h[:, -1:], h[:, -2:-1]], 1)
+
+
+def narrow_mutants(dtype: torch.dtype) -> dict[str, Callable]:
+    once = partial(rounded, dtype=dtype)
+    return {
+        "expanded values rounded": partial(narrow_block, expanded=once),
+        "sums rounded ahead of the residual": partial(narrow_block, project=once),
+        "cut off, not rounded": partial(narrow_block, store=truncated),
+        "low and high of the last pair exchanged": partial(narrow_block, depthwise=swapped_pairs),
+        "last hidden channel dropped": partial(narrow_block, depthwise=without(1, -1)),
+        "one column from the row before": partial(narrow_block, result=repeated(3, 3)),
+        "no residual": partial(narrow_block, result=lambda y, x: y - x),
+        "clip behind the residual": partial(
+            narrow_block, result=lambda y, x: (y - x + x).clip(*RELU6)
+        ),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("in_channels", [24, 23])
+def test_mutants_in_16_bits_are_found(kernel_backend, dtype, in_channels):
+    """By the comparison for one rounding, of numbers in pairs and converted."""
+    config = BlockConfig(in_channels, 144, in_channels, residual=True)
+    case = Case(config, 14, 11, batch=2)
+    x, weights = make_inputs(case, dtype)
+    expected = expect(case, x, weights)
+    right = narrow_block(x, weights, case)
+    assert why_not_rounded_once(right, expected, case, x, weights) is None
+    alive = [
+        name
+        for name, mutant in narrow_mutants(dtype).items()
+        if why_not_rounded_once(mutant(x, weights, case), expected, case, x, weights) is None
+    ]
+    assert not alive

@@ -14,7 +14,11 @@ from torch import Tensor
 from mnv2_kernels import FoldedWeights
 from mnv2_kernels.block import NO_CLIP, RELU, RELU6, BlockConfig
 
-SPECIAL = (nan, inf, -inf, -0.0, 1e-40)
+
+def special(dtype: torch.dtype) -> tuple[float, ...]:
+    return nan, inf, -inf, -0.0, torch.finfo(dtype).smallest_normal / 4
+
+
 CASES = [
     Case(BlockConfig(5, 19, 5, residual=True), 7, 6),
     Case(BlockConfig(16, 33, 9, stride=2, padding=(0, 0, 1, 1)), 6, 9),
@@ -84,15 +88,15 @@ def test_the_skipping_reference_is_the_reference(case):
 
 
 @each_case
-def test_special_values_at_every_position_of_x(backend, case):
+def test_special_values_at_every_position_of_x(backend, tested_dtype, case):
     """Image i of a batch has the value at its i-th pixel; the others must not notice."""
-    x, weights = make_inputs(case)
+    x, weights = make_inputs(case, tested_dtype)
     pixels = case.height * case.width
     x = x.expand(pixels, -1, -1, -1).contiguous(memory_format=torch.channels_last)
     clean = expect(case, x, weights)
     channels = case.config.in_channels
     wrong = {}
-    for value, channel in product(SPECIAL, {0, channels // 2, channels - 1}):
+    for value, channel in product(special(tested_dtype), {0, channels // 2, channels - 1}):
         injected = x.clone()
         injected.flatten(2)[range(pixels), channel, range(pixels)] = value
         y = run(backend, injected, weights, **case.settings)
@@ -104,13 +108,15 @@ def test_special_values_at_every_position_of_x(backend, case):
 
 @pytest.mark.parametrize("name", ["w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project"])
 @each_case
-def test_special_values_in_the_weights(backend, case, name):
-    x, weights = make_inputs(case)
+def test_special_values_in_the_weights(backend, tested_dtype, case, name):
+    x, weights = make_inputs(case, tested_dtype)
     tensor = getattr(weights, name)
     if tensor is None:
         return
     # PyTorch multiplies its padding by the weights.
-    values = [v for v in SPECIAL if isfinite(v) or (backend, name) != ("reference", "w_dw")]
+    values = special(tested_dtype)
+    if (backend, name) == ("reference", "w_dw"):
+        values = [v for v in values if isfinite(v)]
     clean = expect(case, x, weights)
     positions = product(*({0, n // 2, n - 1} for n in tensor.shape))
     wrong = {}
@@ -126,13 +132,13 @@ def test_special_values_in_the_weights(backend, case, name):
 
 
 @pytest.mark.parametrize("bias", [3.0, -3.0, 100.0, nan])
-def test_padding_is_zero_behind_the_expansion(backend, bias):
+def test_padding_is_zero_behind_the_expansion(backend, tested_dtype, bias):
     """x is 0, so a kernel that pads x instead has clip(bias) around the expansion, not 0."""
     wrong = {}
     for case in cases.groups()["S2"][::5]:
         for clips in ((RELU6, RELU6, NO_CLIP), (NO_CLIP, NO_CLIP, NO_CLIP)):
             case = replace(case, clips=clips)
-            x, weights = make_inputs(case)
+            x, weights = make_inputs(case, tested_dtype)
             x = torch.zeros_like(x)
             clean = expect(case, x, replace(weights, b_expand=torch.full_like(weights.b_expand, 3)))
             weights = replace(weights, b_expand=torch.full_like(weights.b_expand, bias))
@@ -145,14 +151,16 @@ def test_padding_is_zero_behind_the_expansion(backend, bias):
 @pytest.mark.parametrize("value", [nan, inf])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel, dilation", [(3, 1), (3, 2), (5, 1), (5, 2)])
-def test_weights_over_padding_do_not_count(kernel_backend, value, stride, kernel, dilation):
+def test_weights_over_padding_do_not_count(
+    kernel_backend, tested_dtype, value, stride, kernel, dilation
+):
     """One pixel: every tap but one is over padding, and all those are NaN or infinite."""
     extent = dilation * (kernel - 1)
     for before in range(0, extent + 1):
         padding = (before, extent - before, extent - before, before)
         config = BlockConfig(6, 20, 6, stride, True, kernel, dilation, padding)
         case = Case(config, 1, 1)
-        x, weights = make_inputs(case)
+        x, weights = make_inputs(case, tested_dtype)
         inside = [divmod(p, dilation) for p in padding[:2]]
         w_dw = torch.full_like(weights.w_dw, value)
         if all(remainder == 0 for _, remainder in inside):
@@ -162,7 +170,13 @@ def test_weights_over_padding_do_not_count(kernel_backend, value, stride, kernel
         truth = skipping_reference(x, weights, case)
         assert truth.isfinite().all()
         y = run(kernel_backend, x, weights, **case.settings)
-        torch.testing.assert_close(y, truth.float(), msg=lambda m, c=case: f"{c.id}: {m}")
+        tolerance = {"rtol": 1e-5, "atol": 1e-5}
+        if tested_dtype != torch.float32:
+            eps = torch.finfo(tested_dtype).eps
+            tolerance = {"rtol": eps, "atol": eps * truth.abs().max().item()}
+        torch.testing.assert_close(
+            y.double(), truth, **tolerance, msg=lambda m, c=case: f"{c.id}: {m}"
+        )
 
 
 @pytest.mark.parametrize("expansion", [True, False])
