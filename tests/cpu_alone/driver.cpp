@@ -42,15 +42,16 @@ struct Network {
         numbers = random_numbers(engine, count, std::max(0.07, 3 / std::sqrt(double(terms))));
         return memory.constants(numbers, element);
     }
-    const float* bias(int64_t count, Numbers& numbers, bool there) {
+    const float* bias(int64_t count, Numbers& numbers, bool there, bool with_nan = false) {
         if (!there) return nullptr;
         numbers = random_numbers(engine, count, 2);
+        if (with_nan) numbers[engine() % count] = NAN;
         return static_cast<const float*>(memory.constants(numbers, Element::single));
     }
 
     void add(const auto& layer) { steps.push_back({layer, 0, false}); }
 
-    void add_block(BlockSizes sizes, bool biases, bool for_network) {
+    void add_block(BlockSizes sizes, bool biases, bool for_network, bool with_nan = false) {
         BlockArgs args{};
         static_cast<BlockSizes&>(args) = sizes;
         args.element = element;
@@ -63,7 +64,7 @@ struct Network {
         args.w_dw = weight(taps * hidden, taps, w.dw);
         args.b_dw = bias(hidden, w.b_dw, biases);
         args.w_project = weight(hidden * args.out_channels, 4 * hidden, w.project);
-        args.b_project = bias(args.out_channels, w.b_project, biases);
+        args.b_project = bias(args.out_channels, w.b_project, biases, with_nan);
         args.pairs = kernel().multiplies_pairs(args);
         const auto choose = for_network ? choose_network_schedule : choose_schedule;
         const Schedule schedule = choose(args, kernel().lanes);
@@ -207,7 +208,7 @@ void check_block(std::mt19937& engine, int number, const Channels& c, int64_t H,
     Image x{H, W, c.in, random_numbers(engine, H * W * c.in, 2)};
     if (number % 7 == 6) x.at[engine() % x.at.size()] = NAN;
     Network network{memory, engine, element, {}, x};
-    network.add_block(s, number % 6 != 5, number % 8 >= 4);
+    network.add_block(s, number % 6 != 5, number % 8 >= 4, number % 7 == 5);
     check(network, memory.constants(x.at, element), tolerance_of(element));
 }
 

@@ -78,7 +78,7 @@ class Memory {
         void* const to = allocate(count * size_of(element));
         for (int64_t i = 0; i < count; i++)
             if (element == Element::single)
-                static_cast<float*>(to)[i] = static_cast<float>(numbers[i]);
+                static_cast<float*>(to)[i] = std::isnan(numbers[i]) ? largest_nan() : numbers[i];
             else
                 static_cast<uint16_t*>(to)[i] = encoded(numbers[i], element);
         const Region& r = regions_.back();
@@ -100,6 +100,14 @@ class Memory {
         char *inside, *begin, *end;
         int64_t offset;
     };
+
+    // Rounding its bits to 16 as those of a number would make it another one.
+    static float largest_nan() {
+        const uint32_t bits = 0x7fffffff;
+        float nan;
+        std::memcpy(&nan, &bits, sizeof nan);
+        return nan;
+    }
 
     uint16_t encoded(double value, Element element) {
         // All numbers are a few multiples of 1/32.
