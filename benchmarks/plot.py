@@ -7,6 +7,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from .harness import Row
+from .peer_tables import memory_bars
 
 COLOURS = {"fused": "#1b6ca8", "folded": "#e2a13a", "eager": "#9a9a9a"}
 GPU_COLOURS = {"over unfused": "#5b9a68", "over folded": "#e2a13a", "over eager": "#9a9a9a"}
@@ -36,6 +37,25 @@ def figures(results: Mapping[str, list[Row]], folder: Path) -> Iterator[Path]:
         yield bars(shares, folder / "share_of_peak.svg", "% of the measured FMA peak", (0, 100))
     peaks = {name: [r["peak_bytes"] / MIB for r in rows] for name, rows in by_provider.items()}
     yield bars(peaks, folder / "peak_memory.svg", "peak MiB, input included", None)
+
+
+def peer_figures(results: Mapping[str, list[Row]], folder: Path) -> Iterator[Path]:
+    """Draw what other runtimes take of memory, where that has been measured."""
+    found = dict(memory_bars(results["peers-memory"]))
+    if not found:
+        return
+    figure = Figure(figsize=(9, 0.8 + 0.36 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    for i, (batch, colour) in enumerate(((1, COLOURS["fused"]), (8, COLOURS["folded"]))):
+        places = [place + 0.4 * i for place in range(len(found))]
+        sizes = [by_batch[batch] for by_batch in found.values()]
+        axes.barh(places, sizes, 0.4, label=f"batch {batch}", color=colour)
+    axes.set_yticks([place + 0.2 for place in range(len(found))], list(found))
+    axes.invert_yaxis()
+    axes.set_xlabel("MiB that a process grows by: weights, libraries, input, activations")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    yield save(figure, folder / "peers_memory.svg")
 
 
 def gpu_figures(results: Mapping[str, list[Row]], folder: Path) -> Iterator[Path]:
@@ -79,7 +99,11 @@ def bars(
         axes.set_ylim(*limits)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=len(values))
-    # No date and fixed ids: the same rows give the same file.
+    return save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write the figure; the same rows give the same file, so no date and fixed ids."""
     with rc_context({"svg.hashsalt": "mnv2_kernels"}):
         figure.savefig(path, metadata={"Date": None})
     return path

@@ -13,9 +13,10 @@ from . import plot
 from .gpu_tables import gpu_tables, latest_on_gpu
 from .harness import RESULTS, Row, geometric_mean, load
 from .machine import ROOT
+from .peer_tables import peer_tables
 from .tables import MIB, markdown, percent
 
-SUITES = ("block", "scaling", "network", "memory", "acceptance")
+SUITES = ("block", "scaling", "network", "memory", "acceptance", "peers", "peers-memory")
 KEY = ("suite", "name", "instruction_set", "threads", "batch", "block", "model", "provider")
 
 
@@ -28,11 +29,17 @@ def latest(folder: Path = RESULTS) -> dict[str, list[Row]]:
     newest: dict[tuple, Row] = {}
     for row in rows:
         if row["cpu"] == cpu:
-            newest[tuple(row.get(field) for field in KEY)] = row
+            newest[tuple(row.get(field) for field in _key(row))] = row
     found: dict[str, list[Row]] = {suite: [] for suite in SUITES}
     for row in newest.values():
         found[row["suite"]].append(row)
     return found
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    """The fields that tell what was measured; the block is part of what some figures say."""
+    is_figure = row["suite"] == "acceptance"
+    return tuple(field for field in KEY if not (is_figure and field == "block"))
 
 
 def tables(results: Mapping[str, list[Row]]) -> dict[str, str]:
@@ -43,6 +50,7 @@ def tables(results: Mapping[str, list[Row]]) -> dict[str, str]:
         "block-runs": run_table(results["block"]),
         "network": network_table(results["network"]),
         "memory": memory_table(results["memory"]),
+        **peer_tables(results),
         "machine": machine_sentence([row for rows in results.values() for row in rows]),
     }
     return {name: text for name, text in made.items() if text}
@@ -192,7 +200,11 @@ def main() -> None:
     text = options.readme.read_text()
     on_gpu = latest_on_gpu(options.results)
     options.readme.write_text(fill(text, tables(results) | gpu_tables(on_gpu)))
-    written = [*plot.figures(results, options.results), *plot.gpu_figures(on_gpu, options.results)]
+    written = [
+        *plot.figures(results, options.results),
+        *plot.peer_figures(results, options.results),
+        *plot.gpu_figures(on_gpu, options.results),
+    ]
     for path in written:
         print(f"wrote {path}")
 

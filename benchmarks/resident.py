@@ -27,14 +27,26 @@ def resident_growth(execution: str, resolution: int, batch: int) -> int:
         call = memory_report.executions(model)[execution]
     with torch.inference_mode():
         call(_image(resolution, batch))
-        # What has been freed goes back to the system, or the call would use it unseen; and the
-        # highest mark of the process is forgotten.
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        # What has been freed would be used unseen by the call.
+        before = settled()
         call(_image(resolution, batch))
-        return _status("VmHWM") - before
+        return peak() - before
+
+
+def settled() -> int:
+    """Resident bytes of this process, after giving back what has been freed.
+
+    Forgets the highest mark of the process: `peak` begins anew.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """Most bytes that have been resident since `settled`."""
+    return _status("VmHWM")
 
 
 def _image(size: int, batch: int) -> torch.Tensor:

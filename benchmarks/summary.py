@@ -58,6 +58,12 @@ def lines(rows: list[Row]) -> Iterator[str]:
                 f"{row['peak_bytes'] / MIB:9.2f} MiB at the peak,"
                 f" {row['peak_bytes_computed'] / MIB:.2f} computed"
             )
+        elif row["suite"] == "peers-memory":
+            yield (
+                f"{row['model']}, batch {row['batch']}, {row['provider']:<13}"
+                f"{row['load_bytes'] / MIB:9.2f} MiB loaded,"
+                f" {row['run_bytes'] / MIB:.2f} more at the peak of the first runs"
+            )
         elif row["suite"] == "acceptance":
             yield f"{row['name']}: {row['value']:.3g} {row['unit']}"
 

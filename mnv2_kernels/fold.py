@@ -78,7 +78,8 @@ class BlockLayers:
     `padding` (top, left, bottom, right) is what the depthwise really sees, whatever module of the
     original applies it. `residual` is read from the original, never inferred. With `same_padding`
     the depthwise pads as TensorFlow's SAME does at stride 2, by the size of its input; `padding`
-    is then that of even sizes.
+    is then that of even sizes. `drops` are modules that drop values in training mode and do nothing
+    in evaluation mode.
     """
 
     expand: ConvNorm | None
@@ -87,6 +88,7 @@ class BlockLayers:
     residual: bool
     padding: Padding
     same_padding: bool = False
+    drops: tuple[nn.Module, ...] = ()
 
     def at(self, height: int, width: int) -> "BlockLayers":
         """The same layers with the padding that an input of height x width gets."""

@@ -93,6 +93,9 @@ class FusedModule(nn.Module):
         for norm in watched.batch_norms:
             if norm.training:
                 return "batch norm is in training mode and needs the statistics of whole tensors"
+        for drop in watched.drops:
+            if drop.training:
+                return f"{type(drop).__name__} is in training mode and drops values"
         if self.training:
             return "the module is in training mode"
         return None if torch.compiler.is_compiling() else watched.why_changed()
@@ -172,6 +175,7 @@ class _Watched:
         }
         clips = (layers.expand.clip if layers.expand else NO_CLIP, *(s.clip for s in stages[-2:]))
         self.block = Block.of(config, clips)
+        self.drops = layers.drops
         self.batch_norms = [n for n in norms if isinstance(n, nn.modules.batchnorm._BatchNorm)]
         self.hooks = [getattr(m, kind) for m in inner for kind in _HOOKS]
         families = [m._modules for m in (block, *inner)]

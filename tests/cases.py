@@ -37,6 +37,7 @@ from mnv2_kernels.block import (
 FLOOR = 8
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def backends() -> list[str]:
@@ -52,6 +53,11 @@ def backends() -> list[str]:
 def kernel_backends() -> list[str]:
     """The backends that keep the promises PyTorch's own kernels do not make."""
     return [name for name in backends() if name != "reference"]
+
+
+def dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    """What to test a backend in; in 16 bits the reference is what the others are held against."""
+    return DTYPES[:1] if backend == "reference" else DTYPES
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,12 @@ class Case:
         return {name: getattr(self.config, name) for name in names}
 
 
-def make_inputs(case: Case) -> tuple[Tensor, FoldedWeights]:
-    """x (NCHW) and weights, fixed by the case; both clips of both hidden tensors are active."""
+def make_inputs(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensor, FoldedWeights]:
+    """x (NCHW) and weights, fixed by the case; both clips of both hidden tensors are active.
+
+    In 16 bits biases hold numbers of that dtype in float32, where `fold` leaves them: PyTorch's
+    layers, which round them, lose nothing by that.
+    """
     config, generator = case.config, torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
     randn = partial(torch.randn, generator=generator)
     c_in, hidden, c_out = config.in_channels, config.hidden_channels, config.out_channels
@@ -114,7 +124,10 @@ def make_inputs(case: Case) -> tuple[Tensor, FoldedWeights]:
         clip_dw=case.clips[1],
         clip_project=case.clips[2],
     )
-    return x, weights
+    rounded = weights.to(dtype)
+    names = ("b_expand", "b_dw", "b_project")
+    biases = {n: b.float() for n in names if (b := getattr(rounded, n)) is not None}
+    return x.to(dtype), replace(rounded, **biases)
 
 
 @dataclass(frozen=True)
@@ -151,6 +164,10 @@ def why_wrong(y: Tensor, expected: Expected) -> str | None:
         f"max error {worst:.2e} (allowed {worst_allowed:.2e}, eager {expected.eager_max:.2e}),"
         f" mean error {mean:.2e} (allowed {mean_allowed:.2e}, eager {expected.eager_mean:.2e})"
     )
+
+
+def mean_error(y: Tensor, expected: Expected) -> float:
+    return _errors(y, expected.truth)[1]
 
 
 def _errors(y: Tensor, truth: Tensor) -> tuple[float, float]:

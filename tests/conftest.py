@@ -20,11 +20,19 @@ if torch.version.cuda is None:
 
 
 def pytest_generate_tests(metafunc):
-    """`backend` is every backend to test here, `kernel_backend` every one but the reference."""
-    if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", cases.backends())
-    if "kernel_backend" in metafunc.fixturenames:
-        metafunc.parametrize("kernel_backend", cases.kernel_backends())
+    """`backend` is every backend to test here, `kernel_backend` every one but the reference.
+
+    `tested_dtype` beside one of them is every dtype to test it in.
+    """
+    for name in {"backend", "kernel_backend"}.intersection(metafunc.fixturenames):
+        tested = cases.backends() if name == "backend" else cases.kernel_backends()
+        if "tested_dtype" in metafunc.fixturenames:
+            pairs = [(backend, dtype) for backend in tested for dtype in cases.dtypes(backend)]
+            metafunc.parametrize(
+                (name, "tested_dtype"), pairs, ids=lambda v: str(v).removeprefix("torch.")
+            )
+        else:
+            metafunc.parametrize(name, tested)
 
 
 @pytest.fixture(autouse=True)

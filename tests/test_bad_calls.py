@@ -225,7 +225,10 @@ def test_backends_that_cannot_run(kernel_backend):
     x, weights = call["x"], FoldedWeights(*(call[name] for name in NAMES[1:]))
     with pytest.raises(ValueError, match="backend must be one of .*reference, got 'gpu'"):
         inverted_residual(x, weights, backend="gpu")
-    sentence = f"backend '{kernel_backend}' cannot run here: x must be float32, got torch.float64"
+    sentence = (
+        f"backend '{kernel_backend}' cannot run here: x must be float32, float16 or bfloat16,"
+        " got torch.float64"
+    )
     with pytest.raises(RuntimeError, match=sentence):
         inverted_residual(x.double(), weights.to(torch.float64), backend=kernel_backend)
     assert inverted_residual(x, weights, backend=kernel_backend).shape == x.shape

@@ -201,6 +201,64 @@ def test_tables_and_figures_come_from_the_newest_rows(tmp_path):
     assert [p.read_bytes() for p in plot.figures(results, tmp_path)] == before
 
 
+def peer_rows() -> list[harness.Row]:
+    """A peer of 2 ms a block and an image where the plan takes 1, and half of that in bfloat16."""
+    facts = {**machine.facts(), "date": "2026-01-02T00:00:00+00:00", "cpu": "test"}
+    facts["instruction_set"] = "avx2"
+    times = {("planned", "float32"): 1, ("slow", "float32"): 2, ("half", "bfloat16"): 0.5}
+    workloads = [{"model": "net", "batch": batch} for batch in (1, 8)]
+    workloads.append({"block": 3, "config": "24x144x24-s1-k3", "batch": 1})
+    rows = []
+    for workload in workloads:
+        for (provider, dtype), time in times.items():
+            row = {"suite": "peers", "provider": provider, "dtype": dtype, "threads": 1, **workload}
+            row["seconds"] = {"50%": workload["batch"] * time / 1000}
+            row["share_of_fma_peak"] = 0.8 / time
+            row["speedup"] = {n: t / time for (n, _), t in times.items() if n != provider}
+            rows.append({**facts, **row})
+            if "model" in workload:
+                run = int(workload["batch"] * time * 2**20)
+                memory = {"suite": "peers-memory", "load_bytes": 10 * 2**20, "run_bytes": run}
+                rows.append({**facts, **row, **memory})
+    return rows
+
+
+def test_tables_and_a_figure_of_peers(tmp_path):
+    rows = peer_rows()
+    # A later run with the plan alone takes nothing away.
+    later = {**rows[0], "speedup": {}, "date": "2026-01-03T00:00:00+00:00"}
+    held_back = {**rows[0], "instruction_set": "default", "seconds": {"50%": 9.0}}
+    harness.append([*rows, later, held_back], tmp_path)
+    made = report.tables(results := report.latest(tmp_path))
+    assert made["peers-network"].splitlines() == [
+        "| provider | dtype | 1 thread, batch 1 | 1 thread, batch 8 |",
+        "| --- | --- | ---: | ---: |",
+        "| planned | float32 | 1.00 | 1.00 |",
+        "| slow | float32 | 2.00 (2.00x) | 2.00 (2.00x) |",
+        "| half | bfloat16 | 0.50 (0.50x) | 0.50 (0.50x) |",
+    ]
+    head, _, *blocks = made["peers-blocks"].splitlines()
+    assert head.endswith("| us, planned | of FMA peak | slow |")
+    assert blocks == ["| 3 | 24x144x24-s1-k3 | 1000 | 80% | 2.00x |"]
+    memory = made["peers-memory"].splitlines()
+    assert memory[2] == "| planned | float32 | 10.0 | 1.0 | 10.0 | 8.0 | 1.00 |"
+    assert memory[4] == "| half | bfloat16 | 10.0 | 0.5 | 10.0 | 4.0 | 0.50 |"
+    (path,) = plot.peer_figures(results, tmp_path)
+    before = path.read_bytes()
+    assert before.count(b"<path") > 6
+    assert [p.read_bytes() for p in plot.peer_figures(results, tmp_path)] == [before]
+    assert list(plot.peer_figures(report.latest(tmp_path / "none"), tmp_path)) == []
+
+
+def test_a_figure_has_one_line_also_when_its_block_changes(tmp_path):
+    row = {**machine.facts(), "suite": "acceptance", "name": "worst block", "unit": "x"}
+    older = {**row, "block": 2, "value": 1.0, "date": "2026-01-01T00:00:00+00:00"}
+    newer = {**row, "block": 5, "value": 2.0, "date": "2026-01-02T00:00:00+00:00"}
+    harness.append([older, newer], tmp_path)
+    found = report.tables(report.latest(tmp_path))["acceptance"].splitlines()
+    assert found[2:] == ["| worst block (block 5) | 2.00x |"]
+
+
 def test_no_rows_give_no_tables(tmp_path):
     results = report.latest(tmp_path)
     assert report.tables(results) == {}

@@ -105,6 +105,25 @@ def test_synchronised_norm_after_fusing_trains_its_statistics():
         assert torch.equal(converted(x), mk.unfuse(converted)(x))
 
 
+def test_dropping_in_training_alone():
+    block = randomise(TimmBlock(8, 8, exp_ratio=3.0, act_layer=nn.ReLU6, drop_path_rate=0.5))
+    fused = mk.fuse(block.double(), backend="reference")
+    x = image()
+    assert fused.why_plain(x) is None
+    with torch.no_grad():
+        assert_same(block, fused, x)
+        for module in (block, fused):
+            module.drop_path.train()
+            torch.manual_seed(3)
+        assert "DropPath is in training mode" in fused.why_plain(x)
+        results = []
+        for module in (block, fused):
+            torch.manual_seed(3)
+            results.append(module(x))
+        assert torch.equal(*results)
+        assert not torch.equal(results[0], block.eval()(x))
+
+
 def test_dilated_after_fusing():
     """segmentation code dilates the last stages of a backbone in place."""
     block = randomise(TorchvisionBlock(8, 8, 1, 6)).double()

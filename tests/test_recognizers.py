@@ -12,6 +12,7 @@ from foreign_blocks import (
     OldTorchvision,
     conv_norm_act,
     cvnets_block,
+    edited,
     flow,
     largest_difference,
     lukemelas,
@@ -31,6 +32,7 @@ from timm.models._efficientnet_blocks import (
 )
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.efficientnet import MBConv, MBConvConfig
 from torchvision.models.mnasnet import _InvertedResidual as MnasnetBlock
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 from torchvision.ops import FrozenBatchNorm2d
@@ -56,6 +58,14 @@ def mobilenet_v1_pair(act, stride=1):
     return nn.Sequential(
         *conv_norm_act(8, 8, 3, stride, 8, act=act), *conv_norm_act(8, 16, act=act)
     )
+
+
+def mbconv():
+    """torchvision's EfficientNet block with ReLU6 and without its squeeze-excite."""
+    block = MBConv(MBConvConfig(3, 3, 1, 8, 8, 1), 0.5, nn.BatchNorm2d)
+    for name in ("0.2", "1.2"):
+        edited(block, f"block.{name}", nn.ReLU6())
+    return edited(block, "block.2", nn.Identity())
 
 
 def prefolded():
@@ -89,6 +99,15 @@ RECOGNISED = {
     "timm-stride2": (lambda: timm_block(stride=2), False, 2),
     "timm-k5-relu": (lambda: timm_block(dw_kernel_size=5, act_layer=nn.ReLU), True, 1),
     "timm-dilated": (lambda: timm_block(dilation=2), True, 1),
+    "timm-drop-path": (lambda: timm_block(drop_path_rate=0.5), True, 1),
+    "timm-universal-drop-path": (lambda: universal_block(drop_path_rate=0.5), True, 1),
+    "torchvision-mbconv": (mbconv, True, 1),
+    "flat-dropout": (lambda: Flat([*flow(), nn.Dropout(0.5)], True), True, 1),
+    "flat-dropout-inside": (
+        lambda: Flat([*flow()[:3], nn.Dropout2d(), *flow()[3:]], True),
+        True,
+        1,
+    ),
     "timm-separable": (lambda: timm_block(DepthwiseSeparableConv, 8, 16), False, 1),
     "timm-separable-act": (lambda: timm_block(DepthwiseSeparableConv, pw_act=True), True, 1),
     "timm-frozen": (lambda: freeze_batch_norm_2d(timm_block()), True, 1),

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import harness
-from ..machine import ROOT
 from .cases import select
+from .conversion import CACHE
 from .registry import PEERS
 from .run import Outcome, Settings, run
 
@@ -19,6 +19,8 @@ OURS = ("planned", "fused")
 def main() -> int:
     """Exit status: 0 done, 1 a peer failed or was wrong, 2 nothing could be run."""
     options = _parser().parse_args()
+    # A run takes long, and is watched in files.
+    sys.stdout.reconfigure(line_buffering=True)
     unknown = [name for name in options.only or () if name not in PEERS]
     try:
         if unknown:
@@ -56,10 +58,11 @@ def table(outcome: Outcome) -> Table:
     names = [row["provider"] for row in rows]
     ours = next((name for name in OURS if name in names), None)
     found = Table(title=str(outcome.case))
-    for heading in ("provider", "dtype", "ms", "quartiles", "GFLOP/s", "of FMA peak"):
-        found.add_column(heading, justify="left" if heading in ("provider", "dtype") else "right")
+    for heading in ("provider", "dtype", "ms", "quartiles", "GFLOP/s", "of peak"):
+        justify = "left" if heading in ("provider", "dtype") else "right"
+        found.add_column(heading, justify=justify, no_wrap=True)
     if ours is not None:
-        found.add_column(f"time over {ours}'s", justify="right")
+        found.add_column(f"over {ours}'s", justify="right")
     found.add_column("turns", justify="right")
     found.add_column("error", justify="right")
     for row in rows:
@@ -102,9 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--results", type=Path, default=harness.RESULTS, help="folder that rows are added to"
     )
-    parser.add_argument(
-        "--cache", type=Path, default=ROOT / "build" / "peers", help="folder of converted models"
-    )
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of converted models")
     return parser
 
 

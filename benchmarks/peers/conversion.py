@@ -11,9 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..machine import ROOT
 from .cases import Case
 from .peer import Peer
 from .process import WorkerProcess
+
+CACHE = ROOT / "build" / "peers"
 
 
 def converted(peer: Peer, case: Case, model: nn.Module, cache: Path) -> Path | None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from select import select
 
@@ -23,15 +24,25 @@ class WorkerProcess:
     def __init__(self, name: str, threads: int, log: Path):
         self.name = name
         self.log = log
-        with log.open("w") as errors:
+        self._threads = threads
+        self._start()
+
+    def _start(self) -> None:
+        with self.log.open("a") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.peers.worker"],
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                env={**os.environ, "OMP_NUM_THREADS": str(self._threads)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
             )
+
+    def revive(self) -> None:
+        """Start the process again if it has ended."""
+        if self._process.poll() is not None:
+            self.close()
+            self._start()
 
     def ask(self, do: str, *, timeout: float = 600.0, **arguments: object) -> dict:
         """The worker's answer.
@@ -58,7 +69,8 @@ class WorkerProcess:
 
     def close(self) -> None:
         """End the process; it may have ended already."""
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -70,7 +71,12 @@ def _run_case(case, peers, workers, settings) -> Outcome:
     idle = dict.fromkeys(errors, 0.0)
 
     def turn(name: str) -> tuple[float, float]:
-        answer = workers[name].ask("turn", seconds=settings.seconds)
+        try:
+            answer = workers[name].ask("turn", seconds=settings.seconds)
+        except WorkerFailed as error:
+            # The others go on; no turn of this one counts.
+            failures[name] = str(error)
+            return 0.0, inf
         idle[name] = max(idle[name], answer["idle_cpu"])
         return answer["value"], answer["lost"]
 
@@ -82,9 +88,11 @@ def _run_case(case, peers, workers, settings) -> Outcome:
     samples = take_turns(turns, rounds=settings.rounds, tolerance=settings.tolerance)
     # Noise only ever lowers a peak.
     bound = max(samples.pop(PEAK).clean, default=0.0) or None
-    for name in [name for name, found in samples.items() if not found.clean]:
-        failures[name] = f"more than {settings.tolerance:.0%} of its time was lost in every turn"
-        del samples[name]
+    for name, found in samples.items():
+        if not found.clean:
+            lost = f"more than {settings.tolerance:.0%} of its time was lost in every turn"
+            failures.setdefault(name, lost)
+    samples = {name: found for name, found in samples.items() if name not in failures}
     rows = []
     for peer in peers:
         if peer.name in samples:
@@ -107,6 +115,7 @@ def _load(case, peers, workers, cache) -> tuple[dict[str, float], dict[str, str]
             result.unlink(missing_ok=True)
             try:
                 folder = converted(peer, case, model, cache)
+                workers[peer.name].revive()
                 workers[peer.name].ask(
                     "load",
                     peer=peer.name,

@@ -13,16 +13,20 @@ from pathlib import Path
 from time import perf_counter, process_time
 
 import torch
+from torch import nn
 
 from mnv2_kernels import timing
 
+from .. import resident
 from .cases import Case, folded
 from .lost_time import LostTime
-from .peer import Loaded
+from .peer import Loaded, Peer
 from .registry import PEERS
 
 # Before a turn's first sample: threads are awake again, and caches hold what the last run left.
 WARMUP = 2
+# Some runtimes pack weights or plan their memory in the first ones.
+FIRST_RUNS = 5
 
 
 class Worker:
@@ -46,13 +50,7 @@ class Worker:
         self.loaded = None
         gc.collect()
         workload = _case(case)
-        torch.set_num_threads(workload.threads)
-        if folder is not None:
-            source = Path(folder)
-        else:
-            source = workload.model()
-            if not PEERS[peer].as_written:
-                source = folded(source)
+        source = _source(PEERS[peer], workload, folder)
         self.loaded = PEERS[peer].load(source, workload.input(), workload.threads)
         # The last of several: one that has spoilt its input, or its packed weights, is found out.
         for _ in range(1 + WARMUP):
@@ -60,6 +58,20 @@ class Worker:
         torch.save(self.loaded.output().contiguous(), result)
         self.cpu_seconds = process_time()
         return {}
+
+    def memory(self, peer: str, case: str, folder: str | None) -> dict:
+        """Resident bytes that a load adds, and that the first runs add to it at their peak.
+
+        The input counts as loaded; so do libraries and packed weights that come with the load.
+        """
+        workload = _case(case)
+        source = _source(PEERS[peer], workload, folder)
+        before = resident.settled()
+        self.loaded = PEERS[peer].load(source, workload.input(), workload.threads)
+        loaded = resident.settled()
+        for _ in range(FIRST_RUNS):
+            self.loaded.run()
+        return {"load_bytes": loaded - before, "run_bytes": resident.peak() - loaded}
 
     def turn(self, seconds: float) -> dict:
         """Time runs for so long; at least three.
@@ -87,6 +99,14 @@ class Worker:
         lost = LostTime()
         rate = timing.fma_peak(threads, seconds=seconds) or 0.0
         return {"value": rate, "lost": lost.share()}
+
+
+def _source(peer: Peer, workload: Case, folder: str | None) -> nn.Module | Path:
+    """What the peer loads, with PyTorch's threads set."""
+    torch.set_num_threads(workload.threads)
+    if folder is not None:
+        return Path(folder)
+    return workload.model() if peer.as_written else folded(workload.model())
 
 
 def _case(name: str) -> Case:

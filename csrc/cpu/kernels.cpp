@@ -44,7 +44,8 @@ static int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
 StemScratch stem_layout(const StemArgs& stem) {
     const bool narrow = stem.element != Element::single;
     StemScratch layout{};
-    layout.weight = aligned(((stem.W_out - 1) * 2 + 3) * 3 * stem.in_channels);
+    layout.rows = aligned(9 * stem.in_channels * sizeof(StemTerm) / sizeof(float));
+    layout.weight = layout.rows + (narrow ? aligned(3 * stem.W * stem.in_channels) : 0);
     layout.row = layout.weight + (narrow ? aligned(9 * stem.in_channels * stem.out_channels) : 0);
     layout.total = layout.row + (narrow ? aligned(stem.W_out * stem.out_channels) : 0);
     return layout;

@@ -105,10 +105,17 @@ struct LinearArgs {
     const float* bias;   // nullptr: zeros
 };
 
-// Where the pieces of a call's scratch start, in floats. Behind the gathered input: where it is not
-// float32, the weight and one result row as floats.
+// One input of an output pixel of the stem: where it is, floats behind the first one, and its
+// weights.
+struct StemTerm {
+    int64_t offset;
+    const float* weight;
+};
+
+// Where the pieces of a call's scratch start, in floats: the terms; where x is not float32, also
+// three rows of it, the weight and one row of the result as floats.
 struct StemScratch {
-    int64_t weight, row, total;
+    int64_t rows, weight, row, total;
 };
 // Behind a panel of the result: where it is not float32, a panel of the weight, and x as floats.
 struct PoolScratch {

@@ -44,7 +44,7 @@ std::pair<int64_t, int64_t> hidden_range(const BlockArgs& args, const Schedule& 
 }
 
 bool reads_x_in_place(const BlockArgs& args, int64_t lanes) {
-    return !args.expansion && args.element == Element::single && args.in_channels % lanes == 0;
+    return !args.expansion && args.in_channels % lanes == 0;
 }
 
 ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes) {
@@ -115,13 +115,13 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     const int64_t expanded_bytes = 4 * args.H * args.W * args.hidden_channels;
     const int64_t limit = reads_x_in_place(args, lanes) ? kInPlaceChunkBytes : kChunkBytes;
     const int64_t chunk_bytes = std::min(limit, expanded_bytes / 4);
-    const auto choose_chunks = [&] {
+    const auto choose_chunks = [&](int64_t most) {
         schedule.rows_outside = false;
         set_chunks(1);
         for (int64_t count = 2; schedule.hidden_chunk > kChunkMultiple; count++) {
-            const bool fits = args.element == Element::single || scratch() <= kScratchBytes;
-            if (4 * scratch_layout(args, schedule, lanes).expand_panel <= chunk_bytes && fits)
-                return;
+            // Panels of weights come on top, but may not drive a chunk out of its scratch.
+            const int64_t in_flight = 4 * scratch_layout(args, schedule, lanes).expand_panel;
+            if (in_flight <= chunk_bytes && scratch() <= most) return;
             set_chunks(count);
         }
     };
@@ -134,7 +134,7 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     if (image_bytes > kImageBytes && weight_bytes <= kWeightBytes) {
         for (; schedule.strip_cols >= kMinStripCols;
              schedule.strip_cols = ceil_div(schedule.strip_cols, 2)) {
-            choose_chunks();
+            choose_chunks(INT64_MAX);
             schedule.rows_outside = true;
             const bool wide = schedule.hidden_chunk >= std::min(kGoodChunk, args.hidden_channels);
             if (wide && scratch() <= kScratchBytes) return schedule;
@@ -147,7 +147,7 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     if (args.element != Element::single && schedule.hidden_groups == 1)
         schedule.band_rows = std::clamp(round_up(kSumBytes / pixel_bytes, schedule.rows_per_step),
                                         schedule.rows_per_step, args.H_out);
-    choose_chunks();
+    choose_chunks(args.element == Element::single ? INT64_MAX : kScratchBytes);
     while (scratch() > kScratchBytes && schedule.rows_per_step > 1)
         schedule.rows_per_step = ceil_div(schedule.rows_per_step, 2);
     while (scratch() > kScratchBytes && schedule.strip_cols > 1)

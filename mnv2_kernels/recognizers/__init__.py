@@ -11,7 +11,7 @@ Blocks that are no module of their own are in `chains`.
 from torch import nn
 
 from ..fold import BlockLayers
-from . import chains, lukemelas, relatives, sequential, timm, transformers
+from . import chains, lukemelas, relatives, sequential, stages, timm, transformers
 from .declined import Declined
 from .layers import check_untouched
 
@@ -21,6 +21,7 @@ RECOGNIZERS = (
     timm.recognize,
     transformers.recognize,
     lukemelas.recognize,
+    stages.recognize,
     relatives.recognize,
     chains.recognize,
 )

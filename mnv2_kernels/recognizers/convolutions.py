@@ -1,4 +1,4 @@
-"""What a convolution of another library pads, and the layers that only pad or do nothing."""
+"""What a convolution of another library pads; layers that only pad, drop values or do nothing."""
 
 from torch import nn
 
@@ -15,6 +15,14 @@ def is_identity(module: nn.Module) -> bool:
         return type(module).forward is nn.Identity.forward
     empty = not (module._modules or module._parameters or module._buffers)
     return empty and type(module).__name__ == "Identity"
+
+
+def is_drop(module: nn.Module) -> bool:
+    """Dropout of any kind, which does nothing in evaluation mode; also timm's and torchvision's."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return type(module).__module__ == nn.Dropout.__module__
+    empty = not (module._modules or module._parameters or module._buffers)
+    return empty and type(module).__name__ in ("DropPath", "StochasticDepth")
 
 
 def is_zero_pad(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from ..block import NO_CLIP, BlockConfig, Clip, Padding
 from ..fold import BlockLayers, ConvNorm, same_padding_by_two
-from .convolutions import is_identity, is_zero_pad, read_padding, same_padding, zero_pad
+from .convolutions import is_drop, is_identity, is_zero_pad, read_padding, same_padding, zero_pad
 from .declined import Declined, describe
 from .units import PadsLikeTensorFlow, unit_layers
 
@@ -67,7 +67,9 @@ def assemble(layers: Iterable[nn.Module], residual: bool | None) -> BlockLayers:
     Raises:
         Declined: the layers are not an inverted residual that can be fused exactly.
     """
-    stages, paddings = read_stages(layers, by_size=True)
+    layers = list(layers)
+    drops = tuple(layer for layer in layers if is_drop(layer))
+    stages, paddings = read_stages([layer for layer in layers if layer not in drops], by_size=True)
     if len(stages) not in (2, 3):
         raise Declined(
             f"it has {len(stages)} convolutions, expected expansion, depthwise and projection"
@@ -94,6 +96,7 @@ def assemble(layers: Iterable[nn.Module], residual: bool | None) -> BlockLayers:
         residual=bool(residual),
         padding=paddings[-2] or same_padding_by_two(depthwise.conv.kernel_size[0], 2, 2),
         same_padding=same,
+        drops=drops,
     )
     _check_residual(block.config, residual)
     return block

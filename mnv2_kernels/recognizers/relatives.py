@@ -12,6 +12,11 @@ _RELATIVES = (
         "its activations are inside forward and its shortcut is a module (pytorch-cifar's Block)",
     ),
     (
+        ("depthwise_conv", "squeeze_excite", "projection"),
+        None,
+        "it has squeeze-excite (EfficientNet of transformers)",
+    ),
+    (
         ("conv_exp", "bn1", "conv_pwl", "bn2"),
         None,
         "its expansion is not a 1x1 convolution and it has no depthwise (EdgeResidual)",

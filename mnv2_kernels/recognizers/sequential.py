@@ -11,10 +11,13 @@ where it has neither squeeze-excite nor hard swish; tonylins, d-li14 and their c
 from torch import nn
 
 from ..fold import BlockLayers
+from .convolutions import is_drop
 from .layers import assemble, check_only, children, flatten, read_flag
 
 _BODIES = ("conv", "convs", "layers", "block", "body", "residual", "bottleneck")
-_FLAGS = (
+# Before the residual, where they do nothing in evaluation mode.
+_DROPS = ("stochastic_depth", "drop_path", "dropout", "drop")
+FLAGS = (
     "use_res_connect",
     "identity",
     "apply_residual",
@@ -47,12 +50,14 @@ def recognize(module: nn.Module) -> BlockLayers | None:
     names = [n for n in _BODIES if isinstance(module._modules.get(n), nn.Sequential)]
     if len(names) != 1:
         return None
-    body = children(module)[names[0]]
-    flag = read_flag(module, _FLAGS)
+    found = children(module)
+    body = found[names[0]]
+    flag = read_flag(module, FLAGS)
     if not _looks_like_block(body, flag):
         return None
-    check_only(module, names)
-    return assemble(flatten(body), flag)
+    drops = {n: found[n] for n in _DROPS if n in found and is_drop(found[n])}
+    check_only(module, (*names, *drops))
+    return assemble([*flatten(body), *drops.values()], flag)
 
 
 def _looks_like_block(body: nn.Module, flag: bool | None) -> bool:

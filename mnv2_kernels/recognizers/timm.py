@@ -9,7 +9,7 @@ the norms (BatchNormAct2d).
 from torch import nn
 
 from ..fold import BlockLayers
-from .convolutions import is_identity
+from .convolutions import is_drop, is_identity
 from .declined import Declined, describe
 from .layers import assemble, check_only, children, flatten, read_flag
 
@@ -34,8 +34,9 @@ def recognize(module: nn.Module) -> BlockLayers | None:
     else:
         return None
     for name in _OPTIONAL:
-        if name in found and not is_identity(found[name]):
+        if name in found and not (is_identity(found[name]) or is_drop(found[name])):
             raise Declined(f"{name} is {describe(found[name])}, expected Identity")
     check_only(module, (*names, *_OPTIONAL))
+    drops = [found[name] for name in _OPTIONAL if name in found]
     layers = [layer for name in names for layer in flatten(found[name])]
-    return assemble(layers, read_flag(module, ("has_skip",)))
+    return assemble([*layers, *drops], read_flag(module, ("has_skip",)))

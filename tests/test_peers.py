@@ -1,0 +1,271 @@
+"""Other runtimes beside ours: each right, and timed without the time that others took."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import harness, machine
+from benchmarks.bench_memory import peer_row
+from benchmarks.peers import __main__ as command
+from benchmarks.peers import cases, check, lost_time, run, turns
+from benchmarks.peers.cases import Case
+from benchmarks.peers.conversion import converted
+from benchmarks.peers.peer import Peer
+from benchmarks.peers.process import WorkerFailed, WorkerProcess
+from benchmarks.peers.registry import PEERS
+from mnv2_kernels import timing
+
+needs_extension = pytest.mark.skipif(timing._C is None, reason="needs the compiled extension")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+SMALL = Case("block15_b1", 1)
+# The rows of a command are looked at in a test of their own.
+RUN_BELOW = ("planned", "folded")
+
+
+@pytest.fixture(scope="module")
+def small():
+    """(model, x, result in float64) of a block at 7x7."""
+    model, x = SMALL.model(), SMALL.input()
+    return model, x, harness.truth(model, x)
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if name not in RUN_BELOW])
+def test_peers_are_right(name, small, tmp_path):
+    """Converted, loaded and run in processes of their own, as a benchmark does."""
+    peer = PEERS[name]
+    if reason := peer.why_not():
+        pytest.skip(reason)
+    model, x, expected = small
+    folder = converted(peer, SMALL, model, tmp_path)
+    assert (folder is None) == (peer.convert is None)
+    result = tmp_path / "result.pt"
+    with WorkerProcess(name, 1, tmp_path / "log") as worker:
+        worker.ask(
+            "load", peer=name, case=str(SMALL), folder=folder and str(folder), result=str(result)
+        )
+        assert worker.ask("turn", seconds=0.001)["value"] > 1e-5
+    rounding = check.bfloat16_rounding(model, x, expected)
+    assert check.error_of(torch.load(result), expected, peer.precision, rounding) > 0
+    if folder is not None:
+        made = folder.stat().st_mtime_ns
+        assert converted(peer, SMALL, model, tmp_path) == folder
+        assert folder.stat().st_mtime_ns == made
+
+
+@needs_extension
+def test_a_command_writes_rows_of_what_is_right(tmp_path, monkeypatch, capsys):
+    arguments = ["--cases", "block15_b1/t1", "--only", *RUN_BELOW, "--rounds", "2"]
+    arguments += ["--seconds", "0.01", "--tolerance", "1e9"]
+    arguments += ["--results", str(tmp_path), "--cache", str(tmp_path / "cache")]
+    monkeypatch.setattr(sys, "argv", ["peers", *arguments])
+    assert command.main() == 0
+    rows = {row["provider"]: row for row in harness.load("peers", tmp_path)}
+    assert set(rows) == set(RUN_BELOW)
+    flops = Case("block15_b1", 1).flops
+    for name, row in rows.items():
+        other = next(o for o in RUN_BELOW if o != name)
+        assert (row["block"], row["batch"], row["threads"]) == (15, 1, 1)
+        assert row["config"] == "160x960x160-s1-k3"
+        assert 0 < row["seconds"]["25%"] <= row["seconds"]["50%"] <= row["seconds"]["75%"]
+        assert row["gflops"] == pytest.approx(flops / row["seconds"]["50%"] / 1e9)
+        assert row["share_of_fma_peak"] == pytest.approx(row["gflops"] / row["fma_peak_gflops"])
+        assert (row["rounds"], row["dropped"]) == (2, 0)
+        assert set(row["speedup"]) == {other}
+        assert 0 < row["error"] < 1e-5
+        assert row["commit"] == machine.commit()
+    printed = capsys.readouterr().out
+    assert "planned: runs" in printed and "over planned's" in printed
+
+
+def test_the_check_finds_a_missing_tap(small):
+    model, x, expected = small
+    folded = cases.folded(model)
+    rounding = check.bfloat16_rounding(model, x, expected)
+    y32 = folded(x)
+    y16 = folded.bfloat16()(x.bfloat16()).float()
+    assert check.error_of(y32, expected, "float32", None) < 1e-5
+    assert check.error_of(y16, expected, "bfloat16", rounding) == pytest.approx(rounding)
+    # Rounding to bfloat16 is not float32, whose policy is another.
+    with pytest.raises(AssertionError, match="largest error must be at most 0.0001"):
+        check.error_of(y16, expected, "float32", None)
+    broken = cases.folded(model)
+    convolution = next(m for m in broken.modules() if getattr(m, "groups", 1) > 1)
+    convolution.weight.data[:, :, 0, 1] = 0
+    for y in (broken(x), y16 * float("nan")):
+        with pytest.raises(AssertionError, match="error must be at most 2 times"):
+            check.error_of(y, expected, "bfloat16", rounding)
+    with pytest.raises(AssertionError, match=r"shape must be \(1, 160, 7, 7\), got \(1, 160, 7\)"):
+        check.error_of(y32[..., 0], expected, "float32", None)
+
+
+def test_turns_rotate_and_lost_ones_do_not_count():
+    order = []
+    lost = {("a", 1): 0.5, ("b", 2): 0.021}
+
+    def turn(name):
+        number = order.count(name)
+        order.append(name)
+        return float(len(order)), lost.get((name, number), 0.02)
+
+    found = turns.take_turns(
+        {name: (lambda name=name: turn(name)) for name in "abc"},
+        rounds=3,
+        tolerance=0.02,
+        pause=lambda: None,
+    )
+    # One turn of a and one of b are lost: a fourth round makes up for both, and no fifth is needed.
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert found["a"].values == [1, None, 8, 10]
+    assert found["b"].values == [2, 4, None, 11]
+    assert found["c"].values == [3, 5, 7, 12]
+    assert (found["a"].dropped, found["c"].dropped) == (1, 0)
+    assert found["a"].quartiles()["50%"] == 8
+    # Of the rounds in which both count: 2 / 1 and 11 / 10.
+    assert found["a"].ratio(found["b"]) == pytest.approx((2 + 1.1) / 2)
+    assert turns.Samples([None, 1.0]).ratio(turns.Samples([1.0, None])) is None
+
+
+def test_turns_end_where_all_are_lost():
+    found = turns.take_turns({"a": lambda: (1.0, 1.0)}, rounds=3, tolerance=0.5, pause=lambda: None)
+    assert found["a"].values == [None] * 6
+
+
+def test_lost_time_is_read_from_the_system(tmp_path):
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  1 2 3 4 5 6 7 250 0 0\ncpu0 1 2 3 4 5 6 7 9 0 0\n")
+    assert lost_time.stolen_seconds(stat) == 2.5
+    stat.write_text("cpu  1 2 3 4\n")
+    assert lost_time.stolen_seconds(stat) == 0
+    assert lost_time.stolen_seconds(tmp_path / "missing") == 0
+    for thread, waited in (("1", 2_000_000_000), ("2", 500_000_000)):
+        (tmp_path / thread).mkdir()
+        (tmp_path / thread / "schedstat").write_text(f"77 {waited} 5\n")
+    assert lost_time.waited_seconds(tmp_path) == 2.5
+
+
+@on_linux
+def test_another_process_on_the_core_is_noticed():
+    core = min(os.sched_getaffinity(0))
+    both = f"import os; os.sched_setaffinity(0, [{core}])\n"
+    spin = "from time import perf_counter as now\nend = now() + {}\nwhile now() < end: pass\n"
+    measure = both + "from benchmarks.peers.lost_time import LostTime\nlost = LostTime()\n"
+    other = subprocess.Popen([sys.executable, "-c", both + spin.format(5)])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", measure + spin.format(0.5) + "print(lost.share())"],
+            cwd=machine.ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    finally:
+        other.kill()
+        other.wait()
+    assert 0.2 < float(done.stdout) < 1.1
+
+
+def test_cases_are_selected_by_name():
+    assert [str(c) for c in cases.select(["net_*/t2", "block01_b1/t1"], [1, 2])] == [
+        "block01_b1/t1",
+        "net_b1/t2",
+        "net_b8/t2",
+        "net_b32/t2",
+    ]
+    assert len(cases.select(["*"], [1, 2])) == 2 * (3 + 17)
+    with pytest.raises(ValueError, match="--cases must fit .*, net_b2/t1 fits none"):
+        cases.select(["net_b2/t1"], [1])
+    blocks = [Case(f"block{number:02}_b1", 1) for number in range(1, 18)]
+    for number, case in enumerate(blocks, 1):
+        config, size = harness.BLOCKS[number - 1]
+        assert case.block == number
+        assert tuple(case.input().shape) == (1, config.in_channels, size, size)
+    network = Case("net_b8", 2)
+    assert network.block is None and network.batch == 8
+    assert network.flops == 8 * Case("net_b1", 1).flops
+    assert 0.85 < sum(case.flops for case in blocks) / Case("net_b1", 1).flops < 0.95
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--only", "nobody"], "--only must name some of planned, .*, got nobody"),
+        (["--cases", "net_b3/t1"], "--cases must fit names from .*, net_b3/t1 fits none"),
+    ],
+)
+def test_what_is_not_there_cannot_be_asked_for(arguments, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["peers", *arguments])
+    assert command.main() == 2
+    assert re.fullmatch(f"peers: {sentence}\n", capsys.readouterr().err)
+
+
+def test_a_missing_package_is_named():
+    peer = Peer("x", load=lambda *args: None, packages=("torch", "no-such-package"))
+    assert peer.why_not() == "no-such-package is not installed: pip install .[peers]"
+    peer = replace(peer, packages=("torch",), needs=lambda: "needs more")
+    assert peer.why_not() == "needs more"
+    assert peer.versions() == {"torch": torch.__version__}
+
+
+def test_pinned_versions_are_those_that_are_installed():
+    text = (machine.ROOT / "pyproject.toml").read_text()
+    pins = text.partition("\npeers = [")[2].partition("]")[0]
+    pinned = dict(line.strip('", ').lower().split("==") for line in pins.strip().splitlines())
+    wanted = {name.lower() for peer in PEERS.values() for name in peer.packages}
+    assert wanted == set(pinned)
+
+
+@on_linux
+def test_memory_is_that_of_a_fresh_process(tmp_path):
+    """Block 2 holds 4.6 MiB of hidden tensor an image where it is not fused."""
+    case = Case("block02_b8", 1)
+    config, size = harness.BLOCKS[1]
+    hidden = 8 * 4 * config.hidden_channels * size**2
+    rows = {n: peer_row(PEERS[n], case, tmp_path, tmp_path) for n in ("folded", "fused")}
+    assert rows["folded"]["run_bytes"] > hidden
+    if timing._C is not None:
+        assert 0 <= rows["fused"]["run_bytes"] < hidden / 2
+    for row in rows.values():
+        assert row["load_bytes"] >= case.input().nbytes
+        assert (row["suite"], row["batch"], row["dtype"]) == ("peers-memory", 8, "float32")
+
+
+def test_a_worker_that_fails_says_why(tmp_path):
+    with WorkerProcess("x", 1, tmp_path / "log") as worker:
+        with pytest.raises(WorkerFailed, match="^x: turn: AttributeError: 'NoneType'"):
+            worker.ask("turn", seconds=0.1)
+        with pytest.raises(WorkerFailed, match="^x: no answer to peak within 0 s"):
+            worker.ask("peak", threads=1, seconds=30, timeout=0.2)
+        with pytest.raises(WorkerFailed, match="^x: ended with status -9 at turn; see .*log$"):
+            worker.ask("turn", seconds=0.1)
+        worker.revive()
+        assert worker.ask("peak", threads=1, seconds=0.01)["lost"] >= 0
+
+
+def test_neither_wrong_ones_nor_those_that_end_take_others_with_them(tmp_path, monkeypatch):
+    def ask(self, do, **arguments):
+        if (self.name, do) == ("eager", "turn"):
+            raise WorkerFailed("eager: ended")
+        loaded.append(arguments.get("peer"))
+        return real(self, do, **arguments)
+
+    def error_of(y, *args):
+        return check.error_of(y * 1.01 if loaded[-1] == "fused" else y, *args)
+
+    loaded, real = [], WorkerProcess.ask
+    monkeypatch.setattr(WorkerProcess, "ask", ask)
+    monkeypatch.setattr(run, "error_of", error_of)
+    peers = [PEERS[name] for name in ("fused", "folded", "eager")]
+    settings = run.Settings(rounds=1, seconds=0.001, tolerance=1e9, cache=tmp_path)
+    (outcome,) = run.run([SMALL], peers, settings)
+    assert [row["provider"] for row in outcome.rows] == ["folded"]
+    assert outcome.rows[0]["speedup"] == {}
+    assert outcome.failures["eager"] == "eager: ended"
+    assert re.match(
+        "wrong, not timed: largest error must be at most 0.0001, got 1.0.e-02",
+        outcome.failures["fused"],
+    )

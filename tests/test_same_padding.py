@@ -1,0 +1,185 @@
+"""Blocks that pad by the size of their input, as TensorFlow's SAME does at stride 2."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from foreign_blocks import (
+    conv_norm_act,
+    lukemelas,
+    old_timm_same,
+    randomise,
+    smp_block,
+    transformers_block,
+)
+from timm.layers import Conv2dSame
+from torch import nn
+
+import mnv2_kernels as mk
+from mnv2_kernels.fold import same_padding_by_two
+from mnv2_kernels.same_padding import FusedSamePadding
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BLOCKS = {
+    "timm": lambda: old_timm_same(2, out_channels=16),
+    "timm-k5": lambda: old_timm_same(2, 5, out_channels=16),
+    "transformers": lambda: transformers_block(16, 2),
+    "lukemelas": lambda: lukemelas(8, 16, 3, 2, 5, None),
+    "smp": lambda: smp_block(stride=2, act=nn.ReLU6),
+}
+# Every parity of height and width, and images smaller than the kernel.
+SIZES = ((8, 10), (8, 11), (9, 10), (9, 11), (1, 1), (1, 2), (2, 1), (3, 4))
+
+
+@pytest.fixture(params=BLOCKS)
+def block(request):
+    return randomise(BLOCKS[request.param]()).double()
+
+
+def image(height, width, dtype=torch.float64):
+    return 4 * torch.randn(2, 8, height, width, dtype=dtype)
+
+
+def assert_same(fused, block, sizes=SIZES):
+    for size in sizes:
+        x = image(*size)
+        with torch.no_grad():
+            y, z = fused(x), block(x)
+        torch.testing.assert_close(y, z, rtol=0, atol=1e-12 * z.abs().max().item())
+
+
+def test_each_parity_of_the_size(block, monkeypatch):
+    fused = mk.fuse(block, backend="reference")
+    assert isinstance(fused, FusedSamePadding)
+    calls = []
+    run = mk.fused.run
+    monkeypatch.setattr(mk.fused, "run", lambda *args: calls.append(args) or run(*args))
+    assert_same(fused, block)
+    assert len(calls) == len(SIZES)
+    # (top, left, bottom, right) follows the stride among the op's arguments.
+    paddings = [arguments[7] for _, _, arguments in calls]
+    kernel = block_kernel(fused)
+    assert paddings == [same_padding_by_two(kernel, *size) for size in SIZES]
+    assert len(set(paddings)) == 4
+
+
+def block_kernel(fused):
+    return fused.config.kernel_size
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("size", range(1, 20))
+def test_padding_is_tensorflows(kernel, size):
+    """Against its definition: the output has ceil(size / 2) rows, and the odd zero comes last."""
+    top, left, bottom, right = same_padding_by_two(kernel, size, 7)
+    total = max((-(-size // 2) - 1) * 2 + kernel - size, 0)
+    assert (top, bottom) == (total // 2, total - total // 2)
+    assert left == right == kernel // 2
+
+
+def test_original_and_copies(block):
+    fused = mk.fuse(block, backend="reference")
+    for again in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        with torch.no_grad():
+            for parameter in fused.parameters():
+                parameter.fill_(1)
+        assert_same(again, block)
+        fused = again
+    assert type(mk.unfuse(fused)) is type(block)
+    assert list(fused.state_dict()) == list(block.state_dict())
+
+
+def test_new_weights_are_seen(block):
+    fused = mk.fuse(block, backend="reference")
+    assert_same(fused, block)
+    for module in (fused, block):
+        for parameter in module.parameters():
+            parameter.data.mul_(0.7)
+        module.train().eval()
+    assert_same(fused, block)
+    assert_same(fused.float().double(), block.float().double())
+
+
+def test_training_runs_the_layers(block):
+    fused = mk.fuse(block).train()
+    x = image(9, 10)
+    assert torch.equal(fused(x), block.train()(x))
+    assert "training" in fused.why_plain(x)
+
+
+def test_gradients(block):
+    fused = mk.fuse(block, backend="reference")
+    for size in SIZES[:4]:
+        x = image(*size).requires_grad_()
+        y = image(*size)
+        for module in (block, fused):
+            module.zero_grad()
+        (grad,) = torch.autograd.grad(block(x).square().sum(), x)
+        (fused_grad,) = torch.autograd.grad(fused(x).square().sum(), x)
+        torch.testing.assert_close(fused_grad, grad, rtol=1e-9, atol=1e-9)
+        for module in (block, fused):
+            module(y).square().sum().backward()
+        for (name, p), q in zip(block.named_parameters(), fused.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-8, atol=1e-8, msg=name)
+
+
+def test_verify_and_backend():
+    block = randomise(BLOCKS["timm"]())
+    fused = mk.fuse(block, verify=True)
+    (row,) = mk.explain(fused)
+    assert row.state == "fused"
+    mk.fuse(fused, backend="reference", inplace=True)
+    (row,) = mk.explain(fused)
+    assert row.backend == "reference"
+
+
+def test_explain_counts_by_the_size():
+    fused = mk.fuse(randomise(BLOCKS["timm"]()))
+    # 24 channels are expanded; the depthwise gives ceil(size / 2).
+    for height, width in ((8, 10), (9, 11)):
+        (row,) = mk.explain(fused, input_shape=(1, 8, height, width))
+        halved = -(-height // 2) * -(-width // 2)
+        assert row.bytes_saved == 4 * 24 * (height * width + halved)
+
+
+def test_in_a_chain():
+    layers = [
+        nn.Tanh(),
+        Conv2dSame(8, 8, 3, stride=2, groups=8, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU6(),
+        *conv_norm_act(8, 16),
+    ]
+    model = randomise(nn.Sequential(*layers)).double()
+    fused = mk.fuse(model, backend="reference")
+    assert [row.name for row in mk.explain(fused)] == ["[1:7]"]
+    assert_same(fused, model)
+    assert_same(fused[1:], nn.Sequential(*layers[1:]).eval())
+
+
+def chain():
+    return nn.Sequential(nn.Tanh(), *conv_norm_act(8, 8, 3, 1, 8), *conv_norm_act(8, 16))
+
+
+@pytest.mark.parametrize("build", [BLOCKS["timm"], chain], ids=["by size", "chain"])
+def test_compiled_in_one_graph_and_exported(build):
+    block = randomise(build())
+    fused = mk.fuse(block)
+    compiled = torch.compile(fused, fullgraph=True, dynamic=False, backend="aot_eager")
+    for size in ((8, 10), (9, 10)):
+        x = image(*size, dtype=torch.float32)
+        with torch.no_grad():
+            expected = block(x)
+            program = torch.export.export(fused, (x,))
+            assert any("mnv2" in str(node.target) for node in program.graph.nodes)
+            for y in (compiled(x), program.module()(x)):
+                torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("build", [BLOCKS["timm"], chain], ids=["by size", "chain"])
+def test_traced_symbolically(build):
+    block = randomise(build()).double()
+    model = nn.Sequential(mk.fuse(block, backend="reference"), nn.Tanh())
+    assert_same(torch.fx.symbolic_trace(model), nn.Sequential(block, nn.Tanh()), SIZES[:4])
