@@ -6,7 +6,7 @@ PYTHON ?= python3
 MAX_JOBS ?= 2
 WORKERS ?= 2
 # The kernel tests that run again on every instruction set.
-ISA_TESTS ?= tests/test_inverted_residual.py
+ISA_TESTS ?= tests/test_inverted_residual.py tests/test_elements.py
 
 BIN := .venv/bin
 PEERS := build/peers-venv

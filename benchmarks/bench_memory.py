@@ -5,9 +5,9 @@ is a cross-check: by how much one call lifts the peak of a fresh process, alloca
 libraries' own memory included (`resident.py`, with this package's network); none off Linux.
 
 The peers that are installed are measured by resident bytes alone, ours in the same way: each loads
-the network in a fresh process, and runs it a few times. Some take their memory when they load, some
-when they run, so that only the sum can be compared; from one batch to another it grows by what
-further images need, without weights and libraries.
+the network in a fresh process that has imported its libraries, and runs it a few times. Some take
+their memory when they load, some when they run, so that only the sum can be compared; from one
+batch to another it grows by what further images need, without weights.
 """
 
 import subprocess

@@ -52,7 +52,7 @@ def peer_figures(results: Mapping[str, list[Row]], folder: Path) -> Iterator[Pat
         axes.barh(places, sizes, 0.4, label=f"batch {batch}", color=colour)
     axes.set_yticks([place + 0.2 for place in range(len(found))], list(found))
     axes.invert_yaxis()
-    axes.set_xlabel("MiB that a process grows by: weights, libraries, input, activations")
+    axes.set_xlabel("MiB that a process grows by: weights, input, activations")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     yield save(figure, folder / "peers_memory.svg")

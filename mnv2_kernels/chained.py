@@ -71,6 +71,12 @@ class FusedChain(StandIn):
             run.block.forget_folded()
         return super()._apply(*args, **kwargs)
 
+    def _replicate_for_data_parallel(self) -> "FusedChain":
+        """A replica that runs the layers, as those of single blocks do."""
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["forward"] = replica.plain_forward
+        return replica
+
     def extra_repr(self) -> str:
         return ", ".join(f"fused [{r.start}:{r.stop}] {r.block.config.name}" for r in self.runs)
 

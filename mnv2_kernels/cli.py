@@ -342,7 +342,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dtype",
         default="float32",
-        choices=("float32", "bfloat16", "float16"),
+        choices=("float32", "bfloat16", "float16", "float64"),
         help="of weights, images and result",
     )
     command.add_argument(

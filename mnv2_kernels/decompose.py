@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .compiled import fold_flat
 from .fold import FoldedWeights
+
+
+def _layers_decomposed(x: Tensor, layers, present, eps, *settings) -> Tensor:
+    return _decomposed(x, *fold_flat(layers, present, eps), *settings)
 
 
 def _decomposed(x: Tensor, *arguments) -> Tensor:
@@ -30,4 +35,5 @@ def _decomposed(x: Tensor, *arguments) -> Tensor:
 DECOMPOSITIONS = {
     torch.ops.mnv2.inverted_residual.default: _decomposed,
     torch.ops.mnv2.inverted_residual_triton.default: _decomposed,
+    torch.ops.mnv2.inverted_residual_layers.default: _layers_decomposed,
 }

@@ -13,14 +13,15 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .backends import Block, choose, why_no_kernel
 from .block import NO_CLIP, BlockConfig
+from .compiled import folds_when_run, forget, run_layers
 from .fold import BlockLayers, ConvNorm, fold_layers
 from .ops import op_arguments, run
 from .stand_in import StandIn
 from .tracing import is_observed, trace_symbolically
+from .versions import state_of
 
 
 class FusedModule(nn.Module):
@@ -40,7 +41,8 @@ class FusedModule(nn.Module):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H_out, W_out), channels_last where the kernel ran.
 
-        A graph that is recorded holds the op and the folding before it. Inside the transforms of
+        A graph that is recorded holds the op and the folding before it, one that is compiled for
+        inference on a CPU an op that folds when it has to (`compiled`). Inside the transforms of
         `torch.func` (vmap, grad, jvp ...) and in ONNX files the plain layers stand for the block.
         """
         if not isinstance(x, Tensor):
@@ -49,6 +51,9 @@ class FusedModule(nn.Module):
             backend = None if torch.onnx.is_in_onnx_export() else self._backend_for(x)
             if backend is None:
                 return self.plain_forward(x, *args, **kwargs)
+            if backend == "cpu" and folds_when_run(x, self.block_layers):
+                watched = self._watched
+                return run_layers(x, self.block_layers, watched.clips, watched.settings)
             return run(backend, x, self._fold_arguments())
         if profiler._is_profiler_enabled:
             with profiler.record_function(f"mnv2_kernels::{self.config.name}"):
@@ -139,6 +144,7 @@ class FusedModule(nn.Module):
     def forget_folded(self) -> None:
         """Drop the cached folded weights: the next forward folds again."""
         self.__dict__["_folded"] = None
+        forget(self.block_layers)
 
     def train(self, mode: bool = True) -> "FusedModule":
         self.forget_folded()
@@ -147,6 +153,12 @@ class FusedModule(nn.Module):
     def _apply(self, *args, **kwargs) -> "FusedModule":
         self.forget_folded()
         return super()._apply(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> "FusedModule":
+        """A replica that runs the layers: what is folded are the weights of the first device."""
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["forward"] = replica.plain_forward
+        return replica
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_folded": None}
@@ -173,8 +185,9 @@ class _Watched:
             "dilation": config.dilation,
             "residual": config.residual,
         }
-        clips = (layers.expand.clip if layers.expand else NO_CLIP, *(s.clip for s in stages[-2:]))
-        self.block = Block.of(config, clips)
+        expand_clip = layers.expand.clip if layers.expand else NO_CLIP
+        self.clips = (expand_clip, layers.depthwise.clip, layers.project.clip)
+        self.block = Block.of(config, self.clips)
         self.drops = layers.drops
         self.batch_norms = [n for n in norms if isinstance(n, nn.modules.batchnorm._BatchNorm)]
         self.hooks = [getattr(m, kind) for m in inner for kind in _HOOKS]
@@ -222,41 +235,13 @@ class _Watched:
         ]
 
     def state(self) -> list | None:
-        """What changes whenever the folded weights would, as far as PyTorch counts changes.
-
-        None where one of the tensors has no memory of its own (fake tensors, wrapper subclasses):
-        it could be replaced by another that looks the same.
-        """
-        tensors = self.tensors()
-        try:
-            addresses = [*map(Tensor.data_ptr, tensors)]
-        except RuntimeError:
-            return None
-        if 0 in addresses:
-            return None
-        eps = map(_eps_of, self.norms)
-        try:
-            return [_optimizer_steps, *eps, *addresses, *map(_version_of, tensors)]
-        except RuntimeError:
-            # Inference tensors count no versions: only that one is replaced can be seen.
-            return [*map(_eps_of, self.norms), *addresses]
+        """What changes whenever the folded weights would; None where that cannot be seen."""
+        return state_of(self.tensors(), [*map(_eps_of, self.norms)])
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_version_of = Tensor._version.__get__
 _geometry_of = attrgetter("stride", "padding", "dilation")
 _eps_of = attrgetter("eps")
-
-# Fused optimizers change parameters without counting it in their versions.
-_optimizer_steps = 0
-
-
-def _count_step(optimizer, args, kwargs) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
 
 
 class _FromParameters(torch.autograd.Function):

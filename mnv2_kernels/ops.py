@@ -25,30 +25,34 @@ _TENSORS = (
     "Tensor x, Tensor? w_expand, Tensor? b_expand, Tensor w_dw, Tensor? b_dw,"
     " Tensor w_project, Tensor? b_project"
 )
-_SETTINGS = (
+SETTINGS = (
     "int stride, int[4] padding, int dilation, bool residual,"
     " float[2] clip_expand, float[2] clip_dw, float[2] clip_project"
 )
 
 _library = torch.library.Library("mnv2", "DEF")
 _library.define(
-    f"inverted_residual({_TENSORS}, {_SETTINGS}) -> Tensor",
+    f"inverted_residual({_TENSORS}, {SETTINGS}) -> Tensor",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 _library.define(
-    f"inverted_residual_backward(Tensor grad_y, {_TENSORS}, {_SETTINGS}, bool[7] needs_grad)"
+    f"inverted_residual_backward(Tensor grad_y, {_TENSORS}, {SETTINGS}, bool[7] needs_grad)"
     " -> Tensor[]",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 # What the Triton op runs on CPU tensors; tracing stops there.
 _library.define(
-    f"inverted_residual_interpreted({_TENSORS}, {_SETTINGS}) -> Tensor",
+    f"inverted_residual_interpreted({_TENSORS}, {SETTINGS}) -> Tensor",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 _library.impl(
     "inverted_residual_interpreted", lambda *args: triton_kernels.inverted_residual(*args), "CPU"
 )
 _op = torch.ops.mnv2.inverted_residual.default
+
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+_AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
+_BIASES = (2, 4, 6)
 
 
 def inverted_residual_triton(
@@ -172,7 +176,9 @@ def run(backend: str, x: Tensor, arguments: tuple) -> Tensor:
 
 
 def _reference(*args) -> Tensor:
-    check(*args)
+    device = args[0].device.type
+    autocast = device in _AUTOCAST_KEYS and torch.is_autocast_enabled(device)
+    check(*(_cast_for_autocast(device, args) if autocast else args))
     x, *weights, stride, padding, dilation, residual = args[:11]
     return reference.inverted_residual(
         x,
@@ -257,37 +263,50 @@ torch.library.register_autograd("mnv2::inverted_residual_backward", _double_back
 for _name in ("mnv2::inverted_residual", "mnv2::inverted_residual_triton"):
     torch.library.register_autograd(_name, _backward, setup_context=_setup_context, lib=_library)
     torch.library.register_vmap(_name, _no_vmap, lib=_library)
-    # The CPU kernel computes in float32, so autocast brings everything back to it there.
-    torch.library.register_autocast(_name, "cpu", torch.float32, lib=_library)
 
 
-_CAST = (torch.float32, torch.float16, torch.bfloat16)
+def _cast_for_autocast(device: str, arguments: tuple) -> list:
+    """The op's arguments in the dtype of autocast, with biases in float32 as `fold` has them."""
+
+    def cast(argument, dtype: torch.dtype):
+        is_cast = isinstance(argument, Tensor) and argument.device.type == device
+        return argument.to(dtype) if is_cast and argument.dtype in _AUTOCAST_FROM else argument
+
+    chosen = torch.get_autocast_dtype(device)
+    return [cast(a, torch.float32 if i in _BIASES else chosen) for i, a in enumerate(arguments)]
 
 
-def _autocast_cuda(op: torch._ops.OpOverload) -> Callable:
-    """As `torch.library.register_autocast`, but in the dtype that the user has chosen."""
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+def _autocast(op: torch._ops.OpOverload, device: str, key: torch._C.DispatchKey) -> Callable:
+    """As `torch.library.register_autocast`, but in the dtype that the user has chosen.
+
+    What the layers of a block add to a float32 x is float32.
+    """
+    keys = torch._C.DispatchKeySet(key)
 
     def cast_and_call(*arguments):
-        dtype = torch.get_autocast_dtype("cuda")
-        cast = [
-            a.to(dtype) if isinstance(a, Tensor) and a.is_cuda and a.dtype in _CAST else a
-            for a in arguments
-        ]
+        cast = _cast_for_autocast(device, arguments)
+        x, residual = arguments[0], arguments[10]
+        adds = residual and torch.promote_types(x.dtype, cast[0].dtype) != cast[0].dtype
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op(*cast)
+            if not adds:
+                return op(*cast)
+            check(*cast)
+            cast[10] = False
+            return op(*cast) + x
 
     return cast_and_call
 
 
 for _name, _overload in (("inverted_residual", _op), ("inverted_residual_triton", _ops["triton"])):
-    _library.impl(_name, _autocast_cuda(_overload), "AutocastCUDA")
+    for _device, _key in _AUTOCAST_KEYS.items():
+        _kernel = _autocast(_overload, _device, getattr(torch._C.DispatchKey, _key))
+        _library.impl(_name, _kernel, _key)
 
 
 @register_flop_formula([torch.ops.mnv2.inverted_residual, torch.ops.mnv2.inverted_residual_triton])
 def _flops(x_shape, w_expand_shape, b_expand, w_dw_shape, *args, out_shape, **kwargs) -> int:
     """Two per multiply-add, as torch's own formulas; halo recomputation is not counted."""
-    return 2 * sum(_multiply_adds(x_shape, w_expand_shape, w_dw_shape, out_shape))
+    return 2 * sum(multiply_adds(x_shape, w_expand_shape, w_dw_shape, out_shape))
 
 
 @register_flop_formula(torch.ops.mnv2.inverted_residual_backward)
@@ -295,7 +314,7 @@ def _backward_flops(
     grad_shape, x_shape, w_expand_shape, b_expand, w_dw_shape, *args, out_shape, **kwargs
 ) -> int:
     """The products that give the gradients asked for; recomputing the block is not counted."""
-    expansion, depthwise, projection = _multiply_adds(
+    expansion, depthwise, projection = multiply_adds(
         x_shape, w_expand_shape, w_dw_shape, grad_shape
     )
     x, w_expand, b_expand, w_dw, b_dw, w_project, _ = args[-1]
@@ -308,7 +327,7 @@ def _backward_flops(
     )
 
 
-def _multiply_adds(x_shape, w_expand_shape, w_dw_shape, y_shape) -> tuple[int, int, int]:
+def multiply_adds(x_shape, w_expand_shape, w_dw_shape, y_shape) -> tuple[int, int, int]:
     """Of expansion, depthwise and projection."""
     batch, in_channels, height, width = x_shape
     kernel, _, hidden = w_dw_shape

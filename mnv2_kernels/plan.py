@@ -101,8 +101,8 @@ class Plan:
 
     @property
     def arena_bytes(self) -> int:
-        """Bytes of all tensors between the steps, for one image."""
-        return self._arena * self.dtype.itemsize
+        """Bytes of all tensors between the steps, for one image: whole cache lines of 64."""
+        return -(-self._arena * self.dtype.itemsize // 64) * 64
 
     @property
     def owned_bytes(self) -> int:

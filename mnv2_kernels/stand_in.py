@@ -33,6 +33,7 @@ class StandIn(nn.Module):
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> "StandIn":
+        """A replica with an original of its own, which has the replica's children."""
         replica = super()._replicate_for_data_parallel()
         original = self.original._replicate_for_data_parallel()
         for name in ("_modules", "_parameters", "_buffers"):

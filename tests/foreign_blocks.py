@@ -51,6 +51,13 @@ def flow(in_channels=8, hidden=24, out_channels=8, stride=1, kernel=3, act=nn.Re
     ]
 
 
+def mobilenet_v1_pair(act, stride=1):
+    """Depthwise and 1x1, both with an activation: what MobileNetV1 is made of."""
+    return nn.Sequential(
+        *conv_norm_act(8, 8, 3, stride, 8, act=act), *conv_norm_act(8, 16, act=act)
+    )
+
+
 class Flat(nn.Module):
     """One flat Sequential and a flag, as in tonylins' and d-li14's files."""
 

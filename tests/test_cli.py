@@ -251,8 +251,8 @@ def rows_of(text):
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_memory_in_half_precision(dtype, capsys, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_memory_in_other_dtypes(dtype, capsys, tmp_path):
     name, file = str(dtype).removeprefix("torch."), tmp_path / "memory.json"
     arguments = ["--resolution", "64", "--width", "0.35", "--dtype", name, "--json", str(file)]
     assert cli.main(["memory", *arguments]) == 0

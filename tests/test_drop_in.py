@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from efficientnet_lite_pytorch.model import MBConvBlock
-from foreign_blocks import lukemelas, randomise
+from foreign_blocks import largest_difference, lukemelas, mobilenet_v1_pair, randomise
 from fused_pairs import assert_same, image
 from timm.models._efficientnet_blocks import InvertedResidual as TimmBlock
 from torch import nn
@@ -81,6 +81,34 @@ def test_hook_on_an_inner_module_is_called(pair):
         assert "hooks" in fused.why_plain(image())
         handle.remove()
         assert_same(block, fused)
+
+
+def assert_replica_runs_its_own_children(block, fused, x):
+    other = copy.deepcopy(block)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+        assert not torch.equal(fused(x), other(x))
+        # As torch.nn.parallel.replicate does for each further device.
+        replica = fused._replicate_for_data_parallel()
+        for name, child in other.named_children():
+            replica._modules[name] = child
+        assert torch.equal(replica(x), other(x))
+        assert largest_difference(fused(x), block(x)) < 1e-11
+
+
+def test_replica_for_data_parallel_runs_its_own_children(pair):
+    block, fused = pair
+    vars(block).pop("forward", None)
+    plain = copy.deepcopy(block)
+    plain.forward = getattr(plain, "plain_forward", plain.forward)
+    assert_replica_runs_its_own_children(plain, fused, image())
+
+
+def test_replica_of_a_chain_runs_its_own_children():
+    chain = nn.Sequential(nn.Tanh(), *mobilenet_v1_pair(nn.ReLU6)).eval().double()
+    fused = mk.fuse(chain, backend="reference")
+    assert_replica_runs_its_own_children(chain, fused, image())
 
 
 def test_replaced_layer_is_computed():

@@ -2,17 +2,18 @@
 
 import threading
 import time
+from dataclasses import replace
 from math import inf
 
 import cases
 import pytest
 import torch
-from cases import expect, make_inputs, run, why_wrong
+from cases import make_inputs, run
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from mnv2_kernels import inverted_residual
+from mnv2_kernels import inverted_residual, reference
 from mnv2_kernels.block import BlockConfig
 
 pytestmark = pytest.mark.usefixtures("kernel_backend")
@@ -58,14 +59,42 @@ def test_vmap_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_on_the_cpu_computes_in_float32(dtype):
-    case = cases.groups()["S4"][-1]
+def test_autocast_on_the_cpu_is_in_the_dtype_asked_for(dtype):
+    """As the layers: they compute in it, and what they add to a float32 x is float32."""
+    added = 0
+    for case in cases.groups()["S4"]:
+        x, weights = make_inputs(case)
+        biases = {n: getattr(weights, n) for n in ("b_expand", "b_dw", "b_project")}
+        cast = replace(weights.to(dtype), **biases)
+        for image in (x, x.to(dtype)):
+            with torch.autocast("cpu", dtype):
+                y = run("cpu", image, weights, **case.settings)
+                half_biases = run("cpu", image, weights.to(torch.float16), **case.settings)
+                layers = reference.inverted_residual(image, weights, **case.settings)
+                assert torch.equal(run("reference", image, weights, **case.settings), layers)
+            assert y.dtype == half_biases.dtype == layers.dtype, case.id
+            assert y.numel() == 0 or y.is_contiguous(memory_format=torch.channels_last)
+            settings = case.settings
+            if y.dtype == torch.float32:
+                added += 1
+                rest = run("cpu", image.to(dtype), cast, **settings | {"residual": False}) + image
+            else:
+                rest = run("cpu", image.to(dtype), cast, **settings)
+            assert torch.equal(y, rest), case.id
+    assert added >= 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bad_calls_inside_autocast(dtype):
+    case = cases.Case(BlockConfig(8, 24, 9), 5, 6)
     x, weights = make_inputs(case)
-    with torch.autocast("cpu", dtype):
-        y = run("cpu", x, weights, **case.settings)
-        rounded = OP(x.to(dtype), *arguments(case)[1:])
-    assert why_wrong(y, expect(case, x, weights)) is None
-    assert why_wrong(rounded, expect(case, x.to(dtype).float(), weights)) is None
+    mixed = replace(weights, w_dw=weights.w_dw.double())
+    for backend in cases.backends():
+        with torch.autocast("cpu", dtype):
+            with pytest.raises(ValueError, match="residual needs x and the result to have one"):
+                run(backend, x, weights, residual=True)
+            with pytest.raises(TypeError, match="w_dw must have the dtype of x"):
+                run(backend, x, mixed)
 
 
 def test_flops_are_those_of_the_convolutions():
@@ -123,14 +152,15 @@ def test_autocast_on_a_gpu_is_in_the_dtype_asked_for(name, dtype):
     with FakeTensorMode():
         shapes = ((1, 8, 5, 6), (8, 16), (16,), (3, 3, 16), (16,), (16, 8), (8,))
         tensors = [torch.empty(shape, device="cuda") for shape in shapes]
-        arguments = (*tensors, 1, [1, 1, 1, 1], 1, True, *clips)
-        assert op(*arguments).dtype == torch.float32
+        added, alone = ((*tensors, 1, [1] * 4, 1, flag, *clips) for flag in (True, False))
+        assert op(*alone).dtype == torch.float32
         before = torch.get_autocast_dtype("cuda")
         # torch.autocast("cuda") switches itself off where there is no GPU.
         torch.set_autocast_dtype("cuda", dtype)
         torch.set_autocast_enabled("cuda", True)
         try:
-            assert op(*arguments).dtype == dtype
+            assert op(*alone).dtype == op(tensors[0].to(dtype), *added[1:]).dtype == dtype
+            assert op(*added).dtype == torch.float32, "as the layers add to a float32 x"
         finally:
             torch.set_autocast_enabled("cuda", False)
             torch.set_autocast_dtype("cuda", before)

@@ -24,7 +24,7 @@ from torch.library import opcheck
 
 import mnv2_kernels as mk
 from mnv2_kernels import memory
-from mnv2_kernels.plan import Plan
+from mnv2_kernels.plan import Plan, why_not_on_cpu
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
@@ -110,6 +110,22 @@ def test_a_thousand_calls_without_growth():
     assert (plan.owned_bytes, plan._owned._memory.data_ptr()) == (held, place)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, set_threads):
+    if (reason := why_not_on_cpu(dtype)) is not None:
+        pytest.skip(reason)
+    for name, size in NETWORKS:
+        for threads, batch in product((1, 2), (1, 3)):
+            set_threads(threads)
+            x = channels_last(batch, 3, *size).to(dtype)
+            by_call = mk.plan(network(name), (3, *size), dtype=dtype)
+            plan = mk.plan(network(name), (3, *size), dtype=dtype, own_arena=True)
+            right, allocated = by_call(x), memory.allocations(partial(by_call, x))
+            assert torch.equal(plan(x), right)
+            assert memory.allocations(partial(plan, x)) == allocated[:1] == [right.nbytes]
+            assert plan.owned_bytes >= allocated[1]
+
+
 @networks
 def test_what_the_arena_holds_does_not_matter(name, size, set_threads):
     x = image(3, 3, *size)
@@ -152,9 +168,11 @@ def test_print_says_whose_the_arena_is(set_threads):
 
 
 def test_another_device_than_a_cpu_is_refused():
-    model = copy.deepcopy(network("features-3")).to("meta")
+    plan = mk.plan(network("features-3"), (3, 33, 40))
+    plan._program.weights[:] = [w.to("meta") for w in plan._program.weights]
     with pytest.raises(ValueError, match="^plan: own_arena must be False for a model on meta, "):
-        mk.plan(model, (3, 33, 40), own_arena=True)
+        plan._own_arena()
+    assert plan.owned_bytes == 0
 
 
 @pytest.mark.parametrize("own_arena", [True, False])

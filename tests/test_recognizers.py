@@ -17,6 +17,7 @@ from foreign_blocks import (
     largest_difference,
     lukemelas,
     mmcv_block,
+    mobilenet_v1_pair,
     old_timm_same,
     randomise,
     smp_block,
@@ -51,13 +52,6 @@ def torchvision_t1():
 def padded(stride, pads, kernel=3):
     layers = flow(8, 24, 16, stride, kernel, padding=0)
     return Flat([*layers[:3], nn.ZeroPad2d(pads), *layers[3:]], False)
-
-
-def mobilenet_v1_pair(act, stride=1):
-    """Depthwise and 1x1, both with an activation: what MobileNetV1 is made of."""
-    return nn.Sequential(
-        *conv_norm_act(8, 8, 3, stride, 8, act=act), *conv_norm_act(8, 16, act=act)
-    )
 
 
 def mbconv():

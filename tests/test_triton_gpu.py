@@ -278,7 +278,8 @@ def test_autocast_computes_in_float16():
     case = Case(BlockConfig(24, 144, 24, residual=True), 14, 12, batch=2)
     x, weights = make_inputs(case)
     with torch.autocast("cuda", torch.float16):
-        y = run(x, weights, **case.settings)
+        y = run(x.half(), weights, **case.settings)
+        assert run(x, weights, **case.settings).dtype == torch.float32, "as what the layers add"
     assert y.dtype == torch.float16
     expected = expect(case, x.half(), weights.to(torch.float16))
     assert why_wrong(y, expected) is None

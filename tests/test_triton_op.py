@@ -5,7 +5,7 @@ from dataclasses import replace
 import cases
 import pytest
 import torch
-from cases import Case, expect, why_wrong
+from cases import Case
 from test_bad_calls import BAD_CALLS, NAMES, call_reference, fill, good_call
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -107,13 +107,14 @@ def test_second_derivatives_and_vmap_are_refused():
 
 @pytest.mark.skipif(HAS_GPU, reason="autocast of the CPU: test_triton_gpu.py has the GPU's")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_on_the_cpu_computes_in_float32(dtype):
-    x, weights = make_inputs(BLOCK)
+def test_autocast_on_the_cpu_is_in_the_dtype_asked_for(dtype):
+    x, weights = make_inputs(BLOCK, dtype)
+    wide = weights.to(torch.float32)
     with torch.autocast("cpu", dtype):
-        y = run(x, weights, **BLOCK.settings)
-        rounded = OP(x.to(dtype), *arguments(BLOCK)[1:])
-    assert why_wrong(y, expect(BLOCK, x, weights)) is None
-    assert why_wrong(rounded, expect(BLOCK, x.to(dtype).float(), weights)) is None
+        y = run(x, wide, **BLOCK.settings)
+        added = run(x.float(), wide, **BLOCK.settings)
+    assert torch.equal(y, run(x, weights, **BLOCK.settings))
+    assert torch.equal(added, run(x, weights, **BLOCK.settings | {"residual": False}) + x.float())
 
 
 def test_flops_are_those_of_the_main_op():

@@ -36,4 +36,5 @@ def load(folder: Path, x: Tensor, threads: int) -> Loaded:
     return Loaded(run, lambda: results[0].clone())
 
 
-PEERS = (Peer("executorch", load, convert, ("executorch",)),)
+MODULES = ("executorch.extension.pybindings.portable_lib", "executorch.runtime")
+PEERS = (Peer("executorch", load, convert, ("executorch",), MODULES),)

@@ -37,4 +37,12 @@ def load(folder: Path, x: Tensor, threads: int) -> Loaded:
     return Loaded(interpreter.invoke, output)
 
 
-PEERS = (Peer("litert", load, convert, ("ai-edge-litert", "litert-torch")),)
+PEERS = (
+    Peer(
+        "litert",
+        load,
+        convert,
+        ("ai-edge-litert", "litert-torch"),
+        ("ai_edge_litert.interpreter",),
+    ),
+)

@@ -43,4 +43,4 @@ def load(folder: Path, x: Tensor, threads: int) -> Loaded:
     return Loaded(run, lambda: torch.from_numpy(numpy.array(results[1])))
 
 
-PEERS = (Peer("mnn", load, convert, ("MNN", *onnx_file.PACKAGES)),)
+PEERS = (Peer("mnn", load, convert, ("MNN", *onnx_file.PACKAGES), ("MNN", "numpy")),)

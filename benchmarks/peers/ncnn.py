@@ -47,4 +47,4 @@ def load(folder: Path, x: Tensor, threads: int) -> Loaded:
     return Loaded(run, output, holds=given)
 
 
-PEERS = (Peer("ncnn", load, convert, ("ncnn", "pnnx")),)
+PEERS = (Peer("ncnn", load, convert, ("ncnn", "pnnx"), ("ncnn", "numpy")),)

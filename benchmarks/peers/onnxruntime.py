@@ -30,4 +30,5 @@ def load(folder: Path, x: Tensor, threads: int) -> Loaded:
     )
 
 
-PEERS = (Peer("onnxruntime", load, onnx_file.convert, ("onnxruntime", *onnx_file.PACKAGES)),)
+PACKAGES = ("onnxruntime", *onnx_file.PACKAGES)
+PEERS = (Peer("onnxruntime", load, onnx_file.convert, PACKAGES, ("onnxruntime",)),)

@@ -1,5 +1,8 @@
 """OpenVINO on the CPU: in float32, and as it comes, which is bfloat16 where the CPU has it."""
 
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -44,22 +47,30 @@ def _load(folder: Path, x: Tensor, settings: dict[str, object]) -> Loaded:
     return Loaded(request.infer, output, holds=given)
 
 
+@cache
 def why_not_bfloat16() -> str | None:
-    import openvino
-
-    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    """Asked in a process of its own: this one is to stay free of the library and its threads."""
+    question = "Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')"
+    asked = f"from openvino import Core; print({question})"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip() or f"status {done.returncode}"
+        return f"openvino cannot be used: {said.splitlines()[-1]}"
+    if "BF16" in done.stdout:
         return None
     return "the default is float32 on this CPU, and openvino is that already"
 
 
 PACKAGES = ("openvino", *onnx_file.PACKAGES)
+MODULES = ("openvino", "openvino.preprocess")
 PEERS = (
-    Peer("openvino", load_float32, onnx_file.convert, PACKAGES),
+    Peer("openvino", load_float32, onnx_file.convert, PACKAGES, MODULES),
     Peer(
         "openvino-bf16",
         load_default,
         onnx_file.convert,
         PACKAGES,
+        MODULES,
         precision="bfloat16",
         needs=why_not_bfloat16,
     ),

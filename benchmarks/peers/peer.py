@@ -33,15 +33,16 @@ class Peer:
     no conversion. The model is in evaluation mode, float32, channels_last, its batch norm folded;
     `as_written` takes it unfolded. x (N, C, H, W) is float32 and channels_last.
 
-    packages: distributions that must be installed, for converting too. precision: dtype of the
-    arithmetic. needs: says what else is missing. per_threads: converted anew for every number of
-    threads.
+    packages: distributions that must be installed, for converting too. modules: that `load`
+    imports. precision: dtype of the arithmetic. needs: says what else is missing. per_threads:
+    converted anew for every number of threads.
     """
 
     name: str
     load: Callable[[nn.Module | Path, Tensor, int], Loaded]
     convert: Callable[[nn.Module, Tensor, Path], None] | None = None
     packages: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
     precision: str = "float32"
     needs: Callable[[], str | None] = _nothing
     as_written: bool = False

@@ -9,6 +9,7 @@ import json
 import os
 import statistics
 import sys
+from importlib import import_module
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -62,8 +63,10 @@ class Worker:
     def memory(self, peer: str, case: str, folder: str | None) -> dict:
         """Resident bytes that a load adds, and that the first runs add to it at their peak.
 
-        The input counts as loaded; so do libraries and packed weights that come with the load.
+        The input counts as loaded, and so do weights; libraries have been imported before.
         """
+        for name in PEERS[peer].modules:
+            import_module(name)
         workload = _case(case)
         source = _source(PEERS[peer], workload, folder)
         before = resident.settled()

@@ -1,0 +1,39 @@
+"""Whether tensors are what they were: PyTorch's version counters, and what these do not count."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+def state_of(tensors: Sequence[Tensor], eps: Iterable[float]) -> list | None:
+    """What changes whenever weights folded from these would, as far as PyTorch counts changes.
+
+    None where a tensor has no memory of its own (fake tensors, wrapper subclasses): it could be
+    replaced by another that looks the same. `eps` are those of the batch norms.
+    """
+    try:
+        addresses = [*map(Tensor.data_ptr, tensors)]
+    except RuntimeError:
+        return None
+    if 0 in addresses:
+        return None
+    try:
+        return [_optimizer_steps, *eps, *addresses, *map(_version_of, tensors)]
+    except RuntimeError:
+        # Inference tensors count no versions: only that one is replaced can be seen.
+        return [*eps, *addresses]
+
+
+_version_of = Tensor._version.__get__
+
+# Fused optimizers change parameters without counting it in their versions.
+_optimizer_steps = 0
+
+
+def _count_step(optimizer, args, kwargs) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
