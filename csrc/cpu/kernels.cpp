@@ -9,7 +9,11 @@ const Kernel* const kKernels[] = {
     &kAvx512Kernel,  // Intel Skylake-X and later servers, AMD Zen 4 and later
     &kAvx2Kernel,    // Intel Haswell and later, AMD Zen
 #endif
-    &kGenericKernel,  // every x86-64 (SSE2), every aarch64 (NEON)
+#if defined(__aarch64__)
+    &kNeonKernel,  // all of them, whatever else ATen finds
+#else
+    &kGenericKernel,  // every x86-64 (SSE2)
+#endif
 };
 const int kKernelCount = sizeof kKernels / sizeof *kKernels;
 

@@ -150,7 +150,7 @@ struct Layers {
 };
 
 struct Kernel {
-    const char* name;        // as in ATEN_CPU_CAPABILITY
+    const char* name;        // as in ATEN_CPU_CAPABILITY, but for neon
     const char* capability;  // what at::get_cpu_capability() must say at least
     int64_t lanes;
     Layers single, half, bfloat16;
@@ -179,6 +179,10 @@ bool runs_on(const Kernel& kernel, const char* capability);
 #if defined(__x86_64__)
 extern const Kernel kAvx512Kernel, kAvx2Kernel;
 #endif
+#if defined(__aarch64__)
+extern const Kernel kNeonKernel;
+#else
 extern const Kernel kGenericKernel;
+#endif
 
 }  // namespace mnv2::cpu
