@@ -31,6 +31,7 @@ CPU_SOURCES = [
     "csrc/cpu/schedule.cpp",
     "csrc/cpu/avx512.cpp",
     "csrc/cpu/avx2.cpp",
+    "csrc/cpu/neon.cpp",
     "csrc/cpu/generic.cpp",
     "csrc/cuda/choose.cpp",
 ]

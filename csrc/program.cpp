@@ -111,11 +111,13 @@ BlockStep read_block(Program& p, const Kernel& kernel) {
     return {args, choose_network_schedule(args, kernel.lanes)};
 }
 
-PoolArgs read_pool(Program& p, const Kernel& kernel) {
+PoolArgs read_pool(Program& p, bool averages, const Kernel& kernel) {
     PoolArgs pool{};
     pool.element = p.element;
-    pool.pixels = p.size(), pool.in_channels = p.size(), pool.out_channels = p.size();
-    const bool convolves = p.integer() != 0;
+    pool.averages = averages;
+    pool.H = p.size(), pool.W = p.size();
+    pool.in_channels = p.size(), pool.out_channels = p.size();
+    const bool convolves = !averages || p.integer() != 0;
     pool.weight = convolves ? p.weight(pool.in_channels * pool.out_channels) : nullptr;
     pool.bias = convolves ? p.bias(pool.out_channels) : nullptr;
     pool.clip = p.clip();
@@ -175,8 +177,9 @@ Between check_sizes(const Step& step, int64_t number, const Between& x) {
         return y;
     }
     if (const auto* pool = std::get_if<PoolArgs>(&step.layer)) {
-        CHECK_STEP(pool->in_channels == x.channels && pool->pixels == x.H * x.W,
+        CHECK_STEP(pool->in_channels == x.channels && pool->H == x.H && pool->W == x.W,
                    "does not fit its input");
+        if (!pool->averages) return {-1, pool->out_channels, pool->H, pool->W};
         return {-1, pool->out_channels, 1, 1};
     }
     const auto& linear = std::get<LinearArgs>(step.layer);
@@ -254,9 +257,11 @@ Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
                 step.layer = block;
                 break;
             }
-            case 2: {
-                const PoolArgs pool = read_pool(p, kernel);
+            case 2:
+            case 4: {
+                const PoolArgs pool = read_pool(p, kind == 2, kernel);
                 network.y_shape = {pool.out_channels};
+                if (!pool.averages) network.y_shape = {pool.out_channels, pool.H, pool.W};
                 step.layer = pool;
                 break;
             }
@@ -267,7 +272,7 @@ Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
                 break;
             }
             default:
-                TORCH_CHECK_VALUE(false, "run_plan: kinds of steps are 0 to 3, got ", kind);
+                TORCH_CHECK_VALUE(false, "run_plan: kinds of steps are 0 to 4, got ", kind);
         }
         network.steps.push_back(step);
     }

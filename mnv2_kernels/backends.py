@@ -241,7 +241,8 @@ def _describe(name: str) -> str:
         return f"float16, bfloat16 and float32, CUDA {_C.build_info()['cuda']} ({where})"
     kernels = _C.cpu_kernels()
     used = next(k["name"] for k in kernels if k["selected"])
-    return f"float32, bfloat16 and float16, {used} (built for: {', '.join(k['name'] for k in kernels)})"
+    built = ", ".join(k["name"] for k in kernels)
+    return f"float32, bfloat16 and float16, {used} (built for: {built})"
 
 
 def load(library: torch.library.Library, triton_op: Callable) -> None:

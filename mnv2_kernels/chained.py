@@ -1,17 +1,23 @@
 """Blocks inside nn.Sequential: the container runs some of its consecutive children in one pass.
 
+What is no module of its own is a block of consecutive children (`FusedRun`), and blocks that follow
+one another are one call (`joined`).
+
 The children stay where they are, under their names. Whoever iterates over the container or calls a
 child gets the layers themselves, and a slice runs in one pass what lies in it as a whole: nothing
 depends on who runs them.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from .fused import FusedInvertedResidual
+from .fused import FusedInvertedResidual, FusedModule
+from .joined import BlockLink, Joined, Link, link_of, may_join
 from .stand_in import StandIn
 
 
@@ -101,8 +107,50 @@ class _Sliced(StandIn):
 class FusedSequential(_Sliced, FusedChain, nn.Sequential):
     """An nn.Sequential that runs some of its consecutive children in one pass."""
 
-    def __init__(self, original: nn.Sequential, runs: Sequence[FusedRun]):
+    def __init__(self, original: nn.Sequential, runs: Sequence[FusedRun] = ()):
         super().__init__(original, list(original._modules), runs)
+        self.__dict__["_parts"] = None
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """What the original computes."""
+        if torch.compiler.is_compiling() or self.training or args or kwargs or not may_join(x):
+            return super().forward(x, *args, **kwargs)
+        if not self.unchanged():
+            return self.plain_forward(x)
+        for _, _, block in self.runs:
+            block.training = False
+        for joined, steps in self._current_parts():
+            y = None if joined is None else joined.run(x)
+            if y is None:
+                y = x
+                for step in steps:
+                    y = step(y)
+            x = y
+        return x
+
+    def links(self) -> list[Link] | None:
+        """All children as links; None where some are no such layers."""
+        links = [links_of(step) for step in self._steps()] if self.unchanged() else []
+        return None if None in links or not links else list(chain.from_iterable(links))
+
+    def _steps(self) -> list[nn.Module]:
+        """The blocks of the runs, and the children beside them."""
+        steps, at = [], 0
+        children = list(self._modules.values())
+        for start, stop, block in self.runs:
+            steps += [*children[at:start], block]
+            at = stop
+        return steps + children[at:]
+
+    def _current_parts(self) -> list[tuple[Joined | None, list[nn.Module]]]:
+        """The steps, those that can run as one call together."""
+        children = list(self._modules.values())
+        if self._parts is None or self._parts[0] != children:
+            self.__dict__["_parts"] = (children, list(_join(self._steps())))
+        return self._parts[1]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_parts": None}
 
     def _slice(self, index: slice) -> nn.Sequential:
         part = super()._slice(index)
@@ -112,7 +160,69 @@ class FusedSequential(_Sliced, FusedChain, nn.Sequential):
             for run in self.runs
             if step == 1 and start <= run.start and run.stop <= stop and self.unchanged()
         ]
-        return FusedSequential(part, inside) if inside else part
+        return FusedSequential(part, inside) if inside or _joins(part) else part
+
+
+def links_of(module: nn.Module) -> list[Link] | None:
+    """The links that a module is, one or, for a container, several; None where it is none."""
+    if isinstance(module, FusedSequential):
+        return module.links()
+    link = link_of(module)
+    return None if link is None else [link]
+
+
+def join_all(module: nn.Module) -> nn.Module:
+    """The module with every nn.Sequential inside it that has blocks to join as a `FusedSequential`.
+
+    `module` itself is changed, or replaced where it is such a Sequential.
+    """
+    made: dict[nn.Module, nn.Module] = {}
+
+    def visit(inner: nn.Module) -> nn.Module:
+        if inner not in made:
+            made[inner] = inner
+            if not isinstance(inner, FusedModule):
+                for name, child in inner.named_children():
+                    inner._modules[name] = visit(child)
+            if type(inner) is nn.Sequential and _joins(inner):
+                made[inner] = FusedSequential(inner)
+        return made[inner]
+
+    return visit(module)
+
+
+def _joins(module: nn.Sequential) -> bool:
+    """Whether some of the children can run as one call."""
+    if not any(isinstance(child, FusedModule | FusedSequential) for child in module):
+        return False
+    return any(joined is not None for joined, _ in _join(list(module)))
+
+
+def _join(steps: list[nn.Module]) -> Iterator[tuple[Joined | None, list[nn.Module]]]:
+    """Steps in the order they run, with what runs several of them as one call.
+
+    A stem can only be the first of those, and a block has to be among them.
+    """
+    taken: list[nn.Module] = []
+    links: list[Link] = []
+
+    def joined() -> Joined | None:
+        if len(links) < 2 or not any(isinstance(link, BlockLink) for link in links):
+            return None
+        modules = chain.from_iterable(step.modules() for step in taken)
+        return Joined(links, [m for m in modules if isinstance(m, FusedSequential)])
+
+    for step in steps:
+        found = links_of(step)
+        if taken and (found is None or found[0].is_stem):
+            yield joined(), taken
+            taken, links = [], []
+        if found is None:
+            yield None, [step]
+        else:
+            taken, links = [*taken, step], [*links, *found]
+    if taken:
+        yield joined(), taken
 
 
 class FusedSequentialBlock(_Sliced, FusedInvertedResidual, nn.Sequential):

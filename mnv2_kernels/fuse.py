@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import BACKENDS
-from .chained import FusedRun
+from .chained import FusedRun, join_all
 from .fold import FoldedWeights, fold_layers
 from .found import find, fused_chain
 from .fused import FusedModule
@@ -70,7 +70,7 @@ def fuse(
     if backend is not None:
         for block in fused.values():
             block.backend = backend
-    return _replace(model, replaced)
+    return join_all(_replace(model, replaced))
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:

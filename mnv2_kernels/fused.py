@@ -5,10 +5,12 @@ cache that follows the parameters. `FusedInvertedResidual` is the drop-in around
 library.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 from operator import attrgetter
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ class FusedModule(nn.Module):
 
     block_layers: BlockLayers
     backend: str | None = None
-    _folded: tuple[list, tuple, list[Tensor]] | None = None
+    _folded: "Folded | None" = None
 
     def plain_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The block layer by layer; any further arguments are those of the original module."""
@@ -124,26 +126,21 @@ class FusedModule(nn.Module):
         those of fused optimizers, whose steps are counted, and those made through `.data`, for
         which `train()`, `eval()` and `to()` drop the cache too.
         """
-        state = self._watched.state()
-        folded = self._folded  # Read once: another thread may drop it.
-        if state is None:
+        known = self._folded  # Read once: another thread may drop it.
+        folded = fold_once(self._watched, known, self._fold_arguments)
+        if folded is None:
             with torch.no_grad():
                 return self._fold_arguments()
-        if folded is None or folded[0] != state:
-            # The aliases keep the old storages alive, so that no new tensor gets their address.
-            aliases = [t.detach() for t in self._watched.tensors()]
-            # Not inference tensors: a later call may need gradients of x through them.
-            with torch.inference_mode(False), torch.no_grad():
-                folded = (state, self._fold_arguments(), aliases)
+        if folded is not known:
             self.__dict__["_folded"] = folded
-        return folded[1]
+        return folded.value
 
     def _fold_arguments(self) -> tuple:
         return op_arguments(fold_layers(self.block_layers), **self._watched.settings)
 
     def _watch(self) -> None:
         """Remember what the fused forward takes for granted; the end of every constructor."""
-        self.__dict__["_watched"] = _Watched(self, self.block_layers)
+        self.__dict__["_watched"] = _WatchedBlock(self, self.block_layers)
 
     def forget_folded(self) -> None:
         """Drop the cached folded weights: the next forward folds again."""
@@ -175,28 +172,17 @@ class FusedModule(nn.Module):
         )
 
 
-class _Watched:
-    """What a fused forward looks at on every call, gathered once so that looking is cheap."""
+class Watched:
+    """What a fused forward of the stages in a module looks at on every call, gathered once so that
+    looking is cheap.
+    """
 
-    def __init__(self, block: FusedModule, layers: BlockLayers):
-        inner = [m for m in block.modules() if m is not block]
-        stages = [s for s in (layers.expand, layers.depthwise, layers.project) if s is not None]
+    def __init__(self, module: nn.Module, stages: Sequence[ConvNorm]):
+        inner = [m for m in module.modules() if m is not module]
         norms = [s.norm for s in stages if s.norm is not None]
-        config = layers.config
-        self.settings = {
-            "stride": config.stride,
-            "padding": config.padding,
-            "dilation": config.dilation,
-            "residual": config.residual,
-        }
-        expand_clip = layers.expand.clip if layers.expand else NO_CLIP
-        self.clips = (expand_clip, layers.depthwise.clip, layers.project.clip)
-        self.block = Block.of(config, self.clips)
-        self.drops = layers.drops
-        self.why_mode_matters = why_mode_matters(getattr(block, "original", block), FusedModule)
         self.batch_norms = [n for n in norms if isinstance(n, nn.modules.batchnorm._BatchNorm)]
         self.hooks = [getattr(m, kind) for m in inner for kind in _HOOKS]
-        families = [m._modules for m in (block, *inner)]
+        families = [m._modules for m in (module, *inner)]
         self.families = [f for f in families if f]
         # A parametrization would become the first child of a module without any.
         self.childless = [f for f in families if not f]
@@ -242,6 +228,51 @@ class _Watched:
     def state(self) -> list | None:
         """What changes whenever the folded weights would; None where that cannot be seen."""
         return state_of(self.tensors(), [*map(_eps_of, self.norms)])
+
+
+class _WatchedBlock(Watched):
+    """The same of a block, and what its layers say of the op's arguments."""
+
+    def __init__(self, block: FusedModule, layers: BlockLayers):
+        stages = [s for s in (layers.expand, layers.depthwise, layers.project) if s is not None]
+        super().__init__(block, stages)
+        config = layers.config
+        self.settings = {
+            "stride": config.stride,
+            "padding": config.padding,
+            "dilation": config.dilation,
+            "residual": config.residual,
+        }
+        expand_clip = layers.expand.clip if layers.expand else NO_CLIP
+        self.clips = (expand_clip, layers.depthwise.clip, layers.project.clip)
+        self.block = Block.of(config, self.clips)
+        self.drops = layers.drops
+        self.why_mode_matters = why_mode_matters(getattr(block, "original", block), FusedModule)
+
+
+class Folded(NamedTuple):
+    """What was computed from the tensors that a `Watched` watches, and their state then.
+
+    The aliases keep the old storages alive, so that no new tensor gets their address.
+    """
+
+    state: list
+    value: Any
+    aliases: list[Tensor]
+
+
+def fold_once(watched: Watched, known: Folded | None, fold: Callable[[], Any]) -> Folded | None:
+    """`known` while no tensor has changed since, otherwise what `fold` computes now.
+
+    None where changes cannot be seen.
+    """
+    state = watched.state()
+    if state is None or (known is not None and known.state == state):
+        return None if state is None else known
+    aliases = [t.detach() for t in watched.tensors()]
+    # Not inference tensors: a later call may need gradients of x through them.
+    with torch.inference_mode(False), torch.no_grad():
+        return Folded(state, fold(), aliases)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

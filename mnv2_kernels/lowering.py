@@ -4,13 +4,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .block import NO_CLIP
 from .chained import FusedChain
-from .fold import fold_conv_norm, fold_layers, same_padding_by_two
+from .convolutions import pointwise, stem
+from .fold import fold_layers
 from .fused import FusedModule
-from .program import Block, Layer, Linear, Pool, Shape, Stem
+from .program import Block, Layer, Linear, Pool, Shape
 from .recognizers import Declined, network, recognize
 
 
@@ -55,15 +56,18 @@ def _layers(layers: Sequence[network.Layer], shape: Shape) -> Iterator[tuple[str
                 shape = step.output_shape(shape)
                 yield name, step
             case network.Convolution(name, stage) if stage.conv.kernel_size == (3, 3):
-                step = _stem(layer, shape)
+                step = stem(layer.stage, layer.name, layer.padding, shape)
                 shape = step.output_shape(shape)
                 yield name, step
             case network.Convolution(name):
-                if not (layers and isinstance(layers[0], network.Pool)):
-                    raise Declined(f"{name} must be followed by an average over all pixels")
-                _take_average(layers)
-                averaged = True
-                yield name, _pool(layer)
+                step = pointwise(layer.stage, layer.name, layer.padding)
+                if layers and isinstance(layers[0], network.Pool):
+                    _take_average(layers)
+                    averaged = True
+                    step = Pool(*vars(step).values())
+                channels = step.out_channels
+                shape = step.output_shape(shape)
+                yield name, step
             case network.Classifier(name, linear):
                 if not averaged:
                     raise Declined(f"{name} must follow an average over all pixels")
@@ -88,41 +92,6 @@ def _take_average(layers: list[network.Layer]) -> None:
         if not (layers and isinstance(layers[0], network.Flatten)):
             raise Declined(f"{pool.name} must be flattened")
         layers.pop(0)
-
-
-def _folded(convolution: network.Convolution) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        return fold_conv_norm(convolution.stage)
-
-
-def _stem(convolution: network.Convolution, shape: Shape) -> Stem:
-    conv, padding = convolution.stage.conv, convolution.padding
-    found = (conv.kernel_size, conv.stride, conv.dilation, conv.groups)
-    if padding is None:
-        padding = same_padding_by_two(3, *shape[1:])
-    if found != ((3, 3), (2, 2), (1, 1), 1) or max(padding) > 2:
-        raise Declined(
-            f"{convolution.name} must be a 3x3 convolution with stride 2, dilation 1, 1 group and"
-            f" at most 2 zeros around its input, got kernel_size={found[0]}, stride={found[1]},"
-            f" dilation={found[2]}, groups={found[3]}, padding={padding}"
-        )
-    weight, bias = _folded(convolution)
-    weight = weight.permute(3, 2, 1, 0).contiguous()
-    return Stem(conv.in_channels, conv.out_channels, padding, weight, bias, convolution.stage.clip)
-
-
-def _pool(convolution: network.Convolution) -> Pool:
-    conv, padding = convolution.stage.conv, convolution.padding
-    found = (conv.kernel_size, conv.stride, conv.groups, padding)
-    if found != ((1, 1), (1, 1), 1, (0, 0, 0, 0)):
-        raise Declined(
-            f"{convolution.name} must be a 1x1 convolution with stride 1, 1 group and no padding,"
-            f" got kernel_size={found[0]}, stride={found[1]}, groups={found[2]},"
-            f" padding={found[3]}"
-        )
-    weight, bias = _folded(convolution)
-    weight = weight[:, :, 0, 0].t().contiguous()
-    return Pool(conv.in_channels, conv.out_channels, weight, bias, convolution.stage.clip)
 
 
 def cast(layer: Layer, dtype: torch.dtype | None) -> Layer:

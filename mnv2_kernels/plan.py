@@ -22,7 +22,7 @@ from .backends import BACKENDS
 from .extension import missing
 from .lowering import cast, read_layers
 from .ops import inverted_residual
-from .program import Block, Layer, Pool, Shape, Stem, Step
+from .program import Block, Layer, Pointwise, Pool, Shape, Stem, Step
 from .recognizers import Declined, check_module
 
 
@@ -335,6 +335,8 @@ def _describe_layer(layer: Layer) -> str:
         case Pool():
             convolution = "" if layer.weight is None else "1x1 convolution and "
             return f"{convolution}mean, {layer.in_channels} to {layer.out_channels} channels"
+        case Pointwise():
+            return f"1x1 convolution, {layer.in_channels} to {layer.out_channels} channels"
     return f"linear, {layer.in_features} to {layer.out_features}"
 
 
@@ -361,5 +363,8 @@ def _run(layer: Layer, x: Tensor) -> Tensor:
                 weight = layer.weight.t()[:, :, None, None]
                 x = F.conv2d(x, weight, layer.bias.to(x.dtype)).clamp_(*layer.clip)
             return x.mean((2, 3))
+        case Pointwise():
+            weight = layer.weight.t()[:, :, None, None]
+            return F.conv2d(x, weight, layer.bias.to(x.dtype)).clamp_(*layer.clip)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return F.linear(x, layer.weight, bias)

@@ -64,6 +64,20 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class Pointwise:
+    """A 1x1 convolution and a clip. weight (C_in, C_out), bias (C_out,)."""
+
+    in_channels: int
+    out_channels: int
+    weight: Tensor | None
+    bias: Tensor | None
+    clip: Clip
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return (self.out_channels, *shape[1:])
+
+
+@dataclass(frozen=True)
 class Linear:
     """The classifier. weight (out, in), bias (out,)."""
 
@@ -76,8 +90,8 @@ class Linear:
         return (self.out_features,)
 
 
-Layer = Stem | Block | Pool | Linear
-_KINDS = (Stem, Block, Pool, Linear)
+Layer = Stem | Block | Pool | Linear | Pointwise
+_KINDS = (Stem, Block, Pool, Linear, Pointwise)
 
 
 @dataclass(frozen=True)
@@ -145,9 +159,13 @@ def encode(steps: Sequence[Step], shape: Shape, arena: int) -> Program:
                 weights += tensors if c.expansion else tensors[2:]
                 bounds += [bound for clip in layer.weights.clips() for bound in clip]
             case Pool():
-                integers += [shape[1] * shape[2], layer.in_channels, layer.out_channels]
+                integers += [*shape[1:], layer.in_channels, layer.out_channels]
                 integers.append(int(layer.weight is not None))
                 weights += [] if layer.weight is None else [layer.weight, layer.bias]
+                bounds += layer.clip
+            case Pointwise():
+                integers += [*shape[1:], layer.in_channels, layer.out_channels]
+                weights += [layer.weight, layer.bias]
                 bounds += layer.clip
             case Linear():
                 integers += [layer.in_features, layer.out_features]

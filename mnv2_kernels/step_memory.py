@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from . import cost
-from .program import Block, Linear, Pool, Shape, Stem, Step, shapes
+from .program import Block, Linear, Pointwise, Pool, Shape, Stem, Step, shapes
 
 
 def live_bytes(
@@ -35,7 +35,7 @@ def live_bytes(
                 held = cost.peak_bytes(
                     config, height, width, execution=execution, batch=batch, itemsize=itemsize
                 )
-            case Stem():
+            case Stem() | Pointwise():
                 held = x + copies * y
             case Pool() as pool if pool.weight is not None:
                 held = x + copies * pixel_bytes * pool.out_channels * math.prod(x_shape[1:])

@@ -63,6 +63,18 @@ def _flat() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(30, 7))
 
 
+def _pointwise() -> nn.Module:
+    """1x1 convolutions between blocks and at the end: more pixels, and fewer, than a panel has."""
+    first = mk.mobilenet_v2(0.5).features[0]
+    return nn.Sequential(
+        first,
+        nn.Sequential(*conv_norm_act(16, 70, 1)),
+        mk.InvertedResidual(70, 16, stride=2),
+        mk.InvertedResidual(16, 16, stride=2),
+        *conv_norm_act(16, 21, 1, act=None),
+    )
+
+
 _timm = partial(partial, timm.create_model)
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     **{f"ours-{width:g}": partial(mk.mobilenet_v2, width, 100) for width in WIDTHS},
@@ -71,6 +83,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ours-without-bias": _without_bias,
     "mean-alone": _mean_alone,
     "short": _short,
+    "pointwise": _pointwise,
     "residuals": _residuals,
     "flat": _flat,
     "block": partial(mk.InvertedResidual, 3, 17, stride=2, kernel_size=5),

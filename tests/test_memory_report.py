@@ -371,7 +371,10 @@ def test_a_figure_without_matplotlib_ends_in_a_sentence(tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.timeout(120)
 def test_a_fresh_process_grows_by_what_the_allocator_says(python):
-    """By no less than the tensors of the one call, but for pages; and less, the less is planned."""
+    """By no less than the tensors of the one call, but for pages; and less, the less is planned.
+
+    The fused model is measured layer by layer where a profiler counts, and runs as one call here.
+    """
     grown = {}
     for execution in memory_report.EXECUTIONS:
         done = python("-m", "benchmarks.resident", execution, "--resolution=224", "--batch=4")
@@ -382,6 +385,8 @@ def test_a_fresh_process_grows_by_what_the_allocator_says(python):
         for name, held in report("mobilenet_v2", 1.0, 224, 4, 1)[2].executions.items()
     }
     for execution, bytes_ in grown.items():
-        assert bytes_ >= 0.9 * peaks[execution], execution
+        least = peaks["planned" if execution == "fused" else execution]
+        assert bytes_ >= 0.9 * least, execution
     assert grown["planned"] < 2 * peaks["planned"]
+    assert grown["fused"] < 0.9 * peaks["fused"]
     assert grown["planned"] < grown["fused"] < grown["eager"]

@@ -260,10 +260,13 @@ def one_by_one(x: Tensor, weights: list[Tensor], integers: list[int], bounds: li
             y = clip(F.conv2d(y, w_project, tensor(c_out)))
             x = x + y if residual else y
         elif kind == 2:
-            _, c_in, c_out, convolves = take(4)
+            _, _, c_in, c_out, convolves = take(5)
             if convolves:
                 x = F.conv2d(x, tensor(c_in, c_out).t()[:, :, None, None], tensor(c_out))
             x = clip(x).mean((2, 3))
+        elif kind == 4:
+            _, _, c_in, c_out = take(4)
+            x = clip(F.conv2d(x, tensor(c_in, c_out).t()[:, :, None, None], tensor(c_out)))
         else:
             features, classes = take(2)
             x = F.linear(x.flatten(1), tensor(classes, features), tensor(classes))
@@ -277,6 +280,7 @@ PROGRAMS = [
     ("features-8", (2, 3, 24, 20)),
     ("residuals", (2, 3, 24, 20)),
     ("mean-alone", (2, 3, 24, 20)),
+    ("pointwise", (2, 3, 24, 20)),
     ("block-residual", (2, 3, 9, 8)),
 ]
 

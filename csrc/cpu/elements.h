@@ -109,6 +109,41 @@ inline void store(T* p, int64_t n, Vec a) {
     std::memcpy(p, whole, n * sizeof(T));
 }
 
+#elif defined(__aarch64__)
+
+inline Vec widen(uint16x4_t bits, Bfloat16) {
+    return {vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(bits), 16))};
+}
+inline Vec widen(uint16x4_t bits, Half) { return {vcvt_f32_f16(vreinterpret_f16_u16(bits))}; }
+inline uint16x4_t narrow(Vec a, Bfloat16) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(a.v);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+    return vshrn_n_u32(vbslq_u32(vceqq_f32(a.v, a.v), rounded, quiet), 16);
+}
+inline uint16x4_t narrow(Vec a, Half) { return vreinterpret_u16_f16(vcvt_f16_f32(a.v)); }
+template <class T>
+inline Vec load(const T* p) {
+    return widen(vld1_u16(&p->bits), T{});
+}
+template <class T>
+inline Vec load(const T* p, int64_t n) {
+    T whole[kLanes] = {};
+    std::memcpy(whole, p, n * sizeof(T));
+    return load(whole);
+}
+template <class T>
+inline void store(T* p, Vec a) {
+    vst1_u16(&p->bits, narrow(a, T{}));
+}
+template <class T>
+inline void store(T* p, int64_t n, Vec a) {
+    T whole[kLanes];
+    store(whole, a);
+    std::memcpy(p, whole, n * sizeof(T));
+}
+
 #else
 
 inline float from_bits(uint32_t bits) {
@@ -177,7 +212,7 @@ inline Vec load_pairs(const Bfloat16*, const Bfloat16*, int64_t) { return zero()
 #endif
 
 inline float to_float(float a) { return a; }
-#if MNV2_LANES == 4
+#if MNV2_LANES == 4 && !defined(__aarch64__)
 template <class T>
 float to_float(T a) {
     return widen(a);
@@ -189,7 +224,15 @@ inline float to_float(Bfloat16 a) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
+#if defined(__aarch64__)
+inline float to_float(Half a) {
+    __fp16 value;
+    std::memcpy(&value, &a, sizeof value);
+    return value;
+}
+#else
 inline float to_float(Half a) { return _cvtsh_ss(a.bits); }
+#endif
 #endif
 
 // dst[0, padded) = src[0, width), zeros behind; src nullptr: all zeros. padded: whole vectors.

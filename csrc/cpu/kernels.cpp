@@ -9,7 +9,11 @@ const Kernel* const kKernels[] = {
     &kAvx512Kernel,  // Intel Skylake-X and later servers, AMD Zen 4 and later
     &kAvx2Kernel,    // Intel Haswell and later, AMD Zen
 #endif
-    &kGenericKernel,  // every x86-64 (SSE2), every aarch64 (NEON)
+#if defined(__aarch64__)
+    &kNeonKernel,  // all of them, whatever else ATen finds
+#else
+    &kGenericKernel,  // every x86-64 (SSE2)
+#endif
 };
 const int kKernelCount = sizeof kKernels / sizeof *kKernels;
 
@@ -50,10 +54,11 @@ StemScratch stem_layout(const StemArgs& stem) {
 PoolScratch pool_layout(const PoolArgs& pool) {
     const bool narrow = pool.element != Element::single && pool.weight != nullptr;
     const int64_t in_memory = pool.pairs ? 2 : 1;  // numbers in the place of a float
+    const int64_t pixels = pool.averages ? pool.H * pool.W : std::min(pool.H * pool.W, kPoolPixels);
     PoolScratch layout{};
-    layout.weight = pool.pixels * kPoolPanel;
+    layout.weight = narrow || pool.averages ? pixels * kPoolPanel : 0;
     layout.x = layout.weight + (narrow ? pool.in_channels / in_memory * kPoolPanel : 0);
-    layout.total = layout.x + (narrow && !pool.pairs ? aligned(pool.pixels * pool.in_channels) : 0);
+    layout.total = layout.x + (narrow && !pool.pairs ? aligned(pixels * pool.in_channels) : 0);
     return layout;
 }
 

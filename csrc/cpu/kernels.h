@@ -85,10 +85,11 @@ struct StemArgs {
     Clip clip;
 };
 
-// A 1x1 convolution, a clip, and the mean over all pixels of an image; or the mean alone, of as
-// many channels as there are.
+// A 1x1 convolution, a clip, and the mean over all pixels of an image; without the mean where
+// `averages` is false, or the mean alone, of as many channels as there are.
 struct PoolArgs {
-    int64_t pixels, in_channels, out_channels;
+    int64_t H, W, in_channels, out_channels;
+    bool averages;
     Element element;
     bool pairs;          // as of BlockArgs; in_channels are even then
     const void* weight;  // (in_channels, out_channels); nullptr: no convolution
@@ -96,7 +97,8 @@ struct PoolArgs {
     Clip clip;
 };
 
-constexpr int64_t kPoolPanel = 64;  // output channels at a time
+constexpr int64_t kPoolPanel = 64;    // output channels at a time
+constexpr int64_t kPoolPixels = 256;  // pixels at a time where there is no mean
 
 struct LinearArgs {
     int64_t in_features, out_features;
@@ -148,7 +150,7 @@ struct Layers {
 };
 
 struct Kernel {
-    const char* name;        // as in ATEN_CPU_CAPABILITY
+    const char* name;        // as in ATEN_CPU_CAPABILITY, but for neon
     const char* capability;  // what at::get_cpu_capability() must say at least
     int64_t lanes;
     Layers single, half, bfloat16;
@@ -177,6 +179,10 @@ bool runs_on(const Kernel& kernel, const char* capability);
 #if defined(__x86_64__)
 extern const Kernel kAvx512Kernel, kAvx2Kernel;
 #endif
+#if defined(__aarch64__)
+extern const Kernel kNeonKernel;
+#else
 extern const Kernel kGenericKernel;
+#endif
 
 }  // namespace mnv2::cpu

@@ -313,8 +313,8 @@ int64_t line_floats(const std::vector<Step>& steps, int64_t lanes, int64_t threa
 int64_t rows_in_memory(const std::vector<Step>& steps, size_t number) {
     const Step& step = steps[number];
     if (step.streams) return line_slots(step, steps[number + 1]);
-    const bool image = block_of(step) || std::holds_alternative<StemArgs>(step.layer);
-    return image ? rows_of(step) : 1;
+    if (const auto* pool = std::get_if<PoolArgs>(&step.layer)) return pool->averages ? 1 : pool->H;
+    return std::holds_alternative<LinearArgs>(step.layer) ? 1 : rows_of(step);
 }
 
 void run_network(const Kernel& kernel, const std::vector<Step>& steps, const void* x, void* y,

@@ -2,7 +2,7 @@
 // Included inside a target region (see avx512.cpp); everything has internal linkage.
 //
 // load(p, n), store(p, n, v): the first n lanes only, memory behind them is not touched.
-// clip keeps NaN: x86 min and max return their second operand where one is NaN.
+// clip keeps NaN: x86 min and max return their second operand where one is NaN, NEON's return NaN.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -77,18 +77,47 @@ inline Vec clip(Vec x, Vec lower, Vec upper) {
 }
 inline void keep_in_register(Vec& a) { asm("" : "+x"(a.v)); }
 
-#else  // GNU vectors: SSE2 on x86-64, NEON on aarch64, whatever 16 bytes there are elsewhere
+#elif defined(__aarch64__)
+
+struct Vec {
+    float32x4_t v;
+};
+constexpr int64_t kLanes = 4;
+constexpr int kRegisters = 32;
+
+inline Vec zero() { return {vdupq_n_f32(0)}; }
+inline Vec broadcast(float s) { return {vdupq_n_f32(s)}; }
+inline Vec load(const float* p) { return {vld1q_f32(p)}; }
+inline Vec load(const float* p, int64_t n) {
+    Vec a = zero();
+    if (n > 0) a.v = vld1q_lane_f32(p, a.v, 0);
+    if (n > 1) a.v = vld1q_lane_f32(p + 1, a.v, 1);
+    if (n > 2) a.v = vld1q_lane_f32(p + 2, a.v, 2);
+    if (n > 3) a.v = vld1q_lane_f32(p + 3, a.v, 3);
+    return a;
+}
+inline void store(float* p, Vec a) { vst1q_f32(p, a.v); }
+inline void store(float* p, int64_t n, Vec a) {
+    if (n > 0) vst1q_lane_f32(p, a.v, 0);
+    if (n > 1) vst1q_lane_f32(p + 1, a.v, 1);
+    if (n > 2) vst1q_lane_f32(p + 2, a.v, 2);
+    if (n > 3) vst1q_lane_f32(p + 3, a.v, 3);
+}
+inline Vec add(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+inline Vec clip(Vec x, Vec lower, Vec upper) {
+    return {vminq_f32(upper.v, vmaxq_f32(lower.v, x.v))};
+}
+inline void keep_in_register(Vec& a) { asm("" : "+w"(a.v)); }
+
+#else  // GNU vectors: SSE2 on x86-64, whatever 16 bytes there are elsewhere
 
 struct Vec {
     typedef float Floats __attribute__((vector_size(16)));
     Floats v;
 };
 constexpr int64_t kLanes = 4;
-#if defined(__aarch64__)
-constexpr int kRegisters = 32;
-#else
 constexpr int kRegisters = 16;
-#endif
 
 inline Vec zero() { return {Vec::Floats{}}; }
 inline Vec broadcast(float s) { return {Vec::Floats{s, s, s, s}}; }
