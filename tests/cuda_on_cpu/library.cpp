@@ -25,7 +25,7 @@ struct PythonCall {
         to.kernel = kernel, to.stride = stride, to.dilation = dilation;
         to.pad_top = pad_top, to.pad_left = pad_left;
         to.expansion = expansion != 0, to.residual = residual != 0;
-        to.element = static_cast<Element>(element);
+        to.element = static_cast<mnv2::Element>(element);
         to.clip_expand = {clips[0], clips[1]};
         to.clip_dw = {clips[2], clips[3]};
         to.clip_project = {clips[4], clips[5]};
