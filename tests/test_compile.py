@@ -127,7 +127,8 @@ def folded(monkeypatch) -> list:
 
 
 def same_as_eager(compiled, model, x) -> None:
-    assert torch.equal(compiled(x), model(x))
+    """But for rounding: in eager mode the blocks are one call."""
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 CHANGES = {
