@@ -14,7 +14,7 @@ at::ScalarType dtype_of(Element element) {
                                       : at::kBFloat16;
 }
 
-// Reads a plan from the front: the order here is that of `Plan` in mnv2_kernels/plan.py.
+// Reads a plan from the front: the order here is that of `Program` in mnv2_kernels/program.py.
 class Program {
  public:
     Program(at::IntArrayRef integers, at::ArrayRef<double> bounds, const WeightList* weights,

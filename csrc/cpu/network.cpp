@@ -166,6 +166,16 @@ struct Run {
 
     float* lines_of(int64_t thread) const { return lines + thread * lines_size; }
 
+    // All columns of a tile, as many at a time as the schedule has room for.
+    void run_strips(const BlockStep& block, Tile tile, int64_t thread) const {
+        const BlockArgs& args = block.args;
+        for (int64_t col = 0; col < args.W_out; col += block.schedule.strip_cols) {
+            tile.col_begin = col;
+            tile.col_end = std::min(col + block.schedule.strip_cols, args.W_out);
+            kernel.of(args.element).run_tile(args, block.schedule, tile, lines_of(thread));
+        }
+    }
+
     void block_in_groups(const BlockStep& block, const void* x, void* y) const {
         const BlockArgs& args = block.args;
         const ScratchLayout layout = scratch_layout(args, block.schedule, kernel.lanes);
@@ -182,13 +192,13 @@ struct Run {
                 0,
                 args.H_out,
                 0,
-                args.W_out,
+                0,
                 hidden_begin,
                 hidden_end,
                 nullptr,
                 group == 0,
                 false};
-            layers.run_tile(args, block.schedule, tile, lines_of(thread));
+            run_strips(block, tile, thread);
         };
         threads.run(2, group_of);
         layers.combine(args, x, first, second, y);
@@ -239,22 +249,18 @@ struct Run {
         const int64_t steps = (args.H_out + schedule.rows_per_step - 1) / schedule.rows_per_step;
         const int64_t bands = std::min(threads.count, steps);
         threads.run(bands, [&](int64_t band, int64_t thread) {
-            Tile tile{{x, args.H, row_size_of_x(args)},
-                      {y, args.H_out, size_of(args.element) * args.W_out * args.out_channels},
-                      band * args.H_out / bands,
-                      (band + 1) * args.H_out / bands,
-                      0,
-                      0,
-                      0,
-                      args.hidden_channels,
-                      nullptr,
-                      true,
-                      true};
-            for (int64_t col = 0; col < args.W_out; col += schedule.strip_cols) {
-                tile.col_begin = col;
-                tile.col_end = std::min(col + schedule.strip_cols, args.W_out);
-                kernel.of(args.element).run_tile(args, schedule, tile, lines_of(thread));
-            }
+            const Tile tile{{x, args.H, row_size_of_x(args)},
+                            {y, args.H_out, size_of(args.element) * args.W_out * args.out_channels},
+                            band * args.H_out / bands,
+                            (band + 1) * args.H_out / bands,
+                            0,
+                            0,
+                            0,
+                            args.hidden_channels,
+                            nullptr,
+                            true,
+                            true};
+            run_strips(block, tile, thread);
         });
     }
 

@@ -142,16 +142,28 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
         schedule.strip_cols = args.W_out;
     }
 
-    // Otherwise chunk by chunk; extreme widths with fewer rows at a time, then in strips.
-    const int64_t pixel_bytes = 4 * args.W_out * args.out_channels;
-    if (args.element != Element::single && schedule.hidden_groups == 1)
-        schedule.band_rows = std::clamp(round_up(kSumBytes / pixel_bytes, schedule.rows_per_step),
-                                        schedule.rows_per_step, args.H_out);
-    choose_chunks(args.element == Element::single ? INT64_MAX : kScratchBytes);
-    while (scratch() > kScratchBytes && schedule.rows_per_step > 1)
-        schedule.rows_per_step = ceil_div(schedule.rows_per_step, 2);
-    while (scratch() > kScratchBytes && schedule.strip_cols > 1)
-        schedule.strip_cols = ceil_div(schedule.strip_cols, 2);
+    // Otherwise chunk by chunk; extreme widths with fewer rows at a time, then in strips. What is
+    // not float32 needs room for sums and for panels of weights too: first that for a second group
+    // of hidden channels is given up, then sums of many rows.
+    const bool narrow = args.element != Element::single;
+    const auto over = [&] { return scratch() > kScratchBytes; };
+    const int64_t rows_of_sums =
+        round_up(ceil_div(kSumBytes, 4 * args.W_out * args.out_channels), schedule.rows_per_step);
+    choose_chunks(narrow ? kScratchBytes : INT64_MAX);
+    if (narrow && over()) schedule.hidden_groups = 1;
+    if (narrow && schedule.hidden_groups == 1) {
+        schedule.band_rows = std::min(rows_of_sums, args.H_out);
+        choose_chunks(kScratchBytes);
+    }
+    const auto halve = [](int64_t& n, int64_t least) { n = std::max(ceil_div(n, 2), least); };
+    while (over() && schedule.band_rows > schedule.rows_per_step && narrow &&
+           schedule.hidden_groups == 1)
+        halve(schedule.band_rows, schedule.rows_per_step);
+    while (over() && schedule.rows_per_step > 1) {
+        halve(schedule.rows_per_step, 1);
+        if (narrow) schedule.band_rows = std::min(schedule.band_rows, schedule.rows_per_step);
+    }
+    while (over() && schedule.strip_cols > 1) halve(schedule.strip_cols, 1);
     return schedule;
 }
 

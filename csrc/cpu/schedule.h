@@ -8,7 +8,9 @@
 
 namespace mnv2::cpu {
 
-constexpr int64_t kScratchBytes = 256 * 1024;          // upper bound of a thread's scratch
+// Upper bound of a thread's scratch; 16-bit blocks pass it where the weights of 16 hidden channels
+// are a quarter of it or more (thousands of channels).
+constexpr int64_t kScratchBytes = 256 * 1024;
 constexpr int64_t kNetworkScratchBytes = 1024 * 1024;  // the same in a network
 constexpr int64_t kMaxRowsPerStep = 8;
 constexpr int64_t kMaxWindow = (kMaxRowsPerStep - 1) * 2 + 4 * 2 + 1;  // stride 2, 5 taps 2 apart
