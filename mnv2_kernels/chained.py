@@ -113,6 +113,8 @@ class FusedSequential(_Sliced, FusedChain, nn.Sequential):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """What the original computes."""
+        if not isinstance(x, Tensor):
+            return self.plain_forward(x)  # All that an nn.Sequential takes.
         if torch.compiler.is_compiling() or self.training or args or kwargs or not may_join(x):
             return super().forward(x, *args, **kwargs)
         if not self.unchanged():
@@ -131,7 +133,10 @@ class FusedSequential(_Sliced, FusedChain, nn.Sequential):
     def links(self) -> list[Link] | None:
         """All children as links; None where some are no such layers."""
         links = [links_of(step) for step in self._steps()] if self.unchanged() else []
-        return None if None in links or not links else list(chain.from_iterable(links))
+        if None in links or not links:
+            return None
+        links = list(chain.from_iterable(links))
+        return None if any(link.is_stem for link in links[1:]) else links
 
     def _steps(self) -> list[nn.Module]:
         """The blocks of the runs, and the children beside them."""
@@ -145,9 +150,18 @@ class FusedSequential(_Sliced, FusedChain, nn.Sequential):
     def _current_parts(self) -> list[tuple[Joined | None, list[nn.Module]]]:
         """The steps, those that can run as one call together."""
         children = list(self._modules.values())
-        if self._parts is None or self._parts[0] != children:
-            self.__dict__["_parts"] = (children, list(_join(self._steps())))
-        return self._parts[1]
+        parts = self._parts  # Read once: another thread may drop it.
+        if parts is None or parts[0] != children:
+            self.__dict__["_parts"] = parts = (children, list(_join(self._steps())))
+        return parts[1]
+
+    def train(self, mode: bool = True) -> "FusedSequential":
+        self.__dict__["_parts"] = None
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> "FusedSequential":
+        self.__dict__["_parts"] = None
+        return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_parts": None}
@@ -182,8 +196,8 @@ def join_all(module: nn.Module) -> nn.Module:
         if inner not in made:
             made[inner] = inner
             if not isinstance(inner, FusedModule):
-                for name, child in inner.named_children():
-                    inner._modules[name] = visit(child)
+                for name, child in inner._modules.items():
+                    inner._modules[name] = None if child is None else visit(child)
             if type(inner) is nn.Sequential and _joins(inner):
                 made[inner] = FusedSequential(inner)
         return made[inner]

@@ -187,7 +187,11 @@ class Watched:
         # A parametrization would become the first child of a module without any.
         self.childless = [f for f in families if not f]
         self.children = self.current_children()
+        # Freezing gives norms another class.
+        self.fixed = [m for m in inner if m not in norms]
+        self.kinds = self.current_kinds()
         self.convs = [s.conv for s in stages]
+        self.activations = [m for m in inner if isinstance(m, nn.Hardtanh)]
         self.geometry = self.current_geometry()
         self.norms = norms
         # Where the tensors are looked up: a parameter may be replaced by another.
@@ -205,15 +209,22 @@ class Watched:
             return "an inner module has hooks"
         if self.current_children() != self.children or any(self.childless):
             return "inner modules have been replaced: unfuse, then fuse again"
+        if self.current_kinds() != self.kinds:
+            return "the class or the forward of an inner module has been replaced"
         if self.current_geometry() != self.geometry:
-            return "a convolution has been changed: unfuse, then fuse again"
+            return "a convolution or a clip has been changed: unfuse, then fuse again"
+        if any(norm.running_mean is None for norm in self.norms):
+            return "a batch norm has lost its running statistics"
         return None
 
     def current_children(self) -> list[nn.Module]:
         return list(chain.from_iterable(map(dict.values, self.families)))
 
+    def current_kinds(self) -> list:
+        return [(m.__class__, "forward" in m.__dict__) for m in self.fixed]
+
     def current_geometry(self) -> list:
-        return list(map(_geometry_of, self.convs))
+        return [*map(_geometry_of, self.convs), *map(_bounds_of, self.activations)]
 
     def tensors(self) -> list[Tensor]:
         """Every parameter and buffer that the folded weights are computed from."""
@@ -227,7 +238,9 @@ class Watched:
 
     def state(self) -> list | None:
         """What changes whenever the folded weights would; None where that cannot be seen."""
-        return state_of(self.tensors(), [*map(_eps_of, self.norms)])
+        found = (n._buffers.get("num_batches_tracked") for n in self.batch_norms)
+        counters = [t for t in found if t is not None]
+        return state_of(self.tensors(), [*map(_eps_of, self.norms)], counters)
 
 
 class _WatchedBlock(Watched):
@@ -276,7 +289,8 @@ def fold_once(watched: Watched, known: Folded | None, fold: Callable[[], Any]) -
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_geometry_of = attrgetter("stride", "padding", "dilation")
+_geometry_of = attrgetter("stride", "padding", "dilation", "padding_mode")
+_bounds_of = attrgetter("min_val", "max_val")
 _eps_of = attrgetter("eps")
 
 

@@ -9,7 +9,7 @@ a part of one, for every size that comes, with the parameters as they are at eac
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from operator import is_not
 
 import torch
 from torch import Tensor, nn
@@ -113,11 +113,6 @@ class ConvolutionLink:
 Link = BlockLink | ConvolutionLink
 
 
-class _Known(NamedTuple):
-    folded: list
-    program: Program
-
-
 class Joined:
     """Links that follow one another, two at least, run as one program wherever that is exact.
 
@@ -128,7 +123,9 @@ class Joined:
     def __init__(self, links: Sequence[Link], inside: Sequence[nn.Module] = ()):
         self._links = tuple(links)
         self._inside = [(c, list(c._modules.values())) for c in inside]
-        self._known: OrderedDict[tuple, _Known] = OrderedDict()
+        self._folded: list = []
+        # Programs of these weights by size and dtype; None where the layers have to run themselves.
+        self._programs: OrderedDict[tuple, Program | None] = OrderedDict()
 
     def run(self, x: Tensor) -> Tensor | None:
         """What the layers make of x (N, C, H, W); None where they have to run one by one.
@@ -154,16 +151,16 @@ class Joined:
         folded = [link.folded() for link in self._links]
         if any(f is None for f in folded):
             return None
-        key = (x.shape[1:], x.dtype)
-        known = self._known.get(key)
-        if known is None or any(a is not b for a, b in zip(known.folded, folded, strict=True)):
+        if len(self._folded) != len(folded) or any(map(is_not, self._folded, folded)):
+            self._folded, self._programs = folded, OrderedDict()
+        programs, key = self._programs, (x.shape[1:], x.dtype)
+        if key not in programs:
             program = self._encode(folded, tuple(x.shape[1:]))
-            if program is None or program.dtype != x.dtype or program.device.type != "cpu":
-                return None
-            self._known[key] = known = _Known(folded, program)
-            while len(self._known) > _MOST_PROGRAMS:
-                self._known.popitem(last=False)
-        return known.program
+            fits = program is not None and program.dtype == x.dtype
+            programs[key] = program if fits and program.device.type == "cpu" else None
+            if len(programs) > _MOST_PROGRAMS:
+                programs.popitem(last=False)
+        return programs.get(key)
 
     def _encode(self, folded: list, shape: Shape) -> Program | None:
         layers = []

@@ -6,11 +6,14 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
-def state_of(tensors: Sequence[Tensor], eps: Iterable[float]) -> list | None:
+def state_of(
+    tensors: Sequence[Tensor], eps: Iterable[float], counters: Iterable[Tensor] = ()
+) -> list | None:
     """What changes whenever weights folded from these would, as far as PyTorch counts changes.
 
     None where a tensor has no memory of its own (fake tensors, wrapper subclasses): it could be
-    replaced by another that looks the same. `eps` are those of the batch norms.
+    replaced by another that looks the same. `eps` are those of the batch norms, `counters` their
+    `num_batches_tracked`: a batch in training mode changes the statistics uncounted, but these.
     """
     try:
         addresses = [*map(Tensor.data_ptr, tensors)]
@@ -19,7 +22,8 @@ def state_of(tensors: Sequence[Tensor], eps: Iterable[float]) -> list | None:
     if 0 in addresses:
         return None
     try:
-        return [_optimizer_steps, *eps, *addresses, *map(_version_of, tensors)]
+        versions = [*map(_version_of, tensors), *map(_version_of, counters)]
+        return [_optimizer_steps, *eps, *addresses, *versions]
     except RuntimeError:
         # Inference tensors count no versions: only that one is replaced can be seen.
         return [*eps, *addresses]

@@ -293,3 +293,106 @@ def test_images_that_do_not_fit(original, model):
             original.features(x)
         with pytest.raises(type(expected.value)):
             model.features(x)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the model", "one layer"])
+@torch.no_grad()
+def test_statistics_follow_batches_in_training_mode(original, model, calls, whole):
+    """PyTorch does not count what batch norm does to its statistics."""
+    x = torch.randn(8, 3, 64, 64)
+    model(x)
+    changed = copy.deepcopy(original)
+    for part in (model, changed):
+        of = part if whole else part.features[0]
+        of.train()
+        of(3 * x + 1)
+        of.eval()
+    assert_same(model(x), expect(changed, x))
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_data_in_place_then_eval(original, model, calls):
+    x = torch.randn(2, 3, 64, 64)
+    changed = copy.deepcopy(original)
+    for layer in (0, 4, 18):
+        model(x)
+        for part in (model, changed):
+            next(part.features[layer].parameters()).data.mul_(1.5)
+            part.eval()
+        assert_same(model(x), expect(changed, x))
+    assert len(calls) == 6
+
+
+def _other_forward(conv: nn.Module) -> None:
+    conv.forward = lambda x: 2 * type(conv).forward(conv, x)
+
+
+LAYER_CHANGES = {
+    "forward of a convolution": lambda m: _other_forward(m.features[0][0]),
+    "bound of a clip": lambda m: setattr(m.features[0][2], "max_val", 0.5),
+    "class of a clip": lambda m: setattr(m.features[18][2], "__class__", nn.SiLU),
+    "forward inside a block": lambda m: _other_forward(m.features[5].conv[1][0]),
+    "bound inside a block": lambda m: setattr(m.features[5].conv[0][2], "max_val", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", LAYER_CHANGES.values(), ids=LAYER_CHANGES)
+@torch.no_grad()
+def test_layers_changed_in_place(original, model, calls, change):
+    x = torch.randn(2, 3, 64, 64)
+    before = model(x)
+    changed = copy.deepcopy(original)
+    for part in (model, changed):
+        change(part)
+    y = model(x)
+    assert_same(y, changed(x).double())
+    assert not torch.allclose(y, before) and len(calls) == 1
+
+
+@torch.no_grad()
+def test_weights_are_held_once(model):
+    """Programs of other sizes go with the weights that they were made of."""
+    features = model.features
+    for size in range(32, 64, 4):
+        next(features[3].parameters()).mul_(1)
+        features(torch.randn(1, 3, size, size))
+    ((found, _),) = features._current_parts()
+    assert len(found._programs) == 1
+    for size in range(32, 160, 4):
+        features(torch.randn(1, 3, size, 32))
+    assert len(found._programs) == joined._MOST_PROGRAMS
+
+
+@torch.no_grad()
+def test_a_sequential_as_the_root_of_a_trace(original, calls):
+    root = mk.fuse(nn.Sequential(*original.features[:4]))
+    x = torch.randn(2, 3, 64, 64)
+    assert isinstance(root, FusedSequential)
+    assert_same(torch.fx.symbolic_trace(root)(x), expect(nn.Sequential(*original.features[:4]), x))
+
+
+@torch.no_grad()
+def test_a_stem_behind_a_block(calls):
+    block = mk.InvertedResidual(3, 3)
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    inside = nn.Sequential(block, stem, mk.InvertedResidual(8, 8), mk.InvertedResidual(8, 8))
+    original = ready(nn.Sequential(inside, mk.InvertedResidual(8, 8)))
+    x = torch.randn(2, 3, 40, 40)
+    assert_same(mk.fuse(original)(x), expect(original, x))
+    assert len(calls) == 1
+
+
+def test_shared_containers_stay_shared(original):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = self.b = nn.Sequential(*original.features[2:5])
+
+    fused = mk.fuse(Twice())
+    assert fused.a is fused.b and isinstance(fused.a, FusedSequential)
+
+
+def test_lazy_layers_are_left_alone():
+    model = mk.fuse(nn.Sequential(nn.LazyConv2d(16, 1), mk.InvertedResidual(16, 16)).eval())
+    assert model(torch.randn(1, 3, 8, 8)).shape == (1, 16, 8, 8)

@@ -5,6 +5,7 @@ for there. `python test_plan_arena.py call_in_a_fork` forks while another thread
 """
 
 import copy
+import math
 import os
 import pickle
 import re
@@ -366,6 +367,43 @@ def test_bad_arenas(what):
     with pytest.raises(ValueError, match="^" + re.escape(sentence)):
         OP(x, change(arena, x, weights), weights, *rest)
     assert torch.equal(plan(x), right) and (arena == MARK).all()
+
+
+@pytest.mark.parametrize(
+    ("channels", "hidden", "out_channels", "size"), [(160, 960, 1280, 4), (4096, 256, 16, 8)]
+)
+@torch.no_grad()
+def test_very_many_channels_in_sixteen_bits(channels, hidden, out_channels, size):
+    """What one block needs beside weights of that size is cut finer than a block of float32."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int, deviation: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator) * deviation
+
+    weights = [
+        numbers(channels, hidden, deviation=channels**-0.5).half(),
+        numbers(hidden),
+        numbers(3, 3, hidden, deviation=0.3).half(),
+        numbers(hidden),
+        numbers(hidden, out_channels, deviation=hidden**-0.5).half(),
+        numbers(out_channels),
+    ]
+    image = [channels, size, size]
+    sizes = [*image[1:], *image[1:], channels, hidden, out_channels, 3, 1, 1, 1, 1, 0, 1]
+    program = [*image, 3, out_channels, *image[1:], 0, 1, 1, 0, 0, *sizes]
+    bounds = [0.0, 6.0, 0.0, 6.0, -math.inf, math.inf]
+    x = numbers(2, *image).half().contiguous(memory_format=torch.channels_last)
+    short = torch.empty(0, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="arena must have at least") as needed:
+        OP(x, short, weights, program, bounds)
+    nbytes = int(str(needed.value).split("at least ")[1].split()[0])
+    memory = torch.full((nbytes + 4096,), 171, dtype=torch.uint8)
+    start = -memory.data_ptr() % 64
+    y = OP(x, memory[start : start + nbytes], weights, program, bounds)
+    assert (memory[start + nbytes :] == 171).all() and (memory[:start] == 171).all()
+    settings = (1, [1, 1, 1, 1], 1, False, bounds[:2], bounds[2:4], bounds[4:])
+    expected = torch.ops.mnv2.inverted_residual(x, *weights, *settings)
+    assert (y - expected).abs().max() <= 2e-3 * expected.abs().max()
 
 
 if __name__ == "__main__":

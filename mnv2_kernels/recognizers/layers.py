@@ -6,6 +6,7 @@ from math import inf
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..block import NO_CLIP, BlockConfig, Clip, Padding
@@ -275,6 +276,8 @@ def check_untouched(module: nn.Module) -> None:
         if inner is not module and has_hooks(inner):
             raise Declined(f"{name} has hooks, which would not be called")
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if is_lazy(tensor):
+            raise Declined(f"{name} is not initialised yet")
         if tensor.is_meta:
             raise Declined(f"{name} is on the meta device and has no values")
         if tensor.is_complex():
