@@ -5,12 +5,8 @@ cache that follows the parameters. `FusedInvertedResidual` is the drop-in around
 library.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
-from operator import attrgetter
 from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +20,7 @@ from .freeze import is_frozen, why_mode_matters
 from .ops import op_arguments, run
 from .stand_in import StandIn
 from .tracing import is_observed, trace_symbolically
-from .versions import state_of
+from .watched import Folded, Watched, fold_once
 
 
 class FusedModule(nn.Module):
@@ -35,7 +31,7 @@ class FusedModule(nn.Module):
 
     block_layers: BlockLayers
     backend: str | None = None
-    _folded: "Folded | None" = None
+    _folded: Folded | None = None
 
     def plain_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The block layer by layer; any further arguments are those of the original module."""
@@ -172,77 +168,6 @@ class FusedModule(nn.Module):
         )
 
 
-class Watched:
-    """What a fused forward of the stages in a module looks at on every call, gathered once so that
-    looking is cheap.
-    """
-
-    def __init__(self, module: nn.Module, stages: Sequence[ConvNorm]):
-        inner = [m for m in module.modules() if m is not module]
-        norms = [s.norm for s in stages if s.norm is not None]
-        self.batch_norms = [n for n in norms if isinstance(n, nn.modules.batchnorm._BatchNorm)]
-        self.hooks = [getattr(m, kind) for m in inner for kind in _HOOKS]
-        families = [m._modules for m in (module, *inner)]
-        self.families = [f for f in families if f]
-        # A parametrization would become the first child of a module without any.
-        self.childless = [f for f in families if not f]
-        self.children = self.current_children()
-        # Freezing gives norms another class.
-        self.fixed = [m for m in inner if m not in norms]
-        self.kinds = self.current_kinds()
-        self.convs = [s.conv for s in stages]
-        self.activations = [m for m in inner if isinstance(m, nn.Hardtanh)]
-        self.geometry = self.current_geometry()
-        self.norms = norms
-        # Where the tensors are looked up: a parameter may be replaced by another.
-        self.places = [
-            (tensors, name, module)
-            for module in (*self.convs, *norms)
-            for tensors in (module._parameters, module._buffers)
-            for name in tensors
-            if name != "num_batches_tracked"
-        ]
-
-    def why_changed(self) -> str | None:
-        """What happened to the inner layers that only the plain layers follow."""
-        if any(self.hooks):
-            return "an inner module has hooks"
-        if self.current_children() != self.children or any(self.childless):
-            return "inner modules have been replaced: unfuse, then fuse again"
-        if self.current_kinds() != self.kinds:
-            return "the class or the forward of an inner module has been replaced"
-        if self.current_geometry() != self.geometry:
-            return "a convolution or a clip has been changed: unfuse, then fuse again"
-        if any(norm.running_mean is None for norm in self.norms):
-            return "a batch norm has lost its running statistics"
-        return None
-
-    def current_children(self) -> list[nn.Module]:
-        return list(chain.from_iterable(map(dict.values, self.families)))
-
-    def current_kinds(self) -> list:
-        return [(m.__class__, "forward" in m.__dict__) for m in self.fixed]
-
-    def current_geometry(self) -> list:
-        return [*map(_geometry_of, self.convs), *map(_bounds_of, self.activations)]
-
-    def tensors(self) -> list[Tensor]:
-        """Every parameter and buffer that the folded weights are computed from."""
-        return [t for tensors, name, _ in self.places if (t := tensors[name]) is not None]
-
-    def owners(self) -> list[tuple[nn.Module, str]]:
-        """Module and name of every one of `tensors()`."""
-        return [
-            (module, name) for tensors, name, module in self.places if tensors[name] is not None
-        ]
-
-    def state(self) -> list | None:
-        """What changes whenever the folded weights would; None where that cannot be seen."""
-        found = (n._buffers.get("num_batches_tracked") for n in self.batch_norms)
-        counters = [t for t in found if t is not None]
-        return state_of(self.tensors(), [*map(_eps_of, self.norms)], counters)
-
-
 class _WatchedBlock(Watched):
     """The same of a block, and what its layers say of the op's arguments."""
 
@@ -261,37 +186,6 @@ class _WatchedBlock(Watched):
         self.block = Block.of(config, self.clips)
         self.drops = layers.drops
         self.why_mode_matters = why_mode_matters(getattr(block, "original", block), FusedModule)
-
-
-class Folded(NamedTuple):
-    """What was computed from the tensors that a `Watched` watches, and their state then.
-
-    The aliases keep the old storages alive, so that no new tensor gets their address.
-    """
-
-    state: list
-    value: Any
-    aliases: list[Tensor]
-
-
-def fold_once(watched: Watched, known: Folded | None, fold: Callable[[], Any]) -> Folded | None:
-    """`known` while no tensor has changed since, otherwise what `fold` computes now.
-
-    None where changes cannot be seen.
-    """
-    state = watched.state()
-    if state is None or (known is not None and known.state == state):
-        return None if state is None else known
-    aliases = [t.detach() for t in watched.tensors()]
-    # Not inference tensors: a later call may need gradients of x through them.
-    with torch.inference_mode(False), torch.no_grad():
-        return Folded(state, fold(), aliases)
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_geometry_of = attrgetter("stride", "padding", "dilation", "padding_mode")
-_bounds_of = attrgetter("min_val", "max_val")
-_eps_of = attrgetter("eps")
 
 
 class _FromParameters(torch.autograd.Function):

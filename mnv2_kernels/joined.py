@@ -22,12 +22,13 @@ from .block import Padding
 from .convolutions import pointwise, stem
 from .extension import missing
 from .fold import ConvNorm, FoldedWeights, same_padding_by_two
-from .fused import Folded, FusedModule, Watched, fold_once
+from .fused import FusedModule
 from .plan_op import run_plan
 from .program import Block, Layer, Pointwise, Program, Shape, encode
 from .recognizers import Declined
 from .recognizers.layers import check_untouched, flatten, has_hooks, is_sequential, read_stages
 from .tracing import is_observed
+from .watched import Folded, Watched, fold_once
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_PROGRAMS = 16

@@ -1,13 +1,8 @@
 """A fused block where a forward pass is recorded, transformed or done with stand-ins of tensors."""
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.autograd import forward_ad
-
-if TYPE_CHECKING:
-    from .fused import FusedModule
 
 
 def is_observed() -> bool:
@@ -23,7 +18,7 @@ def is_observed() -> bool:
     )
 
 
-def trace_symbolically(block: "FusedModule", x, args: tuple, kwargs: dict):
+def trace_symbolically(block: nn.Module, x, args: tuple, kwargs: dict):
     """The block of something that is no tensor: a node of its own where `torch.fx` traces.
 
     The plain layers are traced where the block is all that is traced, since a graph cannot call
