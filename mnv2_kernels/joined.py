@@ -8,6 +8,7 @@ a part of one, for every size that comes, with the parameters as they are at eac
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from operator import is_not
 
@@ -124,9 +125,9 @@ class Joined:
     def __init__(self, links: Sequence[Link], inside: Sequence[nn.Module] = ()):
         self._links = tuple(links)
         self._inside = [(c, list(c._modules.values())) for c in inside]
-        self._folded: list = []
-        # Programs of these weights by size and dtype; None where the layers have to run themselves.
-        self._programs: OrderedDict[tuple, Program | None] = OrderedDict()
+        # Weights, and programs of them by size and dtype; None where the layers have to run
+        # themselves.
+        self._known: tuple[list, OrderedDict[tuple, Program | None]] = [], OrderedDict()
 
     def run(self, x: Tensor) -> Tensor | None:
         """What the layers make of x (N, C, H, W); None where they have to run one by one.
@@ -152,16 +153,18 @@ class Joined:
         folded = [link.folded() for link in self._links]
         if any(f is None for f in folded):
             return None
-        if len(self._folded) != len(folded) or any(map(is_not, self._folded, folded)):
-            self._folded, self._programs = folded, OrderedDict()
-        programs, key = self._programs, (x.shape[1:], x.dtype)
-        if key not in programs:
-            program = self._encode(folded, tuple(x.shape[1:]))
-            fits = program is not None and program.dtype == x.dtype
-            programs[key] = program if fits and program.device.type == "cpu" else None
-            if len(programs) > _MOST_PROGRAMS:
-                programs.popitem(last=False)
-        return programs.get(key)
+        before, programs = self._known  # Read once: another thread may find other weights.
+        if len(before) != len(folded) or any(map(is_not, before, folded)):
+            self._known = _, programs = folded, OrderedDict()
+        key = x.shape[1:], x.dtype
+        with suppress(KeyError):
+            return programs[key]
+        program = self._encode(folded, tuple(x.shape[1:]))
+        fits = program is not None and program.dtype == x.dtype
+        programs[key] = found = program if fits and program.device.type == "cpu" else None
+        if len(programs) > _MOST_PROGRAMS:
+            programs.popitem(last=False)
+        return found
 
     def _encode(self, folded: list, shape: Shape) -> Program | None:
         layers = []

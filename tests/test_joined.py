@@ -358,10 +358,10 @@ def test_weights_are_held_once(model):
         next(features[3].parameters()).mul_(1)
         features(torch.randn(1, 3, size, size))
     ((found, _),) = features._current_parts()
-    assert len(found._programs) == 1
+    assert len(found._known[1]) == 1
     for size in range(32, 160, 4):
         features(torch.randn(1, 3, size, 32))
-    assert len(found._programs) == joined._MOST_PROGRAMS
+    assert len(found._known[1]) == joined._MOST_PROGRAMS
 
 
 @torch.no_grad()
