@@ -255,7 +255,7 @@ DECLINED = {
     ),
     "stride of a block after fusing": (
         stride_changed,
-        "features.2: a convolution has been changed: unfuse, then fuse again",
+        "features.2: a convolution or a clip has been changed: unfuse, then fuse again",
     ),
     "no layers": (nn.Sequential, "Sequential cannot be run as a plan: it has no layers"),
     "linear without average": (

@@ -230,7 +230,7 @@ void check_blocks(std::mt19937& engine) {
         for (const int64_t stride : {1, 2}) {
             check_block(engine, number++, {96, 576, 96}, 14, 13, 3, stride, 1, element);
             check_block(engine, number++, {160, 960, 160}, 7, 7, 3, stride, 1, element);
-            check_block(engine, number++, {16, 96, 24}, 6, 301, 3, stride, 1, element);
+            check_block(engine, number++, {16, 96, 24}, 18, 301, 3, stride, 1, element);
             check_block(engine, number++, {8, 144, 8}, 9, 402, 5, stride, 1, element);
         }
     }
