@@ -9,18 +9,16 @@ import json
 import math
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from . import cost, step_memory
 from .figures import Panel, Timeline, draw
 from .memory import live_bytes
 from .plan import Plan, why_not_on_cpu
-from .variants import fused_blocks, variants
+from .variants import variants
 
 EXECUTIONS = (*cost.EXECUTIONS, "planned")
 
@@ -214,27 +212,8 @@ def held_by_callers(model: nn.Module, plan: Plan, batch: int = 1, itemsize: int 
 def executions(model: nn.Module) -> dict[str, nn.Module]:
     """Copies of a model, by execution: all in evaluation mode with channels_last weights."""
     copies = variants(model)
-    for name in ("folded", "fused"):
-        _fold_norm_with_activation(copies[name])
     eager = copies["plain"].to(memory_format=torch.channels_last)
     return {"eager": eager, "folded": copies["folded"], "fused": copies["fused"]}
-
-
-def _fold_norm_with_activation(model: nn.Module) -> None:
-    """Fold the batch norms that have their activation in them, as timm's do, in place."""
-    skipped = {inner for block in fused_blocks(model).values() for inner in block.modules()}
-    for parent in model.modules():
-        if parent in skipped:
-            continue
-        for (name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
-            activation = getattr(norm, "act", None)
-            if (
-                isinstance(conv, nn.Conv2d)
-                and isinstance(norm, nn.BatchNorm2d)
-                and isinstance(activation, nn.Module)
-            ):
-                setattr(parent, name, fuse_conv_bn_eval(conv, norm))
-                setattr(parent, norm_name, activation)
 
 
 def timeline(model: nn.Module, names: tuple[str, ...], x: Tensor) -> list[list[int] | None]:
