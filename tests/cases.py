@@ -35,6 +35,8 @@ from mnv2_kernels.block import (
 )
 
 FLOOR = 8
+# Whether tests that have a short and a long form take the long one: `make test-long` asks for it.
+LONG = os.environ.get("MNV2_LONG") == "1"
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

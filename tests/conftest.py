@@ -41,6 +41,20 @@ def _seed():
 
 
 @pytest.fixture
+def cases_checked(record_property):
+    """Says how many cases a test has checked inside itself; the counts of several calls add up.
+
+    `make test-report` counts these where there are any, and otherwise the test as one case.
+    """
+
+    def say(count: int) -> None:
+        assert count >= 0
+        record_property("cases", count)
+
+    return say
+
+
+@pytest.fixture
 def one_thread():
     """For so little work that waiting for a second thread costs more than it saves."""
     threads = torch.get_num_threads()
