@@ -10,15 +10,21 @@ depends on who runs them.
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .fold import ConvNorm
 from .fused import FusedInvertedResidual, FusedModule
-from .joined import BlockLink, Joined, Link, link_of, may_join
+from .joined import Joined, may_join
+from .links import BlockLink, Link, link_of
+from .recognizers import Declined
+from .recognizers.layers import append
 from .stand_in import StandIn
+from .unchanged import Unchanged
 
 
 class FusedRun(NamedTuple):
@@ -70,6 +76,7 @@ class FusedChain(StandIn):
     def train(self, mode: bool = True) -> "FusedChain":
         for run in self.runs:
             run.block.forget_folded()
+            run.block.training = mode
         return super().train(mode)
 
     def _apply(self, *args, **kwargs) -> "FusedChain":
@@ -110,6 +117,8 @@ class FusedSequential(_Sliced, FusedChain, nn.Sequential):
     def __init__(self, original: nn.Sequential, runs: Sequence[FusedRun] = ()):
         super().__init__(original, list(original._modules), runs)
         self.__dict__["_parts"] = None
+        # Counts how often `_parts` has been dropped.
+        self.__dict__["changes"] = 0
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """What the original computes."""
@@ -130,38 +139,36 @@ class FusedSequential(_Sliced, FusedChain, nn.Sequential):
             x = y
         return x
 
-    def links(self) -> list[Link] | None:
-        """All children as links; None where some are no such layers."""
-        links = [links_of(step) for step in self._steps()] if self.unchanged() else []
-        if None in links or not links:
-            return None
-        links = list(chain.from_iterable(links))
-        return None if any(link.is_stem for link in links[1:]) else links
-
-    def _steps(self) -> list[nn.Module]:
-        """The blocks of the runs, and the children beside them."""
+    def steps(self) -> list[nn.Module]:
+        """The blocks of the runs, and the children beside them: a convolution together with the
+        norm and the clip that follow it.
+        """
         steps, at = [], 0
         children = list(self._modules.values())
         for start, stop, block in self.runs:
-            steps += [*children[at:start], block]
+            steps += [*_stages(children[at:start]), block]
             at = stop
-        return steps + children[at:]
+        return [*steps, *_stages(children[at:])]
 
     def _current_parts(self) -> list[tuple[Joined | None, list[nn.Module]]]:
         """The steps, those that can run as one call together."""
         children = list(self._modules.values())
         parts = self._parts  # Read once: another thread may drop it.
         if parts is None or parts[0] != children:
-            self.__dict__["_parts"] = parts = (children, list(_join(self._steps())))
+            self.__dict__["_parts"] = parts = (children, list(_join(self.steps())))
         return parts[1]
 
     def train(self, mode: bool = True) -> "FusedSequential":
-        self.__dict__["_parts"] = None
+        self._forget_parts()
         return super().train(mode)
 
     def _apply(self, *args, **kwargs) -> "FusedSequential":
-        self.__dict__["_parts"] = None
+        self._forget_parts()
         return super()._apply(*args, **kwargs)
+
+    def _forget_parts(self) -> None:
+        self.__dict__["_parts"] = None
+        self.__dict__["changes"] += 1
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_parts": None}
@@ -177,12 +184,37 @@ class FusedSequential(_Sliced, FusedChain, nn.Sequential):
         return FusedSequential(part, inside) if inside or _joins(part) else part
 
 
-def links_of(module: nn.Module) -> list[Link] | None:
-    """The links that a module is, one or, for a container, several; None where it is none."""
-    if isinstance(module, FusedSequential):
-        return module.links()
+class Links(NamedTuple):
+    """What can run together of a module, one link or several, and the containers around them."""
+
+    links: list[Link]
+    inside: list[nn.Module]
+
+
+def links_of(module: nn.Module) -> Links | None:
+    """All of a module as links; None where some of it is no such layer."""
+    one = _one_link(module)
+    if one is not None:
+        return one
+    if isinstance(module, FusedSequential) and module.unchanged():
+        steps = module.steps()
+    elif type(module) is nn.Sequential:
+        steps = list(_stages(list(module)))
+    else:
+        return None
+    # What is no child is a stage or a block: no link in parts if it is none as a whole.
+    found = [links_of(step) if step in module else _one_link(step) for step in steps]
+    if None in found or not found:
+        return None
+    links = [link for part in found for link in part.links]
+    if any(link.is_stem for link in links[1:]):
+        return None
+    return Links(links, [module, *(m for part in found for m in part.inside)])
+
+
+def _one_link(module: nn.Module) -> Links | None:
     link = link_of(module)
-    return None if link is None else [link]
+    return None if link is None else Links([link], [])
 
 
 def join_all(module: nn.Module) -> nn.Module:
@@ -205,11 +237,26 @@ def join_all(module: nn.Module) -> nn.Module:
     return visit(module)
 
 
+def _stages(layers: list[nn.Module]) -> Iterator[nn.Module]:
+    """Layers, each convolution in a Sequential with the norm and the clip behind it."""
+    at = 0
+    while at < len(layers):
+        stop = at + 1
+        if isinstance(layers[at], nn.Conv2d):
+            stage = ConvNorm(layers[at], None)
+            with suppress(Declined):
+                for layer in layers[stop:]:
+                    stage = append(stage, layer)
+                    stop += 1
+        yield layers[at] if stop == at + 1 else nn.Sequential(*layers[at:stop])
+        at = stop
+
+
 def _joins(module: nn.Sequential) -> bool:
     """Whether some of the children can run as one call."""
     if not any(isinstance(child, FusedModule | FusedSequential) for child in module):
         return False
-    return any(joined is not None for joined, _ in _join(list(module)))
+    return any(joined is not None for joined, _ in _join(list(_stages(list(module)))))
 
 
 def _join(steps: list[nn.Module]) -> Iterator[tuple[Joined | None, list[nn.Module]]]:
@@ -218,23 +265,23 @@ def _join(steps: list[nn.Module]) -> Iterator[tuple[Joined | None, list[nn.Modul
     A stem can only be the first of those, and a block has to be among them.
     """
     taken: list[nn.Module] = []
-    links: list[Link] = []
+    found: list[Links] = []
 
     def joined() -> Joined | None:
+        links = [link for part in found for link in part.links]
         if len(links) < 2 or not any(isinstance(link, BlockLink) for link in links):
             return None
-        modules = chain.from_iterable(step.modules() for step in taken)
-        return Joined(links, [m for m in modules if isinstance(m, FusedSequential)])
+        return Joined(links, [Unchanged(m) for part in found for m in part.inside])
 
     for step in steps:
-        found = links_of(step)
-        if taken and (found is None or found[0].is_stem):
+        part = links_of(step)
+        if taken and (part is None or part.links[0].is_stem):
             yield joined(), taken
-            taken, links = [], []
-        if found is None:
+            taken, found = [], []
+        if part is None:
             yield None, [step]
         else:
-            taken, links = [*taken, step], [*links, *found]
+            taken, found = [*taken, step], [*found, part]
     if taken:
         yield joined(), taken
 

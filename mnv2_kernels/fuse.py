@@ -18,6 +18,7 @@ from .found import find, fused_chain
 from .fused import FusedModule
 from .recognizers import Declined, check_module, recognize
 from .stand_in import StandIn
+from .whole import make_parts, make_whole
 
 
 def fuse(
@@ -70,7 +71,9 @@ def fuse(
     if backend is not None:
         for block in fused.values():
             block.backend = backend
-    return join_all(_replace(model, replaced))
+    model = join_all(_replace(model, replaced))
+    make_whole(model)
+    return model
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -84,6 +87,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     check_module("unfuse", model)
     if not inplace:
         model = copy.deepcopy(model)
+    make_parts(model)
     originals = {}
     for module in model.modules():
         if isinstance(module, StandIn):

@@ -9,8 +9,8 @@ a part of one, for every size that comes, with the parameters as they are at eac
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
-from operator import is_not
+from operator import attrgetter, is_not
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,129 +19,61 @@ from torch.nn.modules import module as hooks_of_all
 
 from .arena import arrange
 from .backends import choose
-from .block import Padding
-from .convolutions import pointwise, stem
 from .extension import missing
-from .fold import ConvNorm, FoldedWeights, same_padding_by_two
-from .fused import FusedModule
+from .links import Link
 from .plan_op import run_plan
-from .program import Block, Layer, Pointwise, Program, Shape, encode
+from .program import Layer, Pointwise, Pool, Program, Shape, encode
 from .recognizers import Declined
-from .recognizers.layers import check_untouched, flatten, has_hooks, is_sequential, read_stages
 from .tracing import is_observed
-from .watched import Folded, Watched, fold_once
+from .unchanged import Unchanged
+from .watched import Folded, Watched
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_PROGRAMS = 16
-_ANY_SIZE = (1, 2, 2)  # Paddings that depend on the size come with the size.
+_is_training = attrgetter("training")
 
 
-class BlockLink:
-    """A fused block among the layers."""
+class _Known(NamedTuple):
+    """Weights, by what would change with them, and programs of them by size and dtype.
 
-    is_stem = False
+    A program is None where the layers have to run themselves.
+    """
 
-    def __init__(self, block: FusedModule):
-        self.block = block
-
-    def is_ready(self) -> bool:
-        """Whether the block would run its kernel on the CPU."""
-        block = self.block
-        return (
-            block.backend in (None, "cpu")
-            and _is_called_as_it_is(block)
-            and block._why_layers_needed() is None
-        )
-
-    def tensors(self) -> list[Tensor]:
-        return self.block._watched.tensors()
-
-    def folded(self) -> tuple | None:
-        """The op's arguments, the same tuple while they stay the same; None where they may not."""
-        arguments = self.block.folded_arguments()
-        cached = self.block._folded
-        return arguments if cached is not None and cached.value is arguments else None
-
-    def layer(self, arguments: tuple, shape: Shape) -> Layer:
-        """The step for images of `shape`."""
-        layers = self.block.block_layers.at(*shape[1:])
-        return Block(layers.config, FoldedWeights(*arguments[:6], *arguments[-3:]))
-
-
-class ConvolutionLink:
-    """A convolution with its norm and clip: the stem of a network, or a 1x1 one."""
-
-    def __init__(self, module: nn.Module, stage: ConvNorm, padding: Padding | None):
-        self._module, self._stage, self._padding = module, stage, padding
-        self._watched = Watched(module, [stage])
-        self._folded: Folded | None = None
-
-    @property
-    def is_stem(self) -> bool:
-        """Whether it can only be the first of a program."""
-        return self._stage.conv.kernel_size != (1, 1)
-
-    def is_ready(self) -> bool:
-        """Whether nothing but its values matters of the convolution."""
-        return (
-            _is_called_as_it_is(self._module)
-            and not any(norm.training for norm in self._watched.batch_norms)
-            and self._watched.why_changed() is None
-        )
-
-    def tensors(self) -> list[Tensor]:
-        return self._watched.tensors()
-
-    def folded(self) -> Layer | None:
-        """The step for one size, the same object while its weights stay the same; None where they
-        may not.
-        """
-        self._folded = fold_once(self._watched, self._folded, self.fold)
-        return None if self._folded is None else self._folded.value
-
-    def fold(self) -> Layer:
-        """The step; Declined where the convolution is of another kind."""
-        if self.is_stem:
-            return stem(self._stage, "the convolution", self._padding, _ANY_SIZE)
-        return pointwise(self._stage, "the convolution", self._padding)
-
-    def layer(self, folded: Layer, shape: Shape) -> Layer:
-        """The step for images of `shape`."""
-        if self._padding is not None or isinstance(folded, Pointwise):
-            return folded
-        return replace(folded, padding=same_padding_by_two(3, *shape[1:]))
-
-
-Link = BlockLink | ConvolutionLink
+    state: list
+    kept: list[Folded | None]
+    folded: list
+    programs: OrderedDict[tuple, Program | None]
 
 
 class Joined:
     """Links that follow one another, two at least, run as one program wherever that is exact.
 
-    `inside` are the containers that they were found in: a container with hooks, or with other
-    children by now, has to be called itself.
+    `around` are the modules that they were found in and what else is called there, as they were
+    then: one that has changed, or that somebody listens to, has to be called itself.
     """
 
-    def __init__(self, links: Sequence[Link], inside: Sequence[nn.Module] = ()):
+    def __init__(self, links: Sequence[Link], around: Sequence[Unchanged] = ()):
         self._links = tuple(links)
-        self._inside = [(c, list(c._modules.values())) for c in inside]
-        # Weights, and programs of them by size and dtype; None where the layers have to run
-        # themselves.
-        self._known: tuple[list, OrderedDict[tuple, Program | None]] = [], OrderedDict()
+        self._around = [*around, *(Unchanged(link.module) for link in links)]
+        self._hooks = [hooks for place in self._around for hooks in place.hooks]
+        self._watched = Watched.together([link.watched for link in links])
+        self._modal = [module for link in links for module in link.modal]
+        self._known: _Known | None = None
 
     def run(self, x: Tensor) -> Tensor | None:
         """What the layers make of x (N, C, H, W); None where they have to run one by one.
 
         `may_join(x)` is true.
         """
-        for container, children in self._inside:
-            if list(container._modules.values()) != children or not _is_called_as_it_is(container):
-                return None
-        if not all(link.is_ready() for link in self._links):
-            return None
-        if torch.is_grad_enabled() and any(
-            t.requires_grad for link in self._links for t in link.tensors()
+        if (
+            any(self._hooks)
+            or not all(place.holds() for place in self._around)
+            or any(map(_is_training, self._modal))
+            or not all(link.may_run() for link in self._links)
+            or self._watched.why_changed() is not None
         ):
+            return None
+        if torch.is_grad_enabled() and any(t.requires_grad for t in self._watched.tensors()):
             return None
         program = self._program_for(x)
         if program is None:
@@ -150,34 +82,58 @@ class Joined:
             return run_plan(x, program.weights, program.integers, program.bounds)
 
     def _program_for(self, x: Tensor) -> Program | None:
-        folded = [link.folded() for link in self._links]
-        if any(f is None for f in folded):
+        known = self._current()
+        if known is None:
             return None
-        before, programs = self._known  # Read once: another thread may find other weights.
-        if len(before) != len(folded) or any(map(is_not, before, folded)):
-            self._known = _, programs = folded, OrderedDict()
+        programs = known.programs
         key = x.shape[1:], x.dtype
         with suppress(KeyError):
             return programs[key]
-        program = self._encode(folded, tuple(x.shape[1:]))
-        fits = program is not None and program.dtype == x.dtype
-        programs[key] = found = program if fits and program.device.type == "cpu" else None
+        program = self._encode(known.folded, tuple(x.shape[1:]))
+        programs[key] = found = program if program and _fits(program, x) else None
         if len(programs) > _MOST_PROGRAMS:
             programs.popitem(last=False)
         return found
 
+    def _current(self) -> _Known | None:
+        """The weights as they are now."""
+        known = self._known  # Read once: another thread may find other weights.
+        # Before anything is folded: what changes meanwhile is seen by the next call.
+        state = self._watched.state()
+        if state is None:
+            return None
+        kept = [link.kept() for link in self._links]
+        if known and state == known.state and not any(map(is_not, kept, known.kept)):
+            return known
+        folded = [link.folded() for link in self._links]
+        if any(f is None for f in folded):
+            return None
+        same = known is not None and not any(map(is_not, folded, known.folded))
+        programs = known.programs if same else OrderedDict()
+        self._known = _Known(state, [link.kept() for link in self._links], folded, programs)
+        return self._known
+
     def _encode(self, folded: list, shape: Shape) -> Program | None:
-        layers = []
+        layers: list[tuple[str, Layer]] = []
         of_x = shape
         try:
             for link, step in zip(self._links, folded, strict=True):
                 layer = link.layer(step, shape)
+                if isinstance(layer, Pool) and layers and isinstance(layers[-1][1], Pointwise):
+                    layer = Pool(*vars(layers.pop()[1]).values())
                 layers.append(("", layer))
                 shape = layer.output_shape(shape)
             steps, arena = arrange(layers, of_x)
         except (Declined, ValueError):
             return None  # The layers one by one say what is wrong with x.
         return encode(steps, of_x, arena)
+
+
+def _fits(program: Program, x: Tensor) -> bool:
+    weights = [w for w in program.weights if w is not None]
+    return all(
+        w.device.type == "cpu" and (w.dtype == x.dtype or w.dim() == 1) for w in weights
+    )
 
 
 def may_join(x: Tensor) -> bool:
@@ -201,11 +157,6 @@ def may_join(x: Tensor) -> bool:
     )
 
 
-def _is_called_as_it_is(module: nn.Module) -> bool:
-    """Whether a call of the module runs its class's forward and nothing else."""
-    return not has_hooks(module) and "forward" not in module.__dict__
-
-
 def _has_global_hooks() -> bool:
     return bool(
         hooks_of_all._global_forward_hooks
@@ -213,21 +164,3 @@ def _has_global_hooks() -> bool:
         or hooks_of_all._global_backward_hooks
         or hooks_of_all._global_backward_pre_hooks
     )
-
-
-def link_of(module: nn.Module) -> Link | None:
-    """The link of a module that is one layer: a fused block, a stem, a 1x1 convolution."""
-    if isinstance(module, FusedModule):
-        return BlockLink(module)
-    if not (is_sequential(module) or isinstance(module, nn.Conv2d)):
-        return None
-    try:
-        check_untouched(module)
-        stages, paddings = read_stages(flatten(module), by_size=True)
-        if len(stages) != 1:
-            return None
-        link = ConvolutionLink(module, stages[0], paddings[0])
-        link.fold()
-    except Declined:
-        return None
-    return link

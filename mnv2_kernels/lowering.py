@@ -24,7 +24,7 @@ def read_layers(model: nn.Module, shape: Shape) -> list[tuple[str, Layer]]:
     """
     if isinstance(model, FusedChain):
         model = model.original  # The same children, in a forward that can be traced.
-    return list(_layers(network.read_network(model, _read_block), shape))
+    return list(_layers(network.read_network(model, _read_block).layers, shape))
 
 
 def _read_block(module: nn.Module):

@@ -15,6 +15,22 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _geometry_of = attrgetter("stride", "padding", "dilation", "padding_mode")
 _bounds_of = attrgetter("min_val", "max_val")
 _eps_of = attrgetter("eps")
+# Of a `Watched`: lists all.
+_FIELDS = (
+    "batch_norms",
+    "hooks",
+    "families",
+    "childless",
+    "children",
+    "fixed",
+    "kinds",
+    "convs",
+    "activations",
+    "geometry",
+    "bounds",
+    "norms",
+    "places",
+)
 
 
 class Watched:
@@ -22,7 +38,10 @@ class Watched:
     looking is cheap.
     """
 
-    def __init__(self, module: nn.Module, stages: Sequence[ConvNorm]):
+    def __init__(
+        self, module: nn.Module, stages: Sequence[ConvNorm] = (), further: Sequence[nn.Module] = ()
+    ):
+        """`further` are modules beside those of the stages whose tensors matter too."""
         inner = [m for m in module.modules() if m is not module]
         norms = [s.norm for s in stages if s.norm is not None]
         self.batch_norms = [n for n in norms if isinstance(n, nn.modules.batchnorm._BatchNorm)]
@@ -38,15 +57,24 @@ class Watched:
         self.convs = [s.conv for s in stages]
         self.activations = [m for m in inner if isinstance(m, nn.Hardtanh)]
         self.geometry = self.current_geometry()
+        self.bounds = self.current_bounds()
         self.norms = norms
         # Where the tensors are looked up: a parameter may be replaced by another.
         self.places = [
             (tensors, name, module)
-            for module in (*self.convs, *norms)
+            for module in (*self.convs, *norms, *further)
             for tensors in (module._parameters, module._buffers)
             for name in tensors
             if name != "num_batches_tracked"
         ]
+
+    @classmethod
+    def together(cls, parts: Sequence["Watched"]) -> "Watched":
+        """All of them as one, which is cheaper to look at."""
+        whole = cls.__new__(cls)
+        for name in _FIELDS:
+            setattr(whole, name, list(chain.from_iterable(getattr(p, name) for p in parts)))
+        return whole
 
     def why_changed(self) -> str | None:
         """What happened to the inner layers that only the plain layers follow."""
@@ -56,7 +84,7 @@ class Watched:
             return "inner modules have been replaced: unfuse, then fuse again"
         if self.current_kinds() != self.kinds:
             return "the class or the forward of an inner module has been replaced"
-        if self.current_geometry() != self.geometry:
+        if self.current_geometry() != self.geometry or self.current_bounds() != self.bounds:
             return "a convolution or a clip has been changed: unfuse, then fuse again"
         if any(norm.running_mean is None for norm in self.norms):
             return "a batch norm has lost its running statistics"
@@ -69,7 +97,10 @@ class Watched:
         return [(m.__class__, "forward" in m.__dict__) for m in self.fixed]
 
     def current_geometry(self) -> list:
-        return [*map(_geometry_of, self.convs), *map(_bounds_of, self.activations)]
+        return [*map(_geometry_of, self.convs)]
+
+    def current_bounds(self) -> list:
+        return [*map(_bounds_of, self.activations)]
 
     def tensors(self) -> list[Tensor]:
         """Every parameter and buffer that the folded weights are computed from."""

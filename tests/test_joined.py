@@ -151,10 +151,10 @@ def test_hooks_are_called(original, model, calls, where):
     model(x)
     handle = hook(where(model), seen)
     assert_same(model(x), expect(original, x))
-    assert len(seen) == len(calls) == 1
+    calls.clear()  # The layers that nobody listens to may have run together.
     handle.remove()
     model(x)
-    assert len(seen) == 1 and len(calls) == 2
+    assert len(seen) == len(calls) == 1
 
 
 @torch.no_grad()
@@ -347,7 +347,7 @@ def test_layers_changed_in_place(original, model, calls, change):
         change(part)
     y = model(x)
     assert_same(y, changed(x).double())
-    assert not torch.allclose(y, before) and len(calls) == 1
+    assert not torch.allclose(y, before)
 
 
 @torch.no_grad()
@@ -358,10 +358,10 @@ def test_weights_are_held_once(model):
         next(features[3].parameters()).mul_(1)
         features(torch.randn(1, 3, size, size))
     ((found, _),) = features._current_parts()
-    assert len(found._known[1]) == 1
+    assert len(found._known.programs) == 1
     for size in range(32, 160, 4):
         features(torch.randn(1, 3, size, 32))
-    assert len(found._known[1]) == joined._MOST_PROGRAMS
+    assert len(found._known.programs) == joined._MOST_PROGRAMS
 
 
 @torch.no_grad()

@@ -4,8 +4,9 @@ The model's own forward is traced, so that what counts is what runs and not what
 called: torchvision's, timm's and this package's MobileNetV2 are all the same chain.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -25,20 +26,24 @@ _MEAN_DIMS = ({2, 3}, {-1, -2})
 class Convolution:
     """A convolution outside the blocks, and the zeros (top, left, bottom, right) around it.
 
-    None stands for zeros that depend on the size of the input: TensorFlow's SAME.
+    None stands for zeros that depend on the size of the input: TensorFlow's SAME. `modules` are
+    those that it consists of, in the order they run.
     """
 
     name: str
     stage: ConvNorm
     padding: Padding | None
+    modules: tuple[nn.Module, ...]
 
 
 @dataclass(frozen=True)
 class Block:
-    """An inverted residual block and its name in the model."""
+    """An inverted residual block and its name in the model; `layers` is what was recognised: of
+    blocks that are no module, `BlockLayers`.
+    """
 
     name: str
-    layers: BlockLayers
+    layers: Any
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,31 @@ class Classifier:
 Layer = Convolution | Block | Pool | Flatten | Classifier
 
 
-def read_network(model: nn.Module, recognize) -> list[Layer]:
-    """The layers of a model in the order they run; `recognize` tells blocks (`recognizers`).
+class Network(NamedTuple):
+    """The layers in the order they run, and all modules that are called, but those inside of blocks:
+    what the chain rests on.
+    """
+
+    layers: list[Layer]
+    called: list[nn.Module]
+
+
+def read_network(model: nn.Module, recognize: Callable[[nn.Module], Any]) -> Network:
+    """The layers of a model; `recognize` tells what is a block, None for other modules.
 
     Raises:
         Declined: the model is no such chain; the sentence names what does not fit.
     """
-    blocks: dict[nn.Module, BlockLayers] = {}
+    blocks: dict[nn.Module, Any] = {}
+    called = [model]
 
     class Tracer(fx.Tracer):
+        def call_module(self, module, forward, args, kwargs):
+            result = super().call_module(module, forward, args, kwargs)
+            if module not in blocks:
+                called.append(module)
+            return result
+
         def is_leaf_module(self, module: nn.Module, name: str) -> bool:
             try:
                 layers = recognize(module)
@@ -95,7 +116,7 @@ def read_network(model: nn.Module, recognize) -> list[Layer]:
         if has_hooks(module):
             raise Declined(f"{name or 'the model itself'} has hooks, which would not be called")
     if recognize(model) is not None:
-        return [Block("", recognize(model))]
+        return Network([Block("", recognize(model))], called)
     try:
         graph = Tracer().trace(model)
     except Declined:
@@ -116,7 +137,7 @@ def read_network(model: nn.Module, recognize) -> list[Layer]:
             layers.append(Block(node.target, blocks[module]))
         elif (layer := _other(node, module)) is not None:
             layers.append(layer)
-    return layers + list(_convolutions(pending))
+    return Network([*layers, *_convolutions(pending)], called)
 
 
 def _chain(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -194,7 +215,7 @@ def _convolutions(plain: list[tuple[str, nn.Module]]) -> Iterator[Convolution | 
             found, paddings = read_stages(modules, by_size=True)
         except Declined as reason:
             raise Declined(f"{taken[0].names[0]}: {reason}") from None
-        yield Convolution(taken[0].name, found[0], paddings[0])
+        yield Convolution(taken[0].name, found[0], paddings[0], tuple(modules))
 
 
 def _length_of_block(stages: list[_Stage]) -> int:
