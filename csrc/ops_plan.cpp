@@ -25,6 +25,9 @@ const Kernel& kernel() {
     return selected;
 }
 
+// Images whose classifier is computed at once, where memory is allocated for it.
+constexpr int64_t kImagesAtOnce = 8;
+
 struct PlanCall {
     Network network;
     Element element;
@@ -38,15 +41,26 @@ struct PlanCall {
     int64_t whole_images(int64_t threads) const {
         return threads > 1 ? images() - images() % threads : 0;
     }
-    // An arena and line buffers: one of each for a thread alone.
-    int64_t floats_of_image(int64_t threads) const {
-        return arena_floats() + line_floats(network.steps, kernel().lanes, threads);
+    // What the classifier reads of one image, in whole cache lines.
+    int64_t feature_floats() const {
+        return (classified_features(network.steps) * size_of(element) + 63) / 64 * 16;
+    }
+    // An arena and line buffers, and for `together` images what the classifier reads of them: one
+    // of each for a thread alone.
+    int64_t floats_of_task(int64_t threads, int64_t together) const {
+        return arena_floats() + line_floats(network.steps, kernel().lanes, threads) +
+               (together > 1 ? together * feature_floats() : 0);
+    }
+    // Of `images`, one after another, as many as pass the classifier at once, if it is to.
+    static int64_t together(int64_t images, bool at_once) {
+        return at_once ? std::min(images, kImagesAtOnce) : 1;
     }
     // All that `threads` threads need beside x and y.
-    int64_t floats(int64_t threads) const {
-        const int64_t whole = whole_images(threads);
-        return std::max(whole > 0 ? threads * floats_of_image(1) : 0,
-                        whole < images() ? floats_of_image(threads) : 0);
+    int64_t floats(int64_t threads, bool at_once) const {
+        const int64_t whole = whole_images(threads), rest = images() - whole;
+        return std::max(
+            whole > 0 ? threads * floats_of_task(1, together(whole / threads, at_once)) : 0,
+            rest > 0 ? floats_of_task(threads, together(rest, at_once)) : 0);
     }
 };
 
@@ -74,9 +88,9 @@ PlanCall make_call(const at::Tensor& x, const WeightList& weights, at::IntArrayR
     return call;
 }
 
-// memory: call.floats(threads), 64-byte aligned. Each task has its own part of it, whichever thread
-// runs it.
-void run(const PlanCall& call, int64_t threads, float* memory) {
+// memory: call.floats(threads, at_once), 64-byte aligned. Each task has its own part of it,
+// whichever thread runs it.
+void run(const PlanCall& call, int64_t threads, bool at_once, float* memory) {
     const Network& network = call.network;
     const int64_t images = call.images(), whole = call.whole_images(threads);
     const int64_t size = size_of(call.element);
@@ -84,9 +98,20 @@ void run(const PlanCall& call, int64_t threads, float* memory) {
     const int64_t y_image = size * call.y.numel() / images;
     const auto* const x = static_cast<const char*>(call.x.const_data_ptr());
     auto* const y = static_cast<char*>(call.y.mutable_data_ptr());
-    const auto run_image = [&](int64_t image, float* arena, const Threads& shared_by) {
-        run_network(kernel(), network.steps, x + image * x_image, y + image * y_image, arena,
-                    arena + call.arena_floats(), shared_by);
+    at_once = at_once && classified_features(network.steps) > 0;
+    const auto run_range = [&](int64_t begin, int64_t end, float* arena, const Threads& shared_by) {
+        float* const lines = arena + call.arena_floats();
+        float* const features = lines + line_floats(network.steps, kernel().lanes, shared_by.count);
+        const int64_t step = PlanCall::together(end - begin, at_once);
+        for (int64_t image = begin; image < end; image += step) {
+            const char* const x_i = x + image * x_image;
+            char* const y_i = y + image * y_image;
+            if (step == 1)
+                run_network(kernel(), network.steps, x_i, y_i, arena, lines, shared_by);
+            else
+                run_images(kernel(), network.steps, std::min(step, end - image), x_i, x_image, y_i,
+                           features, arena, lines, shared_by);
+        }
     };
     const Threads alone{1, [](int64_t count, const auto& task) {
                             for (int64_t i = 0; i < count; i++) task(i, 0);
@@ -97,15 +122,14 @@ void run(const PlanCall& call, int64_t threads, float* memory) {
                           });
                       }};
     if (whole > 0) {
-        const int64_t of_task = call.floats_of_image(1), each = whole / threads;
+        const int64_t each = whole / threads;
+        const int64_t of_task = call.floats_of_task(1, PlanCall::together(each, at_once));
         at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
             for (int64_t task = begin; task < end; task++)
-                for (int64_t image = task * each; image < (task + 1) * each; image++)
-                    run_image(image, memory + task * of_task, alone);
+                run_range(task * each, (task + 1) * each, memory + task * of_task, alone);
         });
     }
-    for (int64_t image = whole; image < images; image++)
-        run_image(image, memory, threads > 1 ? all : alone);
+    run_range(whole, images, memory, threads > 1 ? all : alone);
 }
 
 at::Tensor run_plan(const at::Tensor& x, const WeightList& weights, at::IntArrayRef integers,
@@ -114,8 +138,8 @@ at::Tensor run_plan(const at::Tensor& x, const WeightList& weights, at::IntArray
     if (call.images() == 0) return call.y;
     const int64_t threads = at::get_num_threads();
     const at::Tensor memory =
-        at::empty({call.floats(threads)}, at::TensorOptions().dtype(at::kFloat));
-    run(call, threads, memory.mutable_data_ptr<float>());
+        at::empty({call.floats(threads, true)}, at::TensorOptions().dtype(at::kFloat));
+    run(call, threads, true, memory.mutable_data_ptr<float>());
     return call.y;
 }
 
@@ -141,10 +165,11 @@ at::Tensor run_plan_in(const at::Tensor& x, const at::Tensor& arena, const Weigh
     if (call.images() == 0) return call.y;
     const int64_t floats = arena.numel() / static_cast<int64_t>(sizeof(float));
     int64_t threads = at::get_num_threads();
-    while (threads > 1 && call.floats(threads) > floats) threads--;
-    TORCH_CHECK_VALUE(call.floats(threads) <= floats, "run_plan_in: arena must have at least ",
-                      call.floats(threads) * sizeof(float), " bytes, got ", arena.numel());
-    run(call, threads, static_cast<float*>(arena.mutable_data_ptr()));
+    while (threads > 1 && call.floats(threads, false) > floats) threads--;
+    TORCH_CHECK_VALUE(call.floats(threads, false) <= floats,
+                      "run_plan_in: arena must have at least ",
+                      call.floats(threads, false) * sizeof(float), " bytes, got ", arena.numel());
+    run(call, threads, false, static_cast<float*>(arena.mutable_data_ptr()));
     return call.y;
 }
 

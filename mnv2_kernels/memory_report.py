@@ -176,6 +176,7 @@ def planned_bytes(plan: Plan, batch: int = 1, itemsize: int | None = None) -> in
         arena=itemsize * _elements(plan, plan.arena_bytes),
         lines_of_one=plan.line_bytes(1),
         lines_of_all=plan.line_bytes(threads),
+        features=plan.feature_bytes,
         batch=batch,
         threads=threads,
     )

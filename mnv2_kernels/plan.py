@@ -22,7 +22,7 @@ from .backends import BACKENDS
 from .extension import missing
 from .lowering import cast, read_layers
 from .ops import inverted_residual
-from .program import Block, Layer, Pointwise, Pool, Shape, Stem, Step
+from .program import Block, Layer, Linear, Pointwise, Pool, Shape, Stem, Step
 from .recognizers import Declined, check_module
 
 
@@ -110,6 +110,16 @@ class Plan:
         scratch where it owns them, 0 where each call allocates them.
         """
         return 0 if self._owned is None else self._owned.nbytes
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of the classifier's input of one image, which calls that allocate their memory keep
+        for up to 8 images of a batch; 0 without a classifier.
+        """
+        last = self.steps[-1].layer
+        if not isinstance(last, Linear) or len(self.steps) == 1:
+            return 0
+        return -(-last.in_features * self.dtype.itemsize // 64) * 64
 
     def line_bytes(self, threads: int = 1) -> int:
         """Bytes of line buffers and scratch beside the arena, of `threads` threads on one image."""

@@ -76,6 +76,7 @@ def planned_bytes(
     arena: int,
     lines_of_one: int,
     lines_of_all: int,
+    features: int = 0,
     batch: int = 1,
     threads: int = 1,
 ) -> int:
@@ -83,17 +84,26 @@ def planned_bytes(
 
     Threads take whole images while there are enough for all of them, each with an arena and line
     buffers (`lines_of_one`) of its own; the rest are run one by one by all threads, on one arena
-    and `lines_of_all`. One block serves both.
+    and `lines_of_all`. One block serves both. The classifier is computed for up to 8 images at
+    once where their inputs of it are kept that long.
 
     Args:
         image, result: bytes of one image's input and result.
         arena: bytes of the tensors between the steps.
         lines_of_one, lines_of_all: line buffers and scratch of one thread, and of `threads`.
+        features: the classifier's input of one image, in whole cache lines; 0 where it is computed
+            image by image.
     """
     whole = batch - batch % threads if threads > 1 else 0
-    own = threads * (arena + lines_of_one) if whole else 0
-    shared = arena + lines_of_all if whole < batch else 0
+    own = threads * (arena + lines_of_one + _kept(whole // threads, features)) if whole else 0
+    rest = batch - whole
+    shared = arena + lines_of_all + _kept(rest, features) if rest else 0
     return batch * (image + result) + max(own, shared)
+
+
+def _kept(images: int, features: int) -> int:
+    """Bytes of the classifier's inputs that wait for it: kImagesAtOnce in csrc/ops_plan.cpp."""
+    return min(images, 8) * features if images > 1 else 0
 
 
 def planned_in_use(

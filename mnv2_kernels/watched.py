@@ -24,12 +24,14 @@ _FIELDS = (
     "children",
     "fixed",
     "kinds",
+    "own",
     "convs",
     "activations",
     "geometry",
     "bounds",
     "norms",
     "places",
+    "means",
 )
 
 
@@ -54,6 +56,7 @@ class Watched:
         # Freezing gives norms another class.
         self.fixed = [m for m in inner if m not in norms]
         self.kinds = self.current_kinds()
+        self.own = [m.__dict__ for m in self.fixed]
         self.convs = [s.conv for s in stages]
         self.activations = [m for m in inner if isinstance(m, nn.Hardtanh)]
         self.geometry = self.current_geometry()
@@ -67,6 +70,7 @@ class Watched:
             for name in tensors
             if name != "num_batches_tracked"
         ]
+        self.means = [(tensors, name) for tensors, name, _ in self.places if name == "running_mean"]
 
     @classmethod
     def together(cls, parts: Sequence["Watched"]) -> "Watched":
@@ -82,11 +86,11 @@ class Watched:
             return "an inner module has hooks"
         if self.current_children() != self.children or any(self.childless):
             return "inner modules have been replaced: unfuse, then fuse again"
-        if self.current_kinds() != self.kinds:
+        if self.current_kinds() != self.kinds or any("forward" in own for own in self.own):
             return "the class or the forward of an inner module has been replaced"
         if self.current_geometry() != self.geometry or self.current_bounds() != self.bounds:
             return "a convolution or a clip has been changed: unfuse, then fuse again"
-        if any(norm.running_mean is None for norm in self.norms):
+        if any(tensors[name] is None for tensors, name in self.means):
             return "a batch norm has lost its running statistics"
         return None
 
@@ -94,7 +98,7 @@ class Watched:
         return list(chain.from_iterable(map(dict.values, self.families)))
 
     def current_kinds(self) -> list:
-        return [(m.__class__, "forward" in m.__dict__) for m in self.fixed]
+        return [*map(type, self.fixed)]
 
     def current_geometry(self) -> list:
         return [*map(_geometry_of, self.convs)]

@@ -56,11 +56,15 @@ def set_threads():
 
 def workspace(plan: Plan, batch: int, threads: int) -> int:
     """Bytes beside the result: one image by all threads, or one for each of them at a time."""
+    def kept(images: int) -> int:
+        return min(images, 8) * plan.feature_bytes if images > 1 else 0
+
     one_image = plan.arena_bytes + plan.line_bytes(threads)
     if threads == 1 or batch < threads:
-        return one_image
-    image_each = threads * (plan.arena_bytes + plan.line_bytes(1))
-    return image_each if batch % threads == 0 else max(image_each, one_image)
+        return one_image + kept(batch)
+    image_each = threads * (plan.arena_bytes + plan.line_bytes(1) + kept(batch // threads))
+    rest = batch % threads
+    return max(image_each, one_image + kept(rest)) if rest else image_each
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -68,7 +72,7 @@ def workspace(plan: Plan, batch: int, threads: int) -> int:
 def test_allocations_are_the_result_and_one_workspace(name, size, threads, set_threads):
     set_threads(threads)
     plan = mk.plan(network(name), (3, *size))
-    for batch in (1, 2, 3, 4):
+    for batch in (1, 2, 3, 4, 11):
         x = image(batch, 3, *size)
         y = plan(x)
         expected = [y.nbytes, workspace(plan, batch, threads)]

@@ -132,8 +132,9 @@ using StemFn = void (*)(const StemArgs&, const void* x, const OutputRows& y, int
 // Output channels [begin, end) of one image; begin is a multiple of kPoolPanel.
 using PoolFn = void (*)(const PoolArgs&, const void* x, void* y, int64_t begin, int64_t end,
                         float* scratch);
-// Output features [begin, end) of one image.
-using LinearFn = void (*)(const LinearArgs&, const void* x, void* y, int64_t begin, int64_t end);
+// Output features [begin, end) of a few images: x (images, in_features), y (images, out_features).
+using LinearFn = void (*)(const LinearArgs&, int64_t images, const void* x, void* y, int64_t begin,
+                          int64_t end);
 
 // Seconds that `rounds` rounds of independent multiply-adds in registers take on this core; each
 // is flops_per_round floating-point operations.

@@ -275,15 +275,39 @@ struct Run {
         });
     }
 
-    void linear(const LinearArgs& args, const void* x, void* y) const {
+    void linear(const LinearArgs& args, int64_t images, const void* x, void* y) const {
         const int64_t parts = std::min(threads.count, args.out_features);
         threads.run(parts, [&](int64_t part, int64_t) {
             kernel.of(args.element)
-                .linear_rows(args, x, y, part * args.out_features / parts,
+                .linear_rows(args, images, x, y, part * args.out_features / parts,
                              (part + 1) * args.out_features / parts);
         });
     }
 };
+
+// The first `count` steps.
+void run_steps(const Run& run, const std::vector<Step>& steps, size_t count, const void* x, void* y,
+               void* arena) {
+    const void* input = x;
+    for (size_t first = 0, last; first < count; first = last + 1) {
+        last = first;
+        while (steps[last].streams) last++;
+        const Step& step = steps[first];
+        const int64_t offset = size_of(element_of(step)) * steps[last].output;
+        void* const output = last + 1 == count ? y : static_cast<char*>(arena) + offset;
+        if (const auto* pool = std::get_if<PoolArgs>(&step.layer))
+            run.pool(*pool, input, output);
+        else if (const auto* linear = std::get_if<LinearArgs>(&step.layer))
+            run.linear(*linear, 1, input, output);
+        else if (is_row_by_row(step))
+            run.chain(&step, last - first + 1, input, output);
+        else if (block_of(step)->schedule.hidden_groups > 1)
+            run.block_in_groups(*block_of(step), input, output);
+        else
+            run.block_in_chunks(*block_of(step), input, output);
+        input = output;
+    }
+}
 
 // Of a thread, and of the rows that are copied for every further band.
 int64_t lines_of_thread(const std::vector<Step>& steps, int64_t lanes) {
@@ -326,25 +350,24 @@ int64_t rows_in_memory(const std::vector<Step>& steps, size_t number) {
 void run_network(const Kernel& kernel, const std::vector<Step>& steps, const void* x, void* y,
                  void* arena, float* lines, const Threads& threads) {
     const Run run{kernel, lines, lines_of_thread(steps, kernel.lanes), threads};
-    const void* input = x;
-    for (size_t first = 0, last; first < steps.size(); first = last + 1) {
-        last = first;
-        while (steps[last].streams) last++;
-        const Step& step = steps[first];
-        const int64_t offset = size_of(element_of(step)) * steps[last].output;
-        void* const output = last + 1 == steps.size() ? y : static_cast<char*>(arena) + offset;
-        if (const auto* pool = std::get_if<PoolArgs>(&step.layer))
-            run.pool(*pool, input, output);
-        else if (const auto* linear = std::get_if<LinearArgs>(&step.layer))
-            run.linear(*linear, input, output);
-        else if (is_row_by_row(step))
-            run.chain(&step, last - first + 1, input, output);
-        else if (block_of(step)->schedule.hidden_groups > 1)
-            run.block_in_groups(*block_of(step), input, output);
-        else
-            run.block_in_chunks(*block_of(step), input, output);
-        input = output;
-    }
+    run_steps(run, steps, steps.size(), x, y, arena);
+}
+
+int64_t classified_features(const std::vector<Step>& steps) {
+    const auto* const linear = std::get_if<LinearArgs>(&steps.back().layer);
+    return linear && steps.size() > 1 ? linear->in_features : 0;
+}
+
+void run_images(const Kernel& kernel, const std::vector<Step>& steps, int64_t images, const void* x,
+                int64_t x_size, void* y, void* features, void* arena, float* lines,
+                const Threads& threads) {
+    const Run run{kernel, lines, lines_of_thread(steps, kernel.lanes), threads};
+    const auto& linear = std::get<LinearArgs>(steps.back().layer);
+    const int64_t size = size_of(linear.element) * linear.in_features;
+    for (int64_t i = 0; i < images; i++)
+        run_steps(run, steps, steps.size() - 1, static_cast<const char*>(x) + i * x_size,
+                  static_cast<char*>(features) + i * size, arena);
+    run.linear(linear, images, features, y);
 }
 
 }  // namespace mnv2::cpu

@@ -39,9 +39,20 @@ bool is_row_by_row(const Step& step);
 // Rows of a step's result that are in memory at a time.
 int64_t rows_in_memory(const std::vector<Step>& steps, size_t number);
 
+// Elements of an image's input of the classifier, where the network ends with one and has more; 0
+// elsewhere.
+int64_t classified_features(const std::vector<Step>& steps);
+
 // x: one image; y: the result of the last step; arena: as large as the steps' outputs need it;
 // lines: line_floats() of them. Both are 64-byte aligned. The same bits at any number of threads.
 void run_network(const Kernel& kernel, const std::vector<Step>& steps, const void* x, void* y,
                  void* arena, float* lines, const Threads& threads);
+
+// The same of a few images one after the other, x_size bytes apart, but for the classifier:
+// it is computed for all at once, since reading its weights takes longer than to use
+// them. features: classified_features() elements an image. The same bits as image by image.
+void run_images(const Kernel& kernel, const std::vector<Step>& steps, int64_t images, const void* x,
+                int64_t x_size, void* y, void* features, void* arena, float* lines,
+                const Threads& threads);
 
 }  // namespace mnv2::cpu
