@@ -113,11 +113,11 @@ class Plan:
 
     @property
     def feature_bytes(self) -> int:
-        """Bytes of the classifier's input of one image, which calls that allocate their memory keep
-        for up to 8 images of a batch; 0 without a classifier.
+        """Bytes of the classifier's input of one image, which calls keep for up to 8 images of a
+        batch; 0 without a classifier, and where the plan owns its arena.
         """
         last = self.steps[-1].layer
-        if not isinstance(last, Linear) or len(self.steps) == 1:
+        if self._owned is not None or not isinstance(last, Linear) or len(self.steps) == 1:
             return 0
         return -(-last.in_features * self.dtype.itemsize // 64) * 64
 
