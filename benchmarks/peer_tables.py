@@ -12,9 +12,12 @@ OURS = {"float32": "planned", "bfloat16": "planned-bf16"}
 def peer_tables(results: Mapping[str, list[Row]]) -> dict[str, str]:
     """Markdown by marker name; a name is missing where there are no rows for it."""
     rows = of_best_instruction_set(results["peers"])
+    held_back = [marked(row) for row in results["peers"] if row not in rows and "limited" in row]
     made = {
         "peers-network": network_table([row for row in rows if "model" in row]),
         "peers-blocks": block_table([row for row in rows if "block" in row]),
+        "peers-avx2-network": network_table([row for row in held_back if "model" in row]),
+        "peers-avx2-blocks": block_table([row for row in held_back if "block" in row]),
         "peers-memory": memory_table(of_best_instruction_set(results["peers-memory"])),
     }
     return {name: text for name, text in made.items() if text}
@@ -26,8 +29,13 @@ def of_best_instruction_set(rows: list[Row]) -> list[Row]:
     return [row for row in rows if RANK[row["instruction_set"]] == best]
 
 
+def marked(row: Row) -> Row:
+    """The row of a run that asked for AVX2, with a star at the name of who did not keep to it."""
+    return row if row["limited"] else {**row, "provider": row["provider"] + " \\*"}
+
+
 def network_table(rows: list[Row]) -> str:
-    """One line a provider; by threads and batch ms an image, and the time over ours."""
+    """One line a provider; by run ms an image, the time over ours and the share of the peak."""
     runs = sorted({(row["threads"], row["batch"]) for row in rows})
     body = []
     for (provider, dtype), found in by_provider(rows).items():
@@ -45,7 +53,10 @@ def network_table(rows: list[Row]) -> str:
 def _time(row: Row) -> str:
     text = f"{row['seconds']['50%'] * 1e3 / row['batch']:.2f}"
     ratio = over_ours(row)
-    return text if ratio is None else f"{text} ({ratio:.2f}x)"
+    details = [] if ratio is None else [f"{ratio:.2f}x"]
+    if row["share_of_fma_peak"] is not None:
+        details.append(percent(row["share_of_fma_peak"]))
+    return f"{text} ({', '.join(details)})" if details else text
 
 
 def over_ours(row: Row) -> float | None:
@@ -64,7 +75,7 @@ def by_provider(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def block_table(rows: list[Row], threads: int = 1) -> str:
-    """One line a block, batch 1: our time and share of the peak, the time of others over ours."""
+    """One line a block, batch 1: our time, the time of others over ours, shares of the peak."""
     rows = [row for row in rows if row["threads"] == threads and row["dtype"] == "float32"]
     blocks: dict[int, dict[str, Row]] = {}
     for row in rows:
@@ -78,7 +89,8 @@ def block_table(rows: list[Row], threads: int = 1) -> str:
         cells.append(percent(ours["share_of_fma_peak"]))
         for name in others:
             ratio = over_ours(found[name]) if name in found else None
-            cells.append("-" if ratio is None else f"{ratio:.2f}x")
+            share = percent(found[name]["share_of_fma_peak"]) if name in found else None
+            cells.append("-" if ratio is None else f"{ratio:.2f}x ({share})")
         body.append(cells)
     return markdown(["block", "in x hidden x out", "us, planned", "of FMA peak", *others], body)
 
