@@ -63,7 +63,7 @@ run = partial(cases.run, "cuda")
 
 
 @each_kernel
-def test_values(kernel, dtype):
+def test_values(kernel, dtype, cases_checked):
     failures = []
     blocks = blocks_of(kernel, dtype)
     for case in blocks:
@@ -74,6 +74,7 @@ def test_values(kernel, dtype):
             if reason := why_wrong(y, expected):
                 failures.append(f"{case.id} {layout}: {reason}")
     assert not failures, f"{len(failures)} of {2 * len(blocks)}:\n" + "\n".join(failures[:20])
+    cases_checked(len(LAYOUTS) * len(blocks))
 
 
 @each_kernel
