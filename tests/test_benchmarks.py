@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks import harness, machine, plot, report, summary
-from mnv2_kernels import cost, timing
+from benchmarks import bench_widths, harness, machine, plot, report, summary
+from benchmarks.peers import turns
+from mnv2_kernels import cost, plan, timing
 from mnv2_kernels.block import inverted_residual_config
 
 TINY = inverted_residual_config(8, 8, 1, 6)
@@ -302,3 +303,83 @@ def test_only_what_stands_between_markers_is_replaced():
     assert report.fill(filled, {"one": "new"}) == filled
     with pytest.raises(ValueError, match="must hold <!-- end:x --> after <!-- begin:x -->"):
         report.fill("<!-- begin:x -->", {})
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", bench_widths.PROVIDERS)
+def test_rows_of_widths(dtype, monkeypatch):
+    """In made-up time: the small one always takes 2 s, the other 5 s; none of it is lost."""
+    sizes = [(0.35, 32), (0.5, 48)]
+    small, reference = sizes
+    seconds = iter([2.0, 5.0] * 2)
+    monkeypatch.setattr(bench_widths, "_turn", lambda call, _: (next(seconds), 0.0))
+    monkeypatch.setattr(bench_widths, "_peak_turn", lambda threads: (0.01, 0.0))
+    monkeypatch.setattr(bench_widths, "take_turns", in_order)
+    rows = bench_widths.measure(
+        sizes, dtype=dtype, batch=2, rounds=2, tolerance=0.0, reference=reference
+    )
+    flops = {size: 2 * cost.network_multiply_adds(*size, batch=2) for size in sizes}
+    for size, row, time in zip(sizes, rows, (2, 5), strict=True):
+        assert (row["width"], row["resolution"]) == size
+        assert row["seconds"]["50%"] == time
+        assert row["gflops"] == pytest.approx(flops[size] / time / 1e9)
+        assert row["share_of_fma_peak"] == pytest.approx(row["gflops"] / 0.01)
+        assert 0 < row["error"] < (1e-5 if dtype == torch.float32 else 0.1)
+        assert row["provider"] == bench_widths.PROVIDERS[dtype]
+        assert (row["rounds"], row["dropped"], row["batch"]) == (2, 0, 2)
+    over = rows[0]["gflops"] / rows[1]["gflops"]
+    assert rows[0]["share_over_reference"] == pytest.approx(over)
+    assert rows[1]["share_over_reference"] == 1
+
+
+def in_order(calls, *, rounds, tolerance, pause):
+    """`take_turns` that begins with the same one in every round."""
+    taken = [{name: call() for name, call in calls.items()} for _ in range(rounds)]
+    return {name: turns.Samples([found[name][0] for found in taken]) for name in calls}
+
+
+@needs_extension
+def test_a_wrong_or_lost_size_has_no_rows(monkeypatch):
+    size = (0.35, 32)
+    settings = {"dtype": torch.float32, "batch": 2, "rounds": 1, "seconds": 0.0, "reference": size}
+    with pytest.raises(AssertionError, match=r"more was in all turns of \[\(0.35, 32\)\]"):
+        bench_widths.measure([size], tolerance=-1.0, **settings)
+
+    def wrong(model, shape, dtype):
+        """Right but for the last image."""
+        made = plan(model, shape, dtype=dtype)
+        return lambda x: made(x) * torch.tensor([[1.0], [1.01]])
+
+    monkeypatch.setattr(bench_widths, "plan", wrong)
+    with pytest.raises(AssertionError, match="largest error must be at most 0.0001"):
+        bench_widths.measure([size], tolerance=1e9, **settings)
+
+
+def test_table_and_figure_of_widths(tmp_path):
+    facts = {**machine.facts(), "date": "2026-01-02T00:00:00+00:00", "cpu": "test"}
+    facts |= {"suite": "widths", "instruction_set": "avx512", "threads": 1}
+    shares = {
+        (0.5, 96, "planned", "float32"): (0.7, 0.875),
+        (0.5, 224, "planned", "float32"): (0.75, 0.9375),
+        (1.0, 224, "planned", "float32"): (0.8, 1.0),
+        (1.0, 224, "planned-bf16", "bfloat16"): (1.2, 1.0),
+    }
+    rows = []
+    for (width, resolution, provider, dtype), (share, over) in shares.items():
+        size = {"width": width, "resolution": resolution, "provider": provider, "dtype": dtype}
+        details = {"share_of_fma_peak": share, "share_over_reference": over, "batch": 1}
+        rows.append({**facts, **size, **details, "seconds": {"50%": 0.001}, "gflops": 80.0})
+    harness.append(rows, tmp_path)
+    assert report.tables(report.latest(tmp_path))["widths"].splitlines() == [
+        "| instruction set | dtype | threads | batch | width | 96x96 | 224x224 |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| avx512 | float32 | 1 | 1 | 0.5 | 70% (88%) | 75% (94%) |",
+        "| avx512 | float32 | 1 | 1 | 1.0 | - | 80% (100%) |",
+        "| avx512 | bfloat16 | 1 | 1 | 1.0 | - | 120% (100%) |",
+    ]
+    figures = {row["name"]: row["value"] for row in summary.acceptance(rows)}
+    name = "widths and resolutions, {}, threads 1, batch 1: least share over that of 1.0 at 224"
+    assert figures == {name.format("float32"): 0.875, name.format("bfloat16"): 1.0}
+    printed = list(summary.lines(rows))
+    assert len({line.index("GFLOP/s") for line in printed[:3]}) == 1
+    assert printed[0].endswith("70% of peak    88% of that of 1.0 at 224")
