@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, contains
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .fold import ConvNorm
+from .freeze import thawed
 from .versions import state_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -32,13 +33,12 @@ class Watched:
         # A parametrization would become the first child of a module without any.
         self.childless = [f for f in families if not f]
         self.children = self.current_children()
-        # Freezing gives norms another class.
+        self.norms = norms
         self.fixed = [m for m in inner if m not in norms]
-        self.kinds = self.current_kinds()
         self.convs = [s.conv for s in stages]
+        self.kinds = self.current_kinds()
         self.activations = [m for m in inner if isinstance(m, nn.Hardtanh)]
         self.geometry = self.current_geometry()
-        self.norms = norms
         # Where the tensors are looked up: a parameter may be replaced by another.
         self.places = [
             (tensors, name, module)
@@ -47,6 +47,8 @@ class Watched:
             for name in tensors
             if name != "num_batches_tracked"
         ]
+        self.tables = [tensors for tensors, _, _ in self.places]
+        self.names = [name for _, name, _ in self.places]
 
     def why_changed(self) -> str | None:
         """What happened to the inner layers that only the plain layers follow."""
@@ -58,6 +60,8 @@ class Watched:
             return "the class or the forward of an inner module has been replaced"
         if self.current_geometry() != self.geometry:
             return "a convolution or a clip has been changed: unfuse, then fuse again"
+        if not all(map(contains, self.tables, self.names)):
+            return "a parameter or buffer has been deleted: unfuse, then fuse again"
         if any(norm.running_mean is None for norm in self.norms):
             return "a batch norm has lost its running statistics"
         return None
@@ -66,7 +70,10 @@ class Watched:
         return list(chain.from_iterable(map(dict.values, self.families)))
 
     def current_kinds(self) -> list:
-        return [(m.__class__, "forward" in m.__dict__) for m in self.fixed]
+        kinds = [(m.__class__, "forward" in m.__dict__) for m in self.fixed]
+        # Freezing gives norms another class.
+        kinds += [(thawed(n.__class__), "forward" in n.__dict__) for n in self.norms]
+        return [*kinds, *("_conv_forward" in conv.__dict__ for conv in self.convs)]
 
     def current_geometry(self) -> list:
         return [*map(_geometry_of, self.convs), *map(_bounds_of, self.activations)]
