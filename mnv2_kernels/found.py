@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .chained import FusedChain, FusedRun, FusedSequential, FusedSequentialBlock
@@ -54,7 +55,8 @@ def fused_chain(original: nn.Module, runs: list[FusedRun]) -> FusedChain:
 
 
 def _find(name: str, module: nn.Module, seen: set[nn.Module], in_declined: bool) -> Iterator[Found]:
-    if module in seen:
+    # Nothing inside a scripted module can be read or replaced.
+    if module in seen or isinstance(module, torch.jit.ScriptModule):
         return
     seen.add(module)
     if isinstance(module, FusedModule):
