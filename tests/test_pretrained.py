@@ -65,7 +65,7 @@ def test_lite0_recognises_the_photographs():
 
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.inference_mode()
-def test_fused_network_answers_as_the_plain_one(name, backend):
+def test_fused_network_answers_as_the_plain_one(name, backend, cases_checked):
     x = photographs(name)
     expected = logits_of(name)
     fused = fuse(load(name).model, backend=backend)
@@ -75,11 +75,12 @@ def test_fused_network_answers_as_the_plain_one(name, backend):
     logits = fused(x)
     assert logits.argmax(1).tolist() == expected["plain"].argmax(1).tolist()
     assert why_wrong(logits, expected["folded"], expected["truth"]) is None
+    cases_checked(len(x))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.inference_mode()
-def test_blocks_with_trained_weights_and_real_activations(name, backend):
+def test_blocks_with_trained_weights_and_real_activations(name, backend, cases_checked):
     fused = fuse(load(name).model)
     blocks = fused_blocks(fused)
     calls = block_calls(plain(load(name).model), blocks, photographs(name)[1:2])
@@ -91,6 +92,7 @@ def test_blocks_with_trained_weights_and_real_activations(name, backend):
         y = cases.run(backend, x, weights, **case.settings)
         wrong = cases.why_wrong(y, cases.expect(case, x, weights))
         assert wrong is None, f"{block_name}: {wrong}"
+    cases_checked(len(calls))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
