@@ -1,5 +1,6 @@
 """Trained networks: right weights, the same answers fused, every block on real activations."""
 
+import copy
 import hashlib
 import sys
 from functools import cache
@@ -75,6 +76,26 @@ def test_fused_network_answers_as_the_plain_one(name, backend, cases_checked):
     logits = fused(x)
     assert logits.argmax(1).tolist() == expected["plain"].argmax(1).tolist()
     assert why_wrong(logits, expected["folded"], expected["truth"]) is None
+    cases_checked(len(x))
+
+
+@pytest.mark.skipif("cpu" not in cases.kernel_backends(), reason="needs the compiled extension")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.inference_mode()
+def test_fused_network_in_half_precision(name, dtype, cases_checked):
+    """Held against the layers in the same dtype; the classes are those of float64."""
+    model = plain(load(name).model).to(dtype)
+    x = photographs(name).to(dtype)
+    layers = model(x)
+    fused = fuse(model)
+    assert len(fused_blocks(fused)) == BLOCKS[name]
+    logits = fused(x)
+    truth = copy.deepcopy(model).double()(x.double())
+    error = (layers.double() - truth).abs()
+    expected = cases.Expected(truth, dtype, error.max().item(), error.mean().item())
+    assert cases.why_wrong(logits, expected) is None
+    assert logits.argmax(1).tolist() == truth.argmax(1).tolist()
     cases_checked(len(x))
 
 
