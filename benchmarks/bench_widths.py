@@ -8,14 +8,12 @@ others in the caches when their turn begins, and its first calls do not count.
 
 import statistics
 from collections.abc import Sequence
-from itertools import product
 from time import perf_counter
 
 import pytest
 import torch
-from torch import nn
 
-from mnv2_kernels import cost, mobilenet_v2, plan
+from mnv2_kernels import cost, plan
 from mnv2_kernels.timing import fma_peak, num_threads
 
 from . import harness
@@ -23,13 +21,9 @@ from .machine import facts
 from .peers.check import bfloat16_rounding, error_of
 from .peers.lost_time import LostTime
 from .peers.turns import take_turns
-from .summary import REFERENCE_SIZE
 
 Size = tuple[float, int]  # (width, rows and columns of the image)
 
-WIDTHS = (0.35, 0.5, 0.75, 1.0, 1.3, 1.4)
-RESOLUTIONS = (96, 128, 160, 192, 224)
-SIZES: tuple[Size, ...] = tuple(product(WIDTHS, RESOLUTIONS))
 PROVIDERS = {torch.float32: "planned", torch.bfloat16: "planned-bf16"}
 PEAK = "multiply-add peak"
 PEAK_SECONDS = 0.05
@@ -43,18 +37,11 @@ def test_widths(benchmark, record, request, dtype, batch):
     rounds = {1: 11, 8: 7}[batch]
     rows = benchmark.pedantic(
         measure,
-        (SIZES,),
+        (harness.SIZES,),
         {"dtype": dtype, "batch": batch, "rounds": rounds, "tolerance": tolerance},
         rounds=1,
     )
     record(rows)
-
-
-def networks(widths: Sequence[float]) -> dict[float, nn.Module]:
-    """MobileNetV2 with random weights by width."""
-    torch.manual_seed(0)
-    x = torch.randn(4, 3, 96, 96)
-    return {width: harness.randomise_norms(mobilenet_v2(width), x) for width in widths}
 
 
 @torch.inference_mode()
@@ -66,7 +53,7 @@ def measure(
     rounds: int,
     tolerance: float,
     seconds: float = 0.03,
-    reference: Size = REFERENCE_SIZE,
+    reference: Size = harness.REFERENCE_SIZE,
     threads: int = 1,
 ) -> list[harness.Row]:
     """Check a plan of every size, time them in turns: rows of suite `widths`.
@@ -80,7 +67,7 @@ def measure(
         AssertionError: a result is wrong, or every turn of a size was lost.
     """
     precision = str(dtype).removeprefix("torch.")
-    models = networks(list(dict.fromkeys(width for width, _ in sizes)))
+    models = {width: harness.network_of_width(width) for width, _ in sizes}
     calls, errors = {}, {}
     with num_threads(threads):
         for width, resolution in sizes:

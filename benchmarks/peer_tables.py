@@ -13,8 +13,12 @@ def peer_tables(results: Mapping[str, list[Row]]) -> dict[str, str]:
     """Markdown by marker name; a name is missing where there are no rows for it."""
     rows = of_best_instruction_set(results["peers"])
     held_back = [marked(row) for row in results["peers"] if row not in rows and "limited" in row]
+    held_back = [row for row in held_back if "width" not in row]
+    sizes = [row for row in rows if "width" in row]
+    rows = [row for row in rows if "width" not in row]
     made = {
         "peers-network": network_table([row for row in rows if "model" in row]),
+        "peers-sizes": size_table(sizes),
         "peers-blocks": block_table([row for row in rows if "block" in row]),
         "peers-avx2-network": network_table([row for row in held_back if "model" in row]),
         "peers-avx2-blocks": block_table([row for row in held_back if "block" in row]),
@@ -87,12 +91,30 @@ def block_table(rows: list[Row], threads: int = 1) -> str:
         ours = found[OURS["float32"]]
         cells = [str(number), ours["config"], f"{ours['seconds']['50%'] * 1e6:.0f}"]
         cells.append(percent(ours["share_of_fma_peak"]))
-        for name in others:
-            ratio = over_ours(found[name]) if name in found else None
-            share = percent(found[name]["share_of_fma_peak"]) if name in found else None
-            cells.append("-" if ratio is None else f"{ratio:.2f}x ({share})")
-        body.append(cells)
+        body.append(cells + [_beside_ours(found.get(name)) for name in others])
     return markdown(["block", "in x hidden x out", "us, planned", "of FMA peak", *others], body)
+
+
+def size_table(rows: list[Row], threads: int = 1) -> str:
+    """One line a width and resolution, batch 1: our time, that of others over ours, shares."""
+    rows = [row for row in rows if row["threads"] == threads and row["dtype"] == "float32"]
+    sizes: dict[tuple[float, int], dict[str, Row]] = {}
+    for row in rows:
+        sizes.setdefault((row["width"], row["resolution"]), {})[row["provider"]] = row
+    others = dict.fromkeys(row["provider"] for row in rows if row["provider"] != OURS["float32"])
+    body = []
+    for (width, resolution), found in sorted(sizes.items()):
+        if ours := found.get(OURS["float32"]):
+            cells = [str(width), f"{resolution}x{resolution}"]
+            cells += [f"{ours['seconds']['50%'] * 1e3:.3f}", percent(ours["share_of_fma_peak"])]
+            body.append(cells + [_beside_ours(found.get(name)) for name in others])
+    return markdown(["width", "input", "ms, planned", "of FMA peak", *others], body)
+
+
+def _beside_ours(row: Row | None) -> str:
+    """The row's time over ours, and its share of the peak."""
+    ratio = None if row is None else over_ours(row)
+    return "-" if ratio is None else f"{ratio:.2f}x ({percent(row['share_of_fma_peak'])})"
 
 
 def memory_table(rows: list[Row]) -> str:

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 
-from .harness import Row, geometric_mean
+from .harness import REFERENCE_SIZE, Row, geometric_mean
 from .machine import facts
 
 MIB = 2**20
-# Width and resolution whose share of the peak all others are held against.
-REFERENCE_SIZE = (1.0, 224)
 
 
 def by_run(rows: Iterable[Row]) -> dict[tuple, list[Row]]:

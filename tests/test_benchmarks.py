@@ -251,6 +251,24 @@ def test_tables_and_a_figure_of_peers(tmp_path):
     assert list(plot.peer_figures(report.latest(tmp_path / "none"), tmp_path)) == []
 
 
+def test_table_of_peers_at_other_sizes(tmp_path):
+    """These rows go to a table of their own, and to no other."""
+    size = {"model": "net", "width": 0.35, "resolution": 96}
+    rows = [{**row, **size} for row in peer_rows() if row["suite"] == "peers" and "model" in row]
+    rows = [row for row in rows if row["batch"] == 1]
+    harness.append([*peer_rows(), *rows], tmp_path)
+    made = report.tables(report.latest(tmp_path))
+    assert made["peers-sizes"].splitlines() == [
+        "| width | input | ms, planned | of FMA peak | slow |",
+        "| ---: | --- | ---: | ---: | ---: |",
+        "| 0.35 | 96x96 | 1.000 | 80% | 2.00x (40%) |",
+    ]
+    without = tmp_path / "without"
+    harness.append(peer_rows(), without)
+    others = report.tables(report.latest(without))
+    assert {name: made[name] for name in others} == others
+
+
 def test_tables_of_peers_held_back_to_avx2(tmp_path):
     """The same runs twice, the second with half the speed; "slow" does not keep to AVX2."""
     best = [{**row, "instruction_set": "avx512"} for row in peer_rows() if row["suite"] == "peers"]

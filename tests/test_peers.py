@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import harness, machine
 from benchmarks.bench_memory import peer_row
@@ -20,7 +21,7 @@ from benchmarks.peers.conversion import converted
 from benchmarks.peers.peer import Peer
 from benchmarks.peers.process import WorkerFailed, WorkerProcess
 from benchmarks.peers.registry import PEERS
-from mnv2_kernels import timing
+from mnv2_kernels import cost, timing
 
 needs_extension = pytest.mark.skipif(timing._C is None, reason="needs the compiled extension")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -228,7 +229,16 @@ def test_cases_are_selected_by_name():
         "net_b8/t2",
         "net_b32/t2",
     ]
-    assert len(cases.select(["*"], [1, 2])) == 2 * (3 + 17)
+    assert len(cases.select(cases.DEFAULT, [1, 2])) == 2 * (3 + 17)
+    small = Case("size_0.35_96_b1", 1)
+    assert small in cases.select(["size_0.35_*"], [1])
+    assert (small.block, small.size, small.batch) == (None, (0.35, 96), 1)
+    assert small.input().shape == (1, 3, 96, 96)
+    assert small.labels()["width"] == 0.35 and small.labels()["resolution"] == 96
+    channels = [m.out_channels for m in small.model().modules() if isinstance(m, nn.Conv2d)]
+    assert (channels[0], channels[-1]) == (16, 1280)
+    assert small.flops == 2 * cost.network_multiply_adds(0.35, 96)
+    assert Case("size_1.0_224_b1", 1).flops == Case("net_b1", 1).flops
     with pytest.raises(ValueError, match="--cases must fit .*, net_b2/t1 fits none"):
         cases.select(["net_b2/t1"], [1])
     blocks = [Case(f"block{number:02}_b1", 1) for number in range(1, 18)]

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import harness
-from .cases import select
+from .cases import DEFAULT, select
 from .conversion import CACHE
 from .limits import LIMITS, limited
 from .registry import PEERS
@@ -95,7 +95,11 @@ def _over(ours: str, row: harness.Row, rows: list[harness.Row]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     parser.add_argument(
-        "--cases", nargs="+", default=["*"], metavar="PATTERN", help="net_b1/t1, 'block*/t2' ..."
+        "--cases",
+        nargs="+",
+        default=DEFAULT,
+        metavar="PATTERN",
+        help="net_b1/t1, 'block*/t2', 'size_*_96_b1/t1' ...; all but other sizes by default",
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="providers; all by default")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="1 and 2 by default")
