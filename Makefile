@@ -12,8 +12,9 @@ BIN := .venv/bin
 PEERS := build/peers-venv
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh'))
-# Two workers share the cores, so each test process computes on one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not serial"
+# Two workers share the cores, so each test process computes on one. Neighbouring tests, which share
+# what they have built, stay in one worker until another has nothing left to do.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not serial"
 # Where the runs of one `make test` or `make test-long` leave what they did, for the report.
 RUN := short
 JUNIT = --junitxml=build/tests/$(RUN)
@@ -52,6 +53,8 @@ models: .venv/built
 # Every test in its long form (an hour or so), then what users of the newest Triton get: beside
 # .venv, whose own is the oldest supported. The report writes docs/testing.md.
 test-long: RUN := long
+test-long: ISA_TESTS += $(addprefix tests/test_,determinism.py fuzz.py joined.py layouts.py \
+    memory_safety.py numerics.py plan.py workspace.py)
 test-long: export MNV2_LONG := 1
 test-long: export PYTEST_ADDOPTS := --timeout=7200
 test-long: test
