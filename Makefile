@@ -12,8 +12,12 @@ BIN := .venv/bin
 PEERS := build/peers-venv
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh'))
-# Two workers share the cores, so each test process computes on one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not serial"
+# Two workers share the cores, so each test process computes on one. Neighbouring tests, which share
+# what they have built, stay in one worker until another has nothing left to do.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not serial"
+# Where the runs of one `make test` or `make test-long` leave what they did, for the report.
+RUN := short
+JUNIT = --junitxml=build/tests/$(RUN)
 
 export MAX_JOBS
 # torch looks for ninja, which compiles the files side by side, on the path.
@@ -22,35 +26,51 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MNV2_KERNELS_FORCE_BUILD := 1
 
 .NOTPARALLEL:
-.PHONY: demo test test-isa test-long lint format models bench bench-peers report clean
+.PHONY: demo test test-isa test-long test-report begin lint format models bench bench-peers report \
+    clean
 
 demo: .venv/built
 	$(BIN)/python -m mnv2_kernels demo
 
 # The largest run comes last, so that its closing line is the last one.
-test: lint test-isa
+test: lint begin test-isa
 	@echo "== Tests that run alone"
-	$(BIN)/python -m pytest -q -m serial
+	$(BIN)/python -m pytest -q -m serial $(JUNIT)/serial.xml
 	@echo "== All other tests"
-	$(PYTEST)
+	$(PYTEST) $(JUNIT)/main.xml
+
+begin:
+	@rm -rf build/tests/$(RUN)
+
+# Cases by the rows of tests/matrix.py of the last `make test`, or with RUN=long of `make test-long`.
+test-report: .venv/installed
+	PYTHONPATH=. $(BIN)/python tests/matrix_report.py $(RUN) build/tests/$(RUN)
 
 # Every check of docs/models.md for every model, and the table itself: an hour on one core.
 models: .venv/built
 	OMP_NUM_THREADS=1 MNV2_MODELS=write $(BIN)/python -m pytest -q tests/test_models.py
 
-# What users of the newest Triton get: beside .venv, whose own is the oldest supported.
+# Every test in its long form (an hour or so), then what users of the newest Triton get: beside
+# .venv, whose own is the oldest supported. The report writes docs/testing.md.
+test-long: RUN := long
+test-long: ISA_TESTS += $(addprefix tests/test_,determinism.py fuzz.py joined.py layouts.py \
+    memory_safety.py numerics.py plan.py workspace.py)
+test-long: export MNV2_LONG := 1
+test-long: export PYTEST_ADDOPTS := --timeout=7200
 test-long: test
 	@echo "== Triton tests with the newest release"
 	@$(PIP) install -q --upgrade --no-deps --target build/newest-triton triton
-	PYTHONPATH=$(CURDIR)/build/newest-triton $(PYTEST) $(wildcard tests/test_*triton*.py)
+	PYTHONPATH=$(CURDIR)/build/newest-triton $(PYTEST) $(wildcard tests/test_*triton*.py) \
+	    $(JUNIT)/newest-triton.xml
+	PYTHONPATH=. $(BIN)/python tests/matrix_report.py $(RUN) build/tests/$(RUN)
 
-# A machine has the instruction sets up to its best one.
+# A machine has the instruction sets up to its best one, which all other tests run on.
 test-isa: .venv/built
 	@best=$$($(BIN)/python -c "import torch; print(torch.backends.cpu.get_cpu_capability())"); \
 	for isa in default avx2 avx512; do \
-	    echo "== Kernel tests with ATEN_CPU_CAPABILITY=$$isa"; \
-	    ATEN_CPU_CAPABILITY=$$isa $(PYTEST) $(ISA_TESTS) || exit 1; \
 	    if [ $$isa = $$(echo $$best | tr A-Z a-z) ]; then break; fi; \
+	    echo "== Kernel tests with ATEN_CPU_CAPABILITY=$$isa"; \
+	    ATEN_CPU_CAPABILITY=$$isa $(PYTEST) $(ISA_TESTS) $(JUNIT)/isa-$$isa.xml || exit 1; \
 	done
 
 lint: .venv/installed

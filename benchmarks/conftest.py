@@ -17,6 +17,13 @@ def pytest_addoption(parser):
     group.addoption(
         "--results", type=Path, default=harness.RESULTS, help="folder that rows are added to"
     )
+    group.addoption(
+        "--tolerance",
+        type=float,
+        default=0.02,
+        metavar="SHARE",
+        help="of a turn that may be lost to other processes and machines (bench_widths.py)",
+    )
     group.addoption("--compile", action="store_true", help="time torch.compile too (a minute)")
 
 

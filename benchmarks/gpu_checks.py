@@ -85,11 +85,12 @@ def run_tests(context: Context) -> None:
         rounds = [["-n", "8", "-m", "not serial"], ["-m", "serial"]]
     code, output = 0, ""
     with tempfile.TemporaryDirectory() as folder:
-        for options in rounds:
+        for i, options in enumerate(rounds):
             if code is None:
                 break
             ended, said = child(
-                [*command, *options],
+                # For tests/matrix_report.py.
+                [*command, *options, f"--junitxml={context.out / f'gpu_tests_{i}.xml'}"],
                 context.left() - END_SECONDS,
                 MNV2_DEVICE_TESTS=folder,
                 # The device machine need not have a compiler for the CPU's kernels.

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -28,6 +29,10 @@ Call = Callable[[], Tensor]
 
 RESULTS = Path(__file__).parent / "results"
 BLOCKS = list(mobilenet_v2_block_inputs())
+# Widths and resolutions (rows and columns of the image) of the paper, and wider; and those whose
+# share of the peak all others are held against.
+SIZES = tuple(product((0.35, 0.5, 0.75, 1.0, 1.3, 1.4), (96, 128, 160, 192, 224)))
+REFERENCE_SIZE = (1.0, 224)
 # Of the largest value. Float32 is near 1e-6; a tap or a channel too few is above 1e-2.
 TOLERANCE = 1e-4
 
@@ -78,6 +83,13 @@ def network() -> tuple[str, nn.Module]:
     except ImportError:
         name, model = "mnv2_kernels mobilenet_v2", mobilenet_v2()
     return name, randomise_norms(model, torch.randn(4, 3, 96, 96))
+
+
+def network_of_width(width: float) -> nn.Module:
+    """This package's MobileNetV2 with random weights, the same in every process."""
+    torch.manual_seed(0)
+    model = mobilenet_v2(width)
+    return randomise_norms(model, torch.randn(4, 3, 96, 96))
 
 
 def providers(model: nn.Module) -> dict[str, nn.Module]:

@@ -12,9 +12,16 @@ OURS = {"float32": "planned", "bfloat16": "planned-bf16"}
 def peer_tables(results: Mapping[str, list[Row]]) -> dict[str, str]:
     """Markdown by marker name; a name is missing where there are no rows for it."""
     rows = of_best_instruction_set(results["peers"])
+    held_back = [marked(row) for row in results["peers"] if row not in rows and "limited" in row]
+    held_back = [row for row in held_back if "width" not in row]
+    sizes = [row for row in rows if "width" in row]
+    rows = [row for row in rows if "width" not in row]
     made = {
         "peers-network": network_table([row for row in rows if "model" in row]),
+        "peers-sizes": size_table(sizes),
         "peers-blocks": block_table([row for row in rows if "block" in row]),
+        "peers-avx2-network": network_table([row for row in held_back if "model" in row]),
+        "peers-avx2-blocks": block_table([row for row in held_back if "block" in row]),
         "peers-memory": memory_table(of_best_instruction_set(results["peers-memory"])),
     }
     return {name: text for name, text in made.items() if text}
@@ -26,8 +33,13 @@ def of_best_instruction_set(rows: list[Row]) -> list[Row]:
     return [row for row in rows if RANK[row["instruction_set"]] == best]
 
 
+def marked(row: Row) -> Row:
+    """The row of a run that asked for AVX2, with a star at the name of who did not keep to it."""
+    return row if row["limited"] else {**row, "provider": row["provider"] + " \\*"}
+
+
 def network_table(rows: list[Row]) -> str:
-    """One line a provider; by threads and batch ms an image, and the time over ours."""
+    """One line a provider; by run ms an image, the time over ours and the share of the peak."""
     runs = sorted({(row["threads"], row["batch"]) for row in rows})
     body = []
     for (provider, dtype), found in by_provider(rows).items():
@@ -45,7 +57,10 @@ def network_table(rows: list[Row]) -> str:
 def _time(row: Row) -> str:
     text = f"{row['seconds']['50%'] * 1e3 / row['batch']:.2f}"
     ratio = over_ours(row)
-    return text if ratio is None else f"{text} ({ratio:.2f}x)"
+    details = [] if ratio is None else [f"{ratio:.2f}x"]
+    if row["share_of_fma_peak"] is not None:
+        details.append(percent(row["share_of_fma_peak"]))
+    return f"{text} ({', '.join(details)})" if details else text
 
 
 def over_ours(row: Row) -> float | None:
@@ -64,7 +79,7 @@ def by_provider(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def block_table(rows: list[Row], threads: int = 1) -> str:
-    """One line a block, batch 1: our time and share of the peak, the time of others over ours."""
+    """One line a block, batch 1: our time, the time of others over ours, shares of the peak."""
     rows = [row for row in rows if row["threads"] == threads and row["dtype"] == "float32"]
     blocks: dict[int, dict[str, Row]] = {}
     for row in rows:
@@ -76,11 +91,30 @@ def block_table(rows: list[Row], threads: int = 1) -> str:
         ours = found[OURS["float32"]]
         cells = [str(number), ours["config"], f"{ours['seconds']['50%'] * 1e6:.0f}"]
         cells.append(percent(ours["share_of_fma_peak"]))
-        for name in others:
-            ratio = over_ours(found[name]) if name in found else None
-            cells.append("-" if ratio is None else f"{ratio:.2f}x")
-        body.append(cells)
+        body.append(cells + [_beside_ours(found.get(name)) for name in others])
     return markdown(["block", "in x hidden x out", "us, planned", "of FMA peak", *others], body)
+
+
+def size_table(rows: list[Row], threads: int = 1) -> str:
+    """One line a width and resolution, batch 1: our time, that of others over ours, shares."""
+    rows = [row for row in rows if row["threads"] == threads and row["dtype"] == "float32"]
+    sizes: dict[tuple[float, int], dict[str, Row]] = {}
+    for row in rows:
+        sizes.setdefault((row["width"], row["resolution"]), {})[row["provider"]] = row
+    others = dict.fromkeys(row["provider"] for row in rows if row["provider"] != OURS["float32"])
+    body = []
+    for (width, resolution), found in sorted(sizes.items()):
+        if ours := found.get(OURS["float32"]):
+            cells = [str(width), f"{resolution}x{resolution}"]
+            cells += [f"{ours['seconds']['50%'] * 1e3:.3f}", percent(ours["share_of_fma_peak"])]
+            body.append(cells + [_beside_ours(found.get(name)) for name in others])
+    return markdown(["width", "input", "ms, planned", "of FMA peak", *others], body)
+
+
+def _beside_ours(row: Row | None) -> str:
+    """The row's time over ours, and its share of the peak."""
+    ratio = None if row is None else over_ours(row)
+    return "-" if ratio is None else f"{ratio:.2f}x ({percent(row['share_of_fma_peak'])})"
 
 
 def memory_table(rows: list[Row]) -> str:

@@ -16,8 +16,9 @@ from .machine import ROOT
 from .peer_tables import peer_tables
 from .tables import MIB, markdown, percent
 
-SUITES = ("block", "scaling", "network", "memory", "acceptance", "peers", "peers-memory")
+SUITES = ("block", "scaling", "network", "memory", "acceptance", "peers", "peers-memory", "widths")
 KEY = ("suite", "name", "instruction_set", "threads", "batch", "block", "model", "provider")
+KEY += ("width", "resolution")
 
 
 def latest(folder: Path = RESULTS) -> dict[str, list[Row]]:
@@ -50,6 +51,7 @@ def tables(results: Mapping[str, list[Row]]) -> dict[str, str]:
         "block-runs": run_table(results["block"]),
         "network": network_table(results["network"]),
         "memory": memory_table(results["memory"]),
+        "widths": width_table(results["widths"]),
         **peer_tables(results),
         "machine": machine_sentence([row for rows in results.values() for row in rows]),
     }
@@ -149,6 +151,30 @@ def memory_table(rows: list[Row]) -> str:
     return markdown(
         ["provider", "batch", "peak MiB", "computed", "MiB for every further image"], body
     )
+
+
+def width_table(rows: list[Row]) -> str:
+    """One line a dtype, batch and width; shares of the peak by resolution, and over 1.0 at 224."""
+    resolutions = sorted({row["resolution"] for row in rows})
+    lines: dict[tuple, dict[int, Row]] = {}
+    for row in rows:
+        key = row["instruction_set"], row["dtype"], row["threads"], row["batch"], row["width"]
+        lines.setdefault(key, {})[row["resolution"]] = row
+    body = []
+    # float32 first, then by batch and width.
+    for key, found in sorted(lines.items(), key=lambda line: (line[0][1] != "float32", line[0])):
+        cells = [str(field) for field in key]
+        for resolution in resolutions:
+            row = found.get(resolution)
+            cells.append("-" if row is None else _width_cell(row))
+        body.append(cells)
+    heads = [f"{resolution}x{resolution}" for resolution in resolutions]
+    return markdown(["instruction set", "dtype", "threads", "batch", "width", *heads], body)
+
+
+def _width_cell(row: Row) -> str:
+    over = row["share_over_reference"]
+    return percent(row["share_of_fma_peak"]) + ("" if over is None else f" ({percent(over)})")
 
 
 def acceptance_table(rows: list[Row]) -> str:

@@ -50,11 +50,30 @@ SHAPES = [
     (BlockConfig(32, 192, 32, residual=True), 28, 20, 1),
     (BlockConfig(32, 40, 8, padding=(0, 0, 0, 0)), 33, 25, 2),
 ]
+# Triton, which compiles each block for seconds, has these alone.
+OF_TRITON = len(SHAPES)
+SHAPES += [
+    (BlockConfig(16, 16, 8, expansion=False), 5, 17, 3),
+    (BlockConfig(24, 24, 24, 2, expansion=False, kernel_size=5, padding=(2,) * 4), 11, 7, 2),
+    (BlockConfig(8, 8, 40, expansion=False, dilation=2, padding=(2,) * 4), 6, 6, 1),
+    (BlockConfig(40, 240, 40, kernel_size=5, padding=(2,) * 4, residual=True), 13, 9, 1),
+    (BlockConfig(80, 480, 112, kernel_size=5, padding=(2,) * 4), 5, 5, 2),
+    (BlockConfig(112, 672, 192, 2, kernel_size=5, padding=(1, 1, 2, 2)), 6, 4, 1),
+    (BlockConfig(64, 384, 64, dilation=2, padding=(2,) * 4, residual=True), 7, 6, 2),
+    (BlockConfig(8, 16, 8, kernel_size=5, dilation=2, padding=(4,) * 4, residual=True), 9, 3, 1),
+    (BlockConfig(7, 33, 9, stride=2, padding=(0, 1, 1, 0)), 8, 5, 3),
+    (BlockConfig(31, 31, 31, residual=True, expansion=False), 3, 10, 2),
+    (BlockConfig(3, 100, 2, kernel_size=5, padding=(4, 0, 0, 4)), 5, 6, 1),
+    (BlockConfig(72, 24, 136), 2, 2, 5),
+    (BlockConfig(32, 192, 32, residual=True), 1, 40, 1),
+    (BlockConfig(16, 64, 24, stride=2), 64, 33, 1),
+    (BlockConfig(24, 96, 24, padding=(1, 0, 0, 1)), 30, 29, 2),
+]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # What is called of each backend, as (number of a shape, dtype). Triton has one kernel for all of
 # them; which CUDA kernel runs depends on both.
 CALLS = {
-    "triton": [(i, DTYPES[i % len(DTYPES)]) for i in range(len(SHAPES))],
+    "triton": [(i, DTYPES[i % len(DTYPES)]) for i in range(OF_TRITON)],
     "cuda": [(i, dtype) for i in range(len(SHAPES)) for dtype in DTYPES],
 }
 # Of the largest value, in units of the dtype's spacing at 1.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from .harness import Row, geometric_mean
+from .harness import REFERENCE_SIZE, Row, geometric_mean
 from .machine import facts
 
 MIB = 2**20
@@ -63,6 +63,15 @@ def lines(rows: list[Row]) -> Iterator[str]:
                 f"{row['model']}, batch {row['batch']}, {row['provider']:<13}"
                 f"{row['load_bytes'] / MIB:9.2f} MiB loaded,"
                 f" {row['run_bytes'] / MIB:.2f} more at the peak of the first runs"
+            )
+        elif row["suite"] == "widths":
+            over = row["share_over_reference"]
+            width, resolution = REFERENCE_SIZE
+            yield (
+                f"{row['width']:<4} at {row['resolution']:<3}, {row['provider']},"
+                f" batch {row['batch']}"
+                + figures({**row, "speedup": {}})
+                + ("" if over is None else f"  {over:>5.0%} of that of {width} at {resolution}")
             )
         elif row["suite"] == "acceptance":
             yield f"{row['name']}: {row['value']:.3g} {row['unit']}"
@@ -132,4 +141,14 @@ def acceptance(rows: list[Row]) -> list[Row]:
         if row["suite"] == "network" and row["provider"] == "planned":
             where = f"threads {row['threads']}, batch {row['batch']}"
             add(f"{row['model']}, {where}: plan over fused", row["speedup"]["fused"], "x")
+    widths: dict[tuple, list[float | None]] = {}
+    for row in rows:
+        if row["suite"] == "widths":
+            key = row["dtype"], row["batch"], row["threads"]
+            widths.setdefault(key, []).append(row["share_over_reference"])
+    for (dtype, batch, threads), shares in widths.items():
+        if None not in shares:
+            where = f"{dtype}, threads {threads}, batch {batch}"
+            name = f"widths and resolutions, {where}: least share over that of 1.0 at 224"
+            add(name, min(shares), "of peak")
     return found

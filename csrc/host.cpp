@@ -1,5 +1,6 @@
 #include "host.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 
 namespace mnv2 {
@@ -32,6 +33,7 @@ void check_dtypes(const std::array<at::Tensor, 7>& tensors) {
             ", got ", t.scalar_type());
         TORCH_CHECK_VALUE(t.device() == x.device(), "inverted_residual: ", kNames[i],
                           " must be on the device of x, ", x.device(), ", got ", t.device());
+        check_memory("inverted_residual", kNames[i], t);
     }
 }
 
@@ -60,6 +62,15 @@ std::optional<Element> element_of(at::ScalarType dtype) {
         default:
             return std::nullopt;
     }
+}
+
+void check_memory(const char* op, const std::string& name, const at::Tensor& tensor) {
+    const size_t needed = at::detail::computeStorageNbytes(
+        tensor.sizes(), tensor.strides(), tensor.itemsize(), tensor.storage_offset());
+    const size_t allocated = tensor.storage().nbytes();
+    TORCH_CHECK_VALUE(tensor.numel() == 0 || needed <= allocated, op, ": ", name,
+                      " must lie inside its storage, which has been resized to ", allocated,
+                      " bytes of ", needed);
 }
 
 int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {

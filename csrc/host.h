@@ -5,6 +5,7 @@
 
 #include <array>
 #include <optional>
+#include <string>
 
 #include "block.h"
 
@@ -14,6 +15,10 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // What a tensor consists of; nullopt: nothing that a kernel takes.
 std::optional<Element> element_of(at::ScalarType dtype);
+
+// ValueError where a tensor's storage has been freed or made smaller under it; `name` is what the
+// caller knows it by.
+void check_memory(const char* op, const std::string& name, const at::Tensor& tensor);
 
 // A checked call: dense inputs, the result to be filled, and the sizes.
 struct Call {

@@ -49,6 +49,7 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor&
     TORCH_CHECK_VALUE(grad_y.sizes() == call.y.sizes(),
                       "inverted_residual: grad_y must have the shape of the result, ",
                       call.y.sizes(), ", got ", grad_y.sizes());
+    check_memory("inverted_residual", "grad_y", grad_y);
     call.y.reset();
     const at::Tensor grad = grad_y.contiguous(at::MemoryFormat::ChannelsLast);
 

@@ -74,6 +74,7 @@ PlanCall make_call(const at::Tensor& x, const WeightList& weights, at::IntArrayR
                           x.size(3) == network.W,
                       "run_plan: x must have shape (N, ", network.channels, ", ", network.H, ", ",
                       network.W, "), got ", x.sizes());
+    check_memory("run_plan", "x", x);
     std::vector<int64_t> shape = network.y_shape;
     shape.insert(shape.begin(), x.size(0));
     auto options = x.options();
@@ -155,6 +156,7 @@ at::Tensor run_plan_in(const at::Tensor& x, const at::Tensor& arena, const Weigh
         "run_plan_in: arena must be contiguous uint8 on the CPU that begins at a multiple of 64"
         " bytes, got ",
         arena.scalar_type(), " of strides ", arena.strides(), " on ", arena.device());
+    check_memory("run_plan_in", "arena", arena);
     TORCH_CHECK_VALUE(!shares_memory(arena, x), "run_plan_in: arena must not share memory with x");
     for (size_t i = 0; i < weights.size(); i++) {
         const std::optional<at::Tensor> weight = weights.get(i);

@@ -3,6 +3,10 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <initializer_list>
+#include <string>
+
+#include "host.h"
 
 namespace mnv2::cpu {
 
@@ -12,6 +16,20 @@ at::ScalarType dtype_of(Element element) {
     return element == Element::single ? at::kFloat
            : element == Element::half ? at::kHalf
                                       : at::kBFloat16;
+}
+
+// How many numbers a tensor of these sizes has, all of them at least 1; raises where that is so
+// many that sums over tensors, in bytes and for every thread, could overflow.
+int64_t count_of(std::initializer_list<int64_t> sizes) {
+    constexpr int64_t most = int64_t{1} << 40;
+    int64_t count = 1;
+    for (const int64_t size : sizes) {
+        TORCH_CHECK_VALUE(count <= most / size,
+                          "run_plan: every tensor of program must have at most ", most,
+                          " numbers, got one of ", at::IntArrayRef(sizes));
+        count *= size;
+    }
+    return count;
 }
 
 // Reads a plan from the front: the order here is that of `Program` in mnv2_kernels/program.py.
@@ -35,10 +53,15 @@ class Program {
     }
     Clip clip() {
         TORCH_CHECK_VALUE(next_bound_ + 2 <= bounds_.size(), "run_plan: bounds end too early");
-        const auto lower = static_cast<float>(bounds_[next_bound_++]);
-        return {lower, static_cast<float>(bounds_[next_bound_++])};
+        const double lower = bounds_[next_bound_], upper = bounds_[next_bound_ + 1];
+        TORCH_CHECK_VALUE(lower <= upper, "run_plan: bounds[", next_bound_,
+                          "] and the next must be lower <= upper, got ", lower, " and ", upper);
+        next_bound_ += 2;
+        return {static_cast<float>(lower), static_cast<float>(upper)};
     }
-    const void* weight(int64_t count) { return next_weight(count, dtype_of(element), false); }
+    const void* weight(std::initializer_list<int64_t> sizes) {
+        return next_weight(count_of(sizes), dtype_of(element), false);
+    }
     const float* bias(int64_t count) {
         return static_cast<const float*>(next_weight(count, at::kFloat, true));
     }
@@ -65,6 +88,7 @@ class Program {
                           "run_plan: weights[", number, "] must be ", count,
                           " contiguous numbers of ", dtype, " on the CPU, got ", weight->numel(),
                           " of ", weight->scalar_type(), " on ", weight->device());
+        check_memory("run_plan", "weights[" + std::to_string(number) + "]", *weight);
         return weight->const_data_ptr();
     }
 
@@ -81,13 +105,14 @@ StemArgs read_stem(Program& p) {
     stem.H_out = p.size(), stem.W_out = p.size();
     stem.in_channels = p.size(), stem.out_channels = p.size();
     stem.pad_top = p.integer(), stem.pad_left = p.integer();
-    stem.weight = p.weight(9 * stem.in_channels * stem.out_channels);
+    stem.weight = p.weight({3, 3, stem.in_channels, stem.out_channels});
     stem.bias = p.bias(stem.out_channels);
     stem.clip = p.clip();
     return stem;
 }
 
-BlockStep read_block(Program& p, const Kernel& kernel) {
+// The schedule is chosen once the sizes are known to be right.
+BlockStep read_block(Program& p) {
     BlockArgs args{};
     args.element = p.element;
     args.H = p.size(), args.W = p.size();
@@ -99,16 +124,15 @@ BlockStep read_block(Program& p, const Kernel& kernel) {
     args.N = 1;
     const int64_t hidden = args.hidden_channels;
     if (args.expansion) {
-        args.w_expand = p.weight(args.in_channels * hidden);
+        args.w_expand = p.weight({args.in_channels, hidden});
         args.b_expand = p.bias(hidden);
     }
-    args.w_dw = p.weight(args.kernel * args.kernel * hidden);
+    args.w_dw = p.weight({args.kernel, args.kernel, hidden});
     args.b_dw = p.bias(hidden);
-    args.w_project = p.weight(hidden * args.out_channels);
+    args.w_project = p.weight({hidden, args.out_channels});
     args.b_project = p.bias(args.out_channels);
     args.clip_expand = p.clip(), args.clip_dw = p.clip(), args.clip_project = p.clip();
-    args.pairs = kernel.multiplies_pairs(args);
-    return {args, choose_network_schedule(args, kernel.lanes)};
+    return {args, {}};
 }
 
 PoolArgs read_pool(Program& p, bool averages, const Kernel& kernel) {
@@ -118,7 +142,7 @@ PoolArgs read_pool(Program& p, bool averages, const Kernel& kernel) {
     pool.H = p.size(), pool.W = p.size();
     pool.in_channels = p.size(), pool.out_channels = p.size();
     const bool convolves = !averages || p.integer() != 0;
-    pool.weight = convolves ? p.weight(pool.in_channels * pool.out_channels) : nullptr;
+    pool.weight = convolves ? p.weight({pool.in_channels, pool.out_channels}) : nullptr;
     pool.bias = convolves ? p.bias(pool.out_channels) : nullptr;
     pool.clip = p.clip();
     TORCH_CHECK_VALUE(convolves || pool.in_channels == pool.out_channels,
@@ -131,7 +155,7 @@ LinearArgs read_linear(Program& p) {
     LinearArgs linear{};
     linear.element = p.element;
     linear.in_features = p.size(), linear.out_features = p.size();
-    linear.weight = p.weight(linear.in_features * linear.out_features);
+    linear.weight = p.weight({linear.in_features, linear.out_features});
     linear.bias = p.bias(linear.out_features);
     return linear;
 }
@@ -146,8 +170,9 @@ struct Between {
 };
 
 bool is_output_size(int64_t out, int64_t size, int64_t pad, int64_t stride, int64_t extent) {
+    if (pad < 0 || pad > extent) return false;
     const int64_t after = (out - 1) * stride + 1 + extent - pad - size;
-    return pad >= 0 && pad <= extent && after <= extent && after > -stride;
+    return after <= extent && after > -stride;
 }
 
 // The shape behind a step, once it fits the one before it.
@@ -171,6 +196,7 @@ Between check_sizes(const Step& step, int64_t number, const Between& x) {
                        is_output_size(args.W_out, x.W, args.pad_left, args.stride, extent) &&
                        (args.expansion || args.hidden_channels == args.in_channels),
                    "does not fit its input");
+        count_of({args.hidden_channels, args.H, args.W});
         const Between y{-1, args.out_channels, args.H_out, args.W_out};
         CHECK_STEP(!args.residual || (y.channels == x.channels && y.H == x.H && y.W == x.W),
                    "has a residual of another shape than its result");
@@ -192,16 +218,16 @@ bool may_overwrite_input(const Step& step) {
     return block && is_row_by_row(step) && block->args.residual && block->args.expansion;
 }
 
-// Everything that a kernel takes for granted.
-void check_network(const Network& network) {
-    Between x{-1, network.channels, network.H, network.W};
-    Between in_memory = x;  // what the steps that stream into one another began with
+// Everything that a kernel takes for granted of where results are; shapes[0] is that of x, the next
+// ones are those behind the steps.
+void check_places(const Network& network, const std::vector<Between>& shapes) {
+    Between in_memory = shapes[0];  // what the steps that stream into one another began with
     bool comes_streaming = false;
     const auto count = static_cast<int64_t>(network.steps.size());
     for (int64_t number = 0; number < count; number++) {
         const Step& step = network.steps[number];
         const bool last = number + 1 == count;
-        x = check_sizes(step, number, x);
+        Between x = shapes[number + 1];
         CHECK_STEP((!comes_streaming && !step.streams) || is_row_by_row(step),
                    "cannot stream: it does not go through the image row by row");
         CHECK_STEP(!step.streams || !last, "cannot stream: there is no step behind it");
@@ -239,7 +265,9 @@ Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
         "run_plan: the arena must have a multiple of 16 numbers, fewer than 2**31, got ",
         network.arena);
     const int64_t count = p.size();
-    for (int64_t i = 0; i < count; i++) {
+    count_of({network.channels, network.H, network.W});
+    std::vector<Between> shapes{{-1, network.channels, network.H, network.W}};
+    for (int64_t number = 0; number < count; number++) {
         Step step{};
         const int64_t kind = p.integer();
         step.output = p.integer();
@@ -252,7 +280,7 @@ Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
                 break;
             }
             case 1: {
-                const BlockStep block = read_block(p, kernel);
+                const BlockStep block = read_block(p);
                 network.y_shape = {block.args.out_channels, block.args.H_out, block.args.W_out};
                 step.layer = block;
                 break;
@@ -274,10 +302,17 @@ Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
             default:
                 TORCH_CHECK_VALUE(false, "run_plan: kinds of steps are 0 to 4, got ", kind);
         }
+        const Between y = check_sizes(step, number, shapes.back());
+        count_of({y.channels, y.H, y.W});
+        shapes.push_back(y);
+        if (auto* block = std::get_if<BlockStep>(&step.layer)) {
+            block->args.pairs = kernel.multiplies_pairs(block->args);
+            block->schedule = choose_network_schedule(block->args, kernel.lanes);
+        }
         network.steps.push_back(step);
     }
     p.check_end();
-    check_network(network);
+    check_places(network, shapes);
     TORCH_CHECK_VALUE(y_shape == network.y_shape, "run_plan: the result must have shape ",
                       at::IntArrayRef(network.y_shape), ", the program says ",
                       at::IntArrayRef(y_shape));

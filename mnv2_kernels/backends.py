@@ -185,6 +185,14 @@ BACKENDS = (
     Backend("reference", lambda x, block=None: None),
 )
 
+
+def check_backend(owner: str, name: object) -> None:
+    """ValueError, in the name of a function or class, where its `backend` is no backend's name."""
+    names = [b.name for b in BACKENDS]
+    if name is not None and name not in names:
+        raise ValueError(f"{owner}: backend must be one of {', '.join(names)}, got {name!r}")
+
+
 _last: str | None = None
 
 
@@ -199,10 +207,8 @@ def choose(name: str | None, x: Tensor, block: Block | None = None) -> str:
             if backend.why_not(x, block) is None:
                 _last = backend.name
                 return _last
-    backend = next((b for b in BACKENDS if b.name == name), None)
-    if backend is None:
-        names = ", ".join(b.name for b in BACKENDS)
-        raise ValueError(f"inverted_residual: backend must be one of {names}, got {name!r}")
+    check_backend("inverted_residual", name)
+    backend = next(b for b in BACKENDS if b.name == name)
     reason = backend.why_refused(x, block)
     if reason is not None:
         raise RuntimeError(f"inverted_residual: backend {name!r} cannot run here: {reason}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from .block import NO_CLIP
-from .contract import check
+from .contract import TENSOR_NAMES, check
 from .extension import missing
 from .fold import FoldedWeights
 
@@ -38,6 +38,24 @@ def gradients(grad_y: Tensor, *args) -> list[Tensor]:
     x = tensors[0]
     wanted = [t for t, needed in zip(tensors, needs_grad, strict=True) if needed]
     shape = check(*args[:14])
+    for name, tensor, needed in zip(TENSOR_NAMES, tensors, needs_grad, strict=True):
+        torch._check_value(
+            tensor is not None or not needed,
+            lambda n=name: f"inverted_residual: needs_grad must be False for {n}, which is None",
+        )
+    torch._check_type(
+        grad_y.is_floating_point() and grad_y.layout == torch.strided,
+        lambda: (
+            "inverted_residual: grad_y must be a dense floating-point tensor, got"
+            f" {grad_y.dtype} {grad_y.layout}"
+        ),
+    )
+    torch._check_value(
+        grad_y.device == x.device,
+        lambda: (
+            f"inverted_residual: grad_y must be on the device of x, {x.device}, got {grad_y.device}"
+        ),
+    )
     torch._check_value(
         grad_y.shape == shape,
         lambda: f"inverted_residual: grad_y must have shape {shape}, got {tuple(grad_y.shape)}",

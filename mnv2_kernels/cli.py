@@ -109,8 +109,12 @@ def read_image(path: Path):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning)
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+            with Image.open(path, formats=IMAGE_FORMATS) as file:
+                image, mode = ImageOps.exif_transpose(file), file.mode
+                if mode.startswith("I;16"):
+                    # Conversion to RGB would cut off at 255.
+                    image = image.convert("I").point(lambda value: value / 257).convert("L")
+                image = image.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         limit = Image.MAX_IMAGE_PIXELS
         raise CannotRun(f"IMAGE must have at most {limit} pixels, {path} has more") from error
@@ -120,6 +124,9 @@ def read_image(path: Path):
         raise CannotRun(
             f"IMAGE must be a complete {formats} file, {path} is not: {error}"
         ) from error
+    if mode in ("I", "F"):
+        raise CannotRun(f"IMAGE must have 8 or 16 bits a channel, {path} has 32")
+    return image
 
 
 def demo(options: argparse.Namespace) -> int:

@@ -1,11 +1,66 @@
 """The op's contract: which arguments it takes, and the sentence for every other."""
 
+from operator import index
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
 from .block import Clip, Padding, output_size
+from .fold import FoldedWeights
 
-_TENSOR_NAMES = ("x", "w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
+TENSOR_NAMES = ("x", "w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
+_CLIP_NAMES = ("clip_expand", "clip_dw", "clip_project")
+
+
+def whole(owner: str, name: str, value: object, least: int | None = None) -> int:
+    """The argument `name` of `owner` as an int.
+
+    Raises:
+        TypeError: it is no integer; bools and tensors are none.
+        ValueError: it is below `least`.
+    """
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        if isinstance(value, bool | Tensor) or not isinstance(value, SupportsIndex):
+            raise TypeError(f"{owner}: {name} must be an integer, got {value!r}")
+        value = index(value)
+    if least is not None and value < least:
+        raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
+    return value
+
+
+def check_kinds(
+    x: Tensor,
+    weights: FoldedWeights,
+    stride: int,
+    padding: Padding | None,
+    dilation: int,
+    residual: bool,
+) -> tuple[int, Padding | None, int]:
+    """Stride, padding and dilation of a call as the ints that the op takes.
+
+    Raises:
+        TypeError: an argument is of another kind than the op's schema says; which would be a
+            sentence of PyTorch's dispatcher, or none where no dispatcher comes to see it.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"inverted_residual: x must be a tensor, got {_kind(x)}")
+    if not isinstance(weights, FoldedWeights):
+        raise TypeError(f"inverted_residual: weights must be FoldedWeights, got {_kind(weights)}")
+    for name, tensor in zip(TENSOR_NAMES[1:], weights.tensors(), strict=True):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("w_dw", "w_project")):
+            raise TypeError(f"inverted_residual: {name} must be a tensor, got {_kind(tensor)}")
+    for name, clip in zip(_CLIP_NAMES, weights.clips(), strict=True):
+        if not isinstance(clip, tuple | list) or not all(isinstance(b, int | float) for b in clip):
+            raise TypeError(f"inverted_residual: {name} must be two numbers, got {clip!r}")
+    if not isinstance(residual, bool):
+        raise TypeError(f"inverted_residual: residual must be a bool, got {residual!r}")
+    if padding is not None:
+        if isinstance(padding, str | Tensor) or not hasattr(padding, "__iter__"):
+            raise TypeError(f"inverted_residual: padding must be 4 integers, got {padding!r}")
+        padding = tuple(whole("inverted_residual", "padding", p) for p in padding)
+    stride = whole("inverted_residual", "stride", stride)
+    return stride, padding, whole("inverted_residual", "dilation", dilation)
 
 
 def check(
@@ -98,10 +153,9 @@ def check(
             f" with padding {list(padding)}"
         ),
     )
-    clips = (("clip_expand", clip_expand), ("clip_dw", clip_dw), ("clip_project", clip_project))
-    for name, clip in clips:
+    for name, clip in zip(_CLIP_NAMES, (clip_expand, clip_dw, clip_project), strict=True):
         _value(
-            len(clip) == 2 and clip[0] <= clip[1],
+            len(clip) == 2 and bool(clip[0] <= clip[1]),
             lambda n=name, c=clip: f"{n} must be (lower, upper) with lower <= upper, got {list(c)}",
         )
     shape = (batch, out_channels, height_out, width_out)
@@ -136,7 +190,7 @@ def check_once(*arguments) -> None:
 
 def _check_dtypes(tensors: tuple[Tensor | None, ...]) -> None:
     x = tensors[0]
-    for name, tensor in zip(_TENSOR_NAMES, tensors, strict=True):
+    for name, tensor in zip(TENSOR_NAMES, tensors, strict=True):
         if tensor is None:
             continue
         torch._check_type(
@@ -161,6 +215,10 @@ def _check_dtypes(tensors: tuple[Tensor | None, ...]) -> None:
 
 def _value(condition: bool, sentence) -> None:
     torch._check_value(condition, lambda: f"inverted_residual: {sentence()}")
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
 
 
 def _shape(tensor: Tensor) -> str:

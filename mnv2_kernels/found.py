@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .chained import FusedChain, FusedRun, FusedSequential, FusedSequentialBlock
 from .fold import BlockLayers
 from .fused import FusedInvertedResidual, FusedModule
 from .recognizers import Declined, recognize
-from .recognizers.chains import chain, find_runs, part
+from .recognizers.chains import Run, chain, find_runs, part
 from .same_padding import FusedSamePadding
 
 
@@ -54,18 +55,15 @@ def fused_chain(original: nn.Module, runs: list[FusedRun]) -> FusedChain:
 
 
 def _find(name: str, module: nn.Module, seen: set[nn.Module], in_declined: bool) -> Iterator[Found]:
-    if module in seen:
+    # Nothing inside a scripted module can be read or replaced.
+    if module in seen or isinstance(module, torch.jit.ScriptModule):
         return
     seen.add(module)
     if isinstance(module, FusedModule):
         yield Found(name, name, module, fused=module)
         return
     if isinstance(module, FusedChain):
-        for start, stop, block in module.runs:
-            inside = list(block.original._modules.items())
-            first = _join(name, inside[0][0])
-            yield Found(f"{name}[{start}:{stop}]", first, module, (start, stop), fused=block)
-            seen.update(child for _, child in inside)
+        yield from _fused_runs(name, module, seen)
     else:
         try:
             layers = recognize(module)
@@ -77,22 +75,44 @@ def _find(name: str, module: nn.Module, seen: set[nn.Module], in_declined: bool)
                 yield Found(name, name, module, layers=layers)
                 return
             if not in_declined:
-                yield from _find_runs(name, module, seen)
+                for run in find_runs(module):
+                    yield from _found_run(name, module, run, seen)
     for child_name, child in module.named_children():
         yield from _find(_join(name, child_name), child, seen, in_declined)
 
 
-def _find_runs(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[Found]:
-    for run in find_runs(module):
-        span = run.start, run.stop
-        inside = list(chain(module).items())[run.start : run.stop]
-        first = _join(name, inside[0][0])
-        found = f"{name}[{run.start}:{run.stop}]"
-        yield Found(found, first, module, span, layers=run.layers, reason=run.reason)
-        for child_name, child in inside:
-            if run.layers is None:
-                yield from _find(_join(name, child_name), child, seen, True)
-            seen.add(child)
+def _fused_runs(name: str, module: FusedChain, seen: set[nn.Module]) -> Iterator[Found]:
+    """The runs that are fused, and between them those that were declined."""
+    fused = {run.start: run for run in module.runs}
+    inside = {i for run in module.runs for i in range(run.start, run.stop)}
+    declined = {
+        run.start: run
+        for run in find_runs(module.original)
+        if run.layers is None and inside.isdisjoint(range(run.start, run.stop))
+    }
+    for start in sorted([*fused, *declined]):
+        if start in declined:
+            yield from _found_run(name, module, declined[start], seen)
+            continue
+        _, stop, block = fused[start]
+        children = list(block.original._modules.items())
+        first = _join(name, children[0][0])
+        yield Found(f"{name}[{start}:{stop}]", first, module, (start, stop), fused=block)
+        seen.update(child for _, child in children)
+
+
+def _found_run(name: str, module: nn.Module, run: Run, seen: set[nn.Module]) -> Iterator[Found]:
+    """A run that can be fused, or was declined and what is inside it."""
+    span = run.start, run.stop
+    original = module.original if isinstance(module, FusedChain) else module
+    inside = list(chain(original).items())[run.start : run.stop]
+    first = _join(name, inside[0][0])
+    found = f"{name}[{run.start}:{run.stop}]"
+    yield Found(found, first, module, span, layers=run.layers, reason=run.reason)
+    for child_name, child in inside:
+        if run.layers is None:
+            yield from _find(_join(name, child_name), child, seen, True)
+        seen.add(child)
 
 
 def _join(name: str, child: str) -> str:

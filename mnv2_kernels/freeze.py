@@ -59,8 +59,16 @@ def is_frozen(norm: nn.Module) -> bool:
     return isinstance(norm, _Frozen) or not isinstance(norm, _BatchNorm)
 
 
+def thawed(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that a frozen norm was of; any other class itself."""
+    return _THAWED.get(kind, kind)
+
+
 def _batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
+
+
+_THAWED: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class _Frozen:
@@ -80,7 +88,9 @@ class _Frozen:
 @cache
 def _frozen(kind: type[nn.Module]) -> type[nn.Module]:
     """`kind`, ignoring `train()`; under its own name, by which some code recognises norms."""
-    return type(kind.__name__, (_Frozen, kind), {"__module__": kind.__module__})
+    frozen = type(kind.__name__, (_Frozen, kind), {"__module__": kind.__module__})
+    _THAWED[frozen] = kind
+    return frozen
 
 
 def _rebuild(kind: type[nn.Module]) -> nn.Module:

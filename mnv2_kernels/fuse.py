@@ -11,7 +11,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from .backends import BACKENDS
+from .backends import check_backend
 from .chained import FusedRun, join_all
 from .fold import FoldedWeights, fold_layers
 from .found import find, fused_chain
@@ -49,7 +49,7 @@ def fuse(
             original, and the sentence names it. The model is then as it was.
     """
     check_module("fuse", model)
-    _check_backend(backend)
+    check_backend("fuse", backend)
     if not inplace:
         model = copy.deepcopy(model)
     replaced: dict[nn.Module, StandIn] = {}
@@ -117,12 +117,6 @@ def fold(block: nn.Module) -> FoldedWeights:
     if layers is None:
         raise ValueError(f"fold: block must be an inverted residual, got {kind}")
     return fold_layers(layers)
-
-
-def _check_backend(backend: str | None) -> None:
-    names = [b.name for b in BACKENDS]
-    if backend is not None and backend not in names:
-        raise ValueError(f"fuse: backend must be one of {', '.join(names)}, got {backend!r}")
 
 
 def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:

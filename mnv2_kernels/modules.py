@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from math import inf
+from numbers import Real
 
 from torch import Tensor, nn
 
+from .backends import check_backend
 from .block import (
     LAST_CHANNELS,
     MOBILENET_V2_SETTINGS,
@@ -16,8 +19,10 @@ from .block import (
     inverted_residual_config,
     make_divisible,
 )
+from .contract import whole
 from .fold import BlockLayers, ConvNorm
 from .fused import FusedModule
+from .recognizers.layers import batch_norm_activation
 
 
 class InvertedResidual(FusedModule):
@@ -33,6 +38,9 @@ class InvertedResidual(FusedModule):
             TensorFlow's SAME at stride 2 on an even size is (0, 0, 1, 1) for kernel size 3.
         norm_layer: constructor of the batch norms.
         backend: a name from `backends()`; None takes the first that can run.
+
+    Raises:
+        TypeError, ValueError: an argument is none of these; the sentence names it.
     """
 
     def __init__(
@@ -48,25 +56,17 @@ class InvertedResidual(FusedModule):
         backend: str | None = None,
     ):
         super().__init__()
-        for name, value, allowed in (
-            ("stride", stride, (1, 2)),
-            ("kernel_size", kernel_size, (3, 5)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"InvertedResidual: {name} must be in {allowed}, got {value!r}")
-        config = inverted_residual_config(
-            in_channels, out_channels, stride, expand_ratio, kernel_size
+        config = _checked_config(
+            in_channels, out_channels, stride, expand_ratio, kernel_size, padding
         )
-        if padding is not None:
-            config = replace(config, padding=padding)
-            _check_padding(config)
-        hidden = config.hidden_channels
+        check_backend("InvertedResidual", backend)
+        in_channels, hidden = config.in_channels, config.hidden_channels
+        stride, kernel_size, out_channels = config.stride, config.kernel_size, config.out_channels
         stages = [_conv_norm_clip(in_channels, hidden, norm_layer)] if config.expansion else []
         depthwise = PaddedConv2d(hidden, kernel_size, stride, config.padding)
-        stages.append(nn.Sequential(depthwise, norm_layer(hidden), nn.ReLU6(inplace=True)))
-        self.conv = nn.Sequential(
-            *stages, nn.Conv2d(hidden, out_channels, 1, bias=False), norm_layer(out_channels)
-        )
+        stages.append(nn.Sequential(depthwise, _norm(norm_layer, hidden), nn.ReLU6(inplace=True)))
+        project = nn.Conv2d(hidden, out_channels, 1, bias=False)
+        self.conv = nn.Sequential(*stages, project, _norm(norm_layer, out_channels))
         self.stride = stride
         self.out_channels = out_channels
         self.use_res_connect = config.residual
@@ -89,9 +89,61 @@ class InvertedResidual(FusedModule):
         return f"{self.config.name}, residual={self.config.residual}"
 
 
+def _checked_config(
+    in_channels: int,
+    out_channels: int,
+    stride: int,
+    expand_ratio: float,
+    kernel_size: int,
+    padding: Padding | None,
+) -> BlockConfig:
+    owner = "InvertedResidual"
+    in_channels = whole(owner, "in_channels", in_channels, 1)
+    out_channels = whole(owner, "out_channels", out_channels, 1)
+    stride = whole(owner, "stride", stride)
+    kernel_size = whole(owner, "kernel_size", kernel_size)
+    for name, value, allowed in (("stride", stride, (1, 2)), ("kernel_size", kernel_size, (3, 5))):
+        if value not in allowed:
+            raise ValueError(f"{owner}: {name} must be in {allowed}, got {value!r}")
+    _check_number(owner, "expand_ratio", expand_ratio)
+    config = inverted_residual_config(in_channels, out_channels, stride, expand_ratio, kernel_size)
+    if config.hidden_channels < 1:
+        raise ValueError(
+            f"{owner}: expand_ratio must give at least one hidden channel, got {expand_ratio!r} of"
+            f" {in_channels}"
+        )
+    if padding is not None:
+        if not isinstance(padding, Iterable) or isinstance(padding, str):
+            raise TypeError(f"{owner}: padding must be 4 integers, got {padding!r}")
+        padding = tuple(whole(owner, "padding", p) for p in padding)
+        config = replace(config, padding=padding)
+        _check_padding(config)
+    return config
+
+
+def _check_number(owner: str, name: str, value: object) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    if not 0 < value < inf:
+        raise ValueError(f"{owner}: {name} must be above 0 and finite, got {value!r}")
+
+
+def _norm(norm_layer: Callable[[int], nn.Module], channels: int) -> nn.Module:
+    """A batch norm that can be folded: what it computes in evaluation mode is known."""
+    if not callable(norm_layer) or isinstance(norm_layer, nn.Module):
+        raise TypeError(f"norm_layer must be a constructor, got {norm_layer!r}")
+    norm = norm_layer(channels)
+    if not isinstance(norm, nn.Module) or batch_norm_activation(norm) is None:
+        raise ValueError(f"norm_layer must make batch norms of images, got {type(norm).__name__}")
+    mean = norm.running_mean
+    if mean is not None and mean.shape != (channels,):
+        raise ValueError(f"norm_layer must make norms of {channels} channels, got {len(mean)}")
+    return norm
+
+
 def _check_padding(config: BlockConfig) -> None:
     extent = config.kernel_size - 1
-    padding = tuple(config.padding)
+    padding = config.padding
     if len(padding) != 4 or not all(0 <= p <= extent for p in padding):
         raise ValueError(
             "InvertedResidual: padding must be 4 integers (top, left, bottom, right) from 0 to"
@@ -132,7 +184,7 @@ def _conv_norm_clip(
     in_channels: int, out_channels: int, norm_layer, *, kernel_size=1, stride=1, padding=0
 ) -> nn.Sequential:
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
-    return nn.Sequential(conv, norm_layer(out_channels), nn.ReLU6(inplace=True))
+    return nn.Sequential(conv, _norm(norm_layer, out_channels), nn.ReLU6(inplace=True))
 
 
 class MobileNetV2(nn.Module):
@@ -216,11 +268,11 @@ def mobilenet_v2(
         norm_layer: constructor of the batch norms.
 
     Raises:
-        ValueError: width_mult or num_classes is not positive.
+        TypeError, ValueError: width_mult is no positive number, num_classes no positive integer,
+            or norm_layer makes something else.
     """
-    for name, value in (("width_mult", width_mult), ("num_classes", num_classes)):
-        if not value > 0:
-            raise ValueError(f"mobilenet_v2: {name} must be above 0, got {value!r}")
+    _check_number("mobilenet_v2", "width_mult", width_mult)
+    num_classes = whole("mobilenet_v2", "num_classes", num_classes, 1)
     return MobileNetV2(
         width_mult, num_classes, dropout=dropout, tf_padding=tf_padding, norm_layer=norm_layer
     )

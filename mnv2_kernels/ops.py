@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import backward, reference, triton_kernels
 from .backends import Block, choose, load
 from .block import Padding, same_padding
-from .contract import check, check_once
+from .contract import check, check_kinds, check_once
 from .fold import FoldedWeights
 
 _TENSORS = (
@@ -125,8 +125,9 @@ def inverted_residual(
     Source: MobileNetV2 (arXiv 1801.04381), sections 3.3 and 5.1. Differentiable in x and all
     weights; the backward pass recomputes the expansion piece by piece (`backward.gradients`).
     """
+    stride, padding, dilation = check_kinds(x, weights, stride, padding, dilation, residual)
     if padding is None:
-        padding = same_padding(weights.w_dw.shape[0], dilation)
+        padding = same_padding(weights.w_dw.shape[0] if weights.w_dw.dim() else 0, dilation)
     arguments = op_arguments(weights, stride, padding, dilation, residual)
     block = _block(arguments) if x.is_cuda else None
     return run(choose(backend, x, block), x, arguments)

@@ -10,7 +10,9 @@ and runs as one op (`plan_op.py`), which allocates the arena or gets one that th
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +143,10 @@ class Plan:
         return max(step_memory.planned_bytes(batch=n, **sizes) for n in (1, threads))
 
     def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
+            kind = "nested" if isinstance(x, Tensor) and x.is_nested else type(x).__name__
+            got = x.layout if kind == "Tensor" else kind
+            raise TypeError(f"plan: x must be a dense tensor, got {got}")
         if tuple(x.shape[1:]) != self.input_shape or x.dim() != 4:
             wanted = ", ".join(map(str, self.input_shape))
             raise ValueError(f"plan: x must have shape (N, {wanted}), got {tuple(x.shape)}")
@@ -307,11 +313,9 @@ def plan(
             for on another device than a CPU.
     """
     check_module("plan", model)
-    shape = tuple(input_shape)[-3:]
-    if len(input_shape) not in (3, 4) or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(
-            f"plan: input_shape must be (C, H, W) or (N, C, H, W), got {tuple(input_shape)}"
-        )
+    shape = _image_shape(input_shape)
+    if not isinstance(dtype, torch.dtype | None):
+        raise TypeError(f"plan: dtype must be a torch.dtype, got {dtype!r}")
     try:
         named = read_layers(model, shape)
     except Declined as reason:
@@ -326,6 +330,20 @@ def plan(
     if own_arena:
         made._own_arena()
     return made
+
+
+def _image_shape(input_shape: Sequence[int]) -> tuple[int, int, int]:
+    if not isinstance(input_shape, Sequence) or isinstance(input_shape, str):
+        kind = type(input_shape).__name__
+        raise TypeError(f"plan: input_shape must be a sequence of integers, got {kind}")
+    sizes = tuple(input_shape)
+    whole = all(isinstance(n, SupportsIndex) and not isinstance(n, bool | Tensor) for n in sizes)
+    if not whole or len(sizes) not in (3, 4) or min(sizes) < 0 or min(sizes[-3:]) < 1:
+        raise ValueError(f"plan: input_shape must be (C, H, W) or (N, C, H, W), got {sizes}")
+    if max(sizes) >= 2**31:
+        raise ValueError(f"plan: input_shape must be below 2**31 in all sizes, got {sizes}")
+    channels, height, width = map(index, sizes[-3:])
+    return channels, height, width
 
 
 def why_not_on_cpu(dtype: torch.dtype) -> str | None:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, contains
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .fold import ConvNorm
+from .freeze import thawed
 from .versions import state_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -24,13 +25,17 @@ _FIELDS = (
     "children",
     "fixed",
     "kinds",
+    "kinds_of_norms",
     "own",
+    "own_of_convs",
     "convs",
     "activations",
     "geometry",
     "bounds",
     "norms",
     "places",
+    "tables",
+    "names",
     "means",
 )
 
@@ -53,15 +58,17 @@ class Watched:
         # A parametrization would become the first child of a module without any.
         self.childless = [f for f in families if not f]
         self.children = self.current_children()
-        # Freezing gives norms another class.
+        self.norms = norms
         self.fixed = [m for m in inner if m not in norms]
-        self.kinds = self.current_kinds()
-        self.own = [m.__dict__ for m in self.fixed]
         self.convs = [s.conv for s in stages]
+        self.kinds = self.current_kinds()
+        # Freezing gives norms another class.
+        self.kinds_of_norms = [*map(thawed, self.current_norms())]
+        self.own = [m.__dict__ for m in (*self.fixed, *norms)]
+        self.own_of_convs = [conv.__dict__ for conv in self.convs]
         self.activations = [m for m in inner if isinstance(m, nn.Hardtanh)]
         self.geometry = self.current_geometry()
         self.bounds = self.current_bounds()
-        self.norms = norms
         # Where the tensors are looked up: a parameter may be replaced by another.
         self.places = [
             (tensors, name, module)
@@ -70,7 +77,9 @@ class Watched:
             for name in tensors
             if name != "num_batches_tracked"
         ]
-        self.means = [(tensors, name) for tensors, name, _ in self.places if name == "running_mean"]
+        self.tables = [tensors for tensors, _, _ in self.places]
+        self.names = [name for _, name, _ in self.places]
+        self.means = [tensors for tensors, name, _ in self.places if name == "running_mean"]
 
     @classmethod
     def together(cls, parts: Sequence["Watched"]) -> "Watched":
@@ -86,19 +95,35 @@ class Watched:
             return "an inner module has hooks"
         if self.current_children() != self.children or any(self.childless):
             return "inner modules have been replaced: unfuse, then fuse again"
-        if self.current_kinds() != self.kinds or any("forward" in own for own in self.own):
+        if self._has_other_forward():
             return "the class or the forward of an inner module has been replaced"
         if self.current_geometry() != self.geometry or self.current_bounds() != self.bounds:
             return "a convolution or a clip has been changed: unfuse, then fuse again"
-        if any(tensors[name] is None for tensors, name in self.means):
+        if not all(map(contains, self.tables, self.names)):
+            return "a parameter or buffer has been deleted: unfuse, then fuse again"
+        if any(tensors["running_mean"] is None for tensors in self.means):
             return "a batch norm has lost its running statistics"
         return None
+
+    def _has_other_forward(self) -> bool:
+        norms = self.current_norms()
+        if norms != self.kinds_of_norms:
+            norms = [*map(thawed, norms)]
+        return (
+            norms != self.kinds_of_norms
+            or self.current_kinds() != self.kinds
+            or any("forward" in own for own in self.own)
+            or any("_conv_forward" in own for own in self.own_of_convs)
+        )
 
     def current_children(self) -> list[nn.Module]:
         return list(chain.from_iterable(map(dict.values, self.families)))
 
     def current_kinds(self) -> list:
         return [*map(type, self.fixed)]
+
+    def current_norms(self) -> list:
+        return [*map(type, self.norms)]
 
     def current_geometry(self) -> list:
         return [*map(_geometry_of, self.convs)]

@@ -54,6 +54,15 @@ def cases_checked(record_property):
     return say
 
 
+@pytest.fixture(autouse=True)
+def _calls_of_kernels(record_property):
+    """How often the test has called each backend, for `make test-report`."""
+    before = cases.CALLS.copy()
+    yield
+    for backend, number in (cases.CALLS - before).items():
+        record_property(f"calls {backend}", number)
+
+
 @pytest.fixture
 def one_thread():
     """For so little work that waiting for a second thread costs more than it saves."""

@@ -3,11 +3,13 @@
 After each bad call a good one still gives the same bits.
 """
 
+import re
 from math import inf, nan
 
 import cases
 import pytest
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from mnv2_kernels import FoldedWeights, inverted_residual
@@ -187,22 +189,146 @@ def test_tensors_of_two_devices(kernel_backend, name):
         CALLERS[kernel_backend](call)
 
 
-@pytest.mark.parametrize(
-    "convert",
-    [
-        lambda t: t.to_sparse(),
-        lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
-        lambda t: torch.nested.as_nested_tensor([t[0], t[1]]),
-        lambda t: t.to_mkldnn(),
-    ],
-    ids=["sparse", "quantised", "nested", "mkldnn"],
-)
-def test_other_kinds_of_tensor(kernel_backend, convert):
+# How a tensor becomes one of another kind, which error that is, and what the sentence names.
+OTHER_KINDS = {
+    "sparse": (lambda t: t.to_sparse(), "SparseCPU"),
+    "sparse rows": (lambda t: t.reshape(len(t), -1).to_sparse_csr(), "SparseCsr"),
+    "quantised": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "QuantizedCPU"),
+    "nested": (lambda t: torch.nested.as_nested_tensor([t, t]), "Nested"),
+    "jagged": (
+        lambda t: torch.nested.nested_tensor([t, t], layout=torch.jagged),
+        "inverted_residual",
+    ),
+    "mkldnn": (lambda t: t.to_mkldnn(), "Mkldnn"),
+    "masked": (lambda t: torch.masked.masked_tensor(t, t > 0), "inverted_residual"),
+    "uninitialised": (lambda t: nn.UninitializedParameter(), "uninitialized parameter"),
+    "fake": (lambda t: FakeTensorMode().from_tensor(t), "FakeTensor"),
+    "8 bits": (lambda t: t.to(torch.float8_e4m3fn), "must "),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_other_kinds_of_tensor(kernel_backend, kind, name):
+    """Whatever PyTorch makes of them, it is an error, and the next call gives the same bits."""
+    convert, sentence = OTHER_KINDS[kind]
+    before = CALLERS[kernel_backend](good_call())
     call = good_call()
-    call["x"] = convert(call["x"])
-    for caller in ("reference", kernel_backend):
-        with pytest.raises((TypeError, NotImplementedError, RuntimeError)):
-            CALLERS[caller](call)
+    call[name] = convert(call[name])
+    errors = (TypeError, ValueError, NotImplementedError, RuntimeError, AssertionError)
+    with pytest.raises(errors, match=sentence):
+        CALLERS[kernel_backend](call)
+    assert torch.equal(CALLERS[kernel_backend](good_call()), before)
+
+
+@pytest.mark.skipif("cpu" not in cases.kernel_backends(), reason="needs the compiled extension")
+@pytest.mark.parametrize("left", [0, 1, -1], ids=["freed", "one byte", "all but one byte"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
+def test_tensors_without_their_memory(left, channels_last, cases_checked):
+    """Their storage was freed or made smaller, as sharding of parameters does."""
+    before = CALLERS["cpu"](good_call())
+    for name in NAMES:
+        call = good_call()
+        if channels_last:
+            call["x"] = call["x"].contiguous(memory_format=torch.channels_last)
+        storage, nbytes = call[name].untyped_storage(), call[name].nbytes
+        storage.resize_(left % nbytes)
+        sentence = (
+            f"^inverted_residual: {name} must lie inside its storage, which has been resized to"
+            f" {left % nbytes} bytes of {nbytes}$"
+        )
+        with pytest.raises(ValueError, match=sentence):
+            CALLERS["cpu"](call)
+        # A view behind the end, of a storage that has become too small for it alone.
+        call = good_call()
+        wide = torch.cat([call[name].flatten()] * 2)
+        call[name] = wide[call[name].numel() :].view(call[name].shape)
+        wide.untyped_storage().resize_(nbytes)
+        with pytest.raises(ValueError, match=f"{nbytes} bytes of {2 * nbytes}$"):
+            CALLERS["cpu"](call)
+        assert torch.equal(CALLERS["cpu"](good_call()), before)
+    cases_checked(2 * len(NAMES))
+
+
+def read_only(tensor: torch.Tensor) -> torch.Tensor:
+    numbers = tensor.numpy().copy()
+    numbers.flags.writeable = False
+    return torch.from_numpy(numbers)
+
+
+class Own(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+DENSE = {
+    "read-only memory": read_only,
+    "imaginary part": lambda t: torch.complex(t, -t).conj().imag,
+    "zeros without memory": lambda t: torch._efficientzerotensor(t.shape),
+    "functional": torch._to_functional_tensor,
+    "parameter": nn.Parameter,
+    "buffer": nn.Buffer,
+    "subclass": lambda t: t.as_subclass(Own),
+}
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers in memory of their own."""
+    if torch._is_functional_tensor(tensor):
+        tensor = torch._from_functional_tensor(tensor)
+    return torch.empty(tensor.shape).copy_(tensor.detach())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_dense_tensors_of_other_origin(kernel_backend, name, cases_checked):
+    """They give what the same numbers in memory of their own give, and stay as they were."""
+    for kind, convert in DENSE.items():
+        call = good_call()
+        other = convert(call[name])
+        numbers = plain(other)
+        y = CALLERS[kernel_backend](call | {name: other})
+        right = CALLERS[kernel_backend](call | {name: numbers})
+        assert torch.equal(plain(y), right), kind
+        assert torch.equal(plain(other), numbers), kind
+    cases_checked(len(DENSE))
+
+
+BACKWARD = torch.ops.mnv2.inverted_residual_backward.default
+
+
+def bad_backward_calls():
+    grad = torch.ones(2, 8, 6, 7)
+    call = list(good_call().values())
+    everything = [True] * 7
+    for shape in ((2, 8, 6, 6), (2, 8, 42), (1, 8, 6, 7), (), (2, 9, 6, 7)):
+        sentence = f"grad_y must have shape (2, 8, 6, 7), got {shape}"
+        yield ValueError, sentence, [torch.ones(shape), *call, everything]
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        sentence = "grad_y must be a dense floating-point tensor, got "
+        yield TypeError, sentence, [grad.to(dtype), *call, everything]
+    for i, name in ((2, "b_expand"), (4, "b_dw"), (6, "b_project")):
+        sentence = f"needs_grad must be False for {name}, which is None"
+        yield ValueError, sentence, [grad, *call[:i], None, *call[i + 1 :], everything]
+    for error, sentence, changes in BAD_CALLS[::4]:
+        changed = good_call() | fill(changes)
+        yield error, sentence, [grad, *changed.values(), everything]
+
+
+def test_bad_calls_of_the_backward_op(cases_checked):
+    good = [torch.ones(2, 8, 6, 7), *good_call().values(), [True] * 7]
+    before = BACKWARD(*good)
+    calls = list(bad_backward_calls())
+    for error, sentence, arguments in calls:
+        with pytest.raises(error, match=f"^inverted_residual: {re.escape(sentence)}"):
+            BACKWARD(*arguments)
+    assert all(map(torch.equal, BACKWARD(*good), before))
+    if "cpu" in cases.kernel_backends():
+        lost = torch.ones(2, 8, 6, 7)
+        lost.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="^inverted_residual: grad_y must lie inside its stor"):
+            BACKWARD(lost, *good[1:14], (-inf, inf), [True] * 7)
+    cases_checked(len(calls) + 1)
 
 
 @pytest.mark.parametrize("missing", ["x", "w_dw", "w_project"])

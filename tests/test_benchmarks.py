@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks import harness, machine, plot, report, summary
-from mnv2_kernels import cost, timing
+from benchmarks import bench_widths, harness, machine, plot, report, summary
+from benchmarks.peers import turns
+from mnv2_kernels import cost, plan, timing
 from mnv2_kernels.block import inverted_residual_config
 
 TINY = inverted_residual_config(8, 8, 1, 6)
@@ -233,13 +234,13 @@ def test_tables_and_a_figure_of_peers(tmp_path):
     assert made["peers-network"].splitlines() == [
         "| provider | dtype | 1 thread, batch 1 | 1 thread, batch 8 |",
         "| --- | --- | ---: | ---: |",
-        "| planned | float32 | 1.00 | 1.00 |",
-        "| slow | float32 | 2.00 (2.00x) | 2.00 (2.00x) |",
-        "| half | bfloat16 | 0.50 (0.50x) | 0.50 (0.50x) |",
+        "| planned | float32 | 1.00 (80%) | 1.00 (80%) |",
+        "| slow | float32 | 2.00 (2.00x, 40%) | 2.00 (2.00x, 40%) |",
+        "| half | bfloat16 | 0.50 (0.50x, 160%) | 0.50 (0.50x, 160%) |",
     ]
     head, _, *blocks = made["peers-blocks"].splitlines()
     assert head.endswith("| us, planned | of FMA peak | slow |")
-    assert blocks == ["| 3 | 24x144x24-s1-k3 | 1000 | 80% | 2.00x |"]
+    assert blocks == ["| 3 | 24x144x24-s1-k3 | 1000 | 80% | 2.00x (40%) |"]
     memory = made["peers-memory"].splitlines()
     assert memory[2] == "| planned | float32 | 10.0 | 1.0 | 10.0 | 8.0 | 1.00 |"
     assert memory[4] == "| half | bfloat16 | 10.0 | 0.5 | 10.0 | 4.0 | 0.50 |"
@@ -248,6 +249,54 @@ def test_tables_and_a_figure_of_peers(tmp_path):
     assert before.count(b"<path") > 6
     assert [p.read_bytes() for p in plot.peer_figures(results, tmp_path)] == [before]
     assert list(plot.peer_figures(report.latest(tmp_path / "none"), tmp_path)) == []
+
+
+def test_table_of_peers_at_other_sizes(tmp_path):
+    """These rows go to a table of their own, and to no other."""
+    size = {"model": "net", "width": 0.35, "resolution": 96}
+    rows = [{**row, **size} for row in peer_rows() if row["suite"] == "peers" and "model" in row]
+    rows = [row for row in rows if row["batch"] == 1]
+    harness.append([*peer_rows(), *rows], tmp_path)
+    made = report.tables(report.latest(tmp_path))
+    assert made["peers-sizes"].splitlines() == [
+        "| width | input | ms, planned | of FMA peak | slow |",
+        "| ---: | --- | ---: | ---: | ---: |",
+        "| 0.35 | 96x96 | 1.000 | 80% | 2.00x (40%) |",
+    ]
+    without = tmp_path / "without"
+    harness.append(peer_rows(), without)
+    others = report.tables(report.latest(without))
+    assert {name: made[name] for name in others} == others
+
+
+def test_tables_of_peers_held_back_to_avx2(tmp_path):
+    """The same runs twice, the second with half the speed; "slow" does not keep to AVX2."""
+    best = [{**row, "instruction_set": "avx512"} for row in peer_rows() if row["suite"] == "peers"]
+    asked = [
+        {
+            **row,
+            "instruction_set": "avx2",
+            "limited": row["provider"] != "slow",
+            "seconds": {"50%": 2 * row["seconds"]["50%"]},
+        }
+        for row in best
+    ]
+    # Of a run in which this package alone was held back, by hand: the others are not known.
+    by_hand = {**asked[0], "provider": "other"}
+    del by_hand["limited"]
+    harness.append([*asked, by_hand], tmp_path / "avx2 alone")
+    assert "peers-avx2-network" not in report.tables(report.latest(tmp_path / "avx2 alone"))
+    harness.append([*best, *asked, by_hand], tmp_path)
+    made = report.tables(report.latest(tmp_path))
+    assert made["peers-avx2-network"].splitlines()[2:] == [
+        "| planned | float32 | 2.00 (80%) | 2.00 (80%) |",
+        r"| slow \* | float32 | 4.00 (2.00x, 40%) | 4.00 (2.00x, 40%) |",
+        "| half | bfloat16 | 1.00 (0.50x, 160%) | 1.00 (0.50x, 160%) |",
+    ]
+    head, _, *blocks = made["peers-avx2-blocks"].splitlines()
+    assert head.endswith(r"| us, planned | of FMA peak | slow \* |")
+    assert blocks == ["| 3 | 24x144x24-s1-k3 | 2000 | 80% | 2.00x (40%) |"]
+    assert "| planned | float32 | 1.00 (80%) | 1.00 (80%) |" in made["peers-network"]
 
 
 def test_a_figure_has_one_line_also_when_its_block_changes(tmp_path):
@@ -272,3 +321,83 @@ def test_only_what_stands_between_markers_is_replaced():
     assert report.fill(filled, {"one": "new"}) == filled
     with pytest.raises(ValueError, match="must hold <!-- end:x --> after <!-- begin:x -->"):
         report.fill("<!-- begin:x -->", {})
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", bench_widths.PROVIDERS)
+def test_rows_of_widths(dtype, monkeypatch):
+    """In made-up time: the small one always takes 2 s, the other 5 s; none of it is lost."""
+    sizes = [(0.35, 32), (0.5, 48)]
+    small, reference = sizes
+    seconds = iter([2.0, 5.0] * 2)
+    monkeypatch.setattr(bench_widths, "_turn", lambda call, _: (next(seconds), 0.0))
+    monkeypatch.setattr(bench_widths, "_peak_turn", lambda threads: (0.01, 0.0))
+    monkeypatch.setattr(bench_widths, "take_turns", in_order)
+    rows = bench_widths.measure(
+        sizes, dtype=dtype, batch=2, rounds=2, tolerance=0.0, reference=reference
+    )
+    flops = {size: 2 * cost.network_multiply_adds(*size, batch=2) for size in sizes}
+    for size, row, time in zip(sizes, rows, (2, 5), strict=True):
+        assert (row["width"], row["resolution"]) == size
+        assert row["seconds"]["50%"] == time
+        assert row["gflops"] == pytest.approx(flops[size] / time / 1e9)
+        assert row["share_of_fma_peak"] == pytest.approx(row["gflops"] / 0.01)
+        assert 0 < row["error"] < (1e-5 if dtype == torch.float32 else 0.1)
+        assert row["provider"] == bench_widths.PROVIDERS[dtype]
+        assert (row["rounds"], row["dropped"], row["batch"]) == (2, 0, 2)
+    over = rows[0]["gflops"] / rows[1]["gflops"]
+    assert rows[0]["share_over_reference"] == pytest.approx(over)
+    assert rows[1]["share_over_reference"] == 1
+
+
+def in_order(calls, *, rounds, tolerance, pause):
+    """`take_turns` that begins with the same one in every round."""
+    taken = [{name: call() for name, call in calls.items()} for _ in range(rounds)]
+    return {name: turns.Samples([found[name][0] for found in taken]) for name in calls}
+
+
+@needs_extension
+def test_a_wrong_or_lost_size_has_no_rows(monkeypatch):
+    size = (0.35, 32)
+    settings = {"dtype": torch.float32, "batch": 2, "rounds": 1, "seconds": 0.0, "reference": size}
+    with pytest.raises(AssertionError, match=r"more was in all turns of \[\(0.35, 32\)\]"):
+        bench_widths.measure([size], tolerance=-1.0, **settings)
+
+    def wrong(model, shape, dtype):
+        """Right but for the last image."""
+        made = plan(model, shape, dtype=dtype)
+        return lambda x: made(x) * torch.tensor([[1.0], [1.01]])
+
+    monkeypatch.setattr(bench_widths, "plan", wrong)
+    with pytest.raises(AssertionError, match="largest error must be at most 0.0001"):
+        bench_widths.measure([size], tolerance=1e9, **settings)
+
+
+def test_table_and_figure_of_widths(tmp_path):
+    facts = {**machine.facts(), "date": "2026-01-02T00:00:00+00:00", "cpu": "test"}
+    facts |= {"suite": "widths", "instruction_set": "avx512", "threads": 1}
+    shares = {
+        (0.5, 96, "planned", "float32"): (0.7, 0.875),
+        (0.5, 224, "planned", "float32"): (0.75, 0.9375),
+        (1.0, 224, "planned", "float32"): (0.8, 1.0),
+        (1.0, 224, "planned-bf16", "bfloat16"): (1.2, 1.0),
+    }
+    rows = []
+    for (width, resolution, provider, dtype), (share, over) in shares.items():
+        size = {"width": width, "resolution": resolution, "provider": provider, "dtype": dtype}
+        details = {"share_of_fma_peak": share, "share_over_reference": over, "batch": 1}
+        rows.append({**facts, **size, **details, "seconds": {"50%": 0.001}, "gflops": 80.0})
+    harness.append(rows, tmp_path)
+    assert report.tables(report.latest(tmp_path))["widths"].splitlines() == [
+        "| instruction set | dtype | threads | batch | width | 96x96 | 224x224 |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| avx512 | float32 | 1 | 1 | 0.5 | 70% (88%) | 75% (94%) |",
+        "| avx512 | float32 | 1 | 1 | 1.0 | - | 80% (100%) |",
+        "| avx512 | bfloat16 | 1 | 1 | 1.0 | - | 120% (100%) |",
+    ]
+    figures = {row["name"]: row["value"] for row in summary.acceptance(rows)}
+    name = "widths and resolutions, {}, threads 1, batch 1: least share over that of 1.0 at 224"
+    assert figures == {name.format("float32"): 0.875, name.format("bfloat16"): 1.0}
+    printed = list(summary.lines(rows))
+    assert len({line.index("GFLOP/s") for line in printed[:3]}) == 1
+    assert printed[0].endswith("70% of peak    88% of that of 1.0 at 224")

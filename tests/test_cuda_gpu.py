@@ -2,6 +2,7 @@
 memory. The emulator (test_cuda_kernels.py) sees races and addresses, which a GPU does not show.
 """
 
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -11,8 +12,12 @@ import cases
 import pytest
 import torch
 from cases import LAYOUTS, Case, expect, why_wrong
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_cuda_op import arguments, blocks_of, kernel_of, odd_view
+from test_fuzz import calls, layouts
 from test_triton_gpu import GIB, check_allocations, check_repeated, needs_memory, unasked
+from torch.library import opcheck
 from triton_cases import DEVICE, DTYPES, HAS_GPU, dtype_name, make_inputs
 
 from mnv2_kernels import InvertedResidual, fuse, inverted_residual
@@ -63,7 +68,7 @@ run = partial(cases.run, "cuda")
 
 
 @each_kernel
-def test_values(kernel, dtype):
+def test_values(kernel, dtype, cases_checked):
     failures = []
     blocks = blocks_of(kernel, dtype)
     for case in blocks:
@@ -74,6 +79,7 @@ def test_values(kernel, dtype):
             if reason := why_wrong(y, expected):
                 failures.append(f"{case.id} {layout}: {reason}")
     assert not failures, f"{len(failures)} of {2 * len(blocks)}:\n" + "\n".join(failures[:20])
+    cases_checked(len(LAYOUTS) * len(blocks))
 
 
 @each_kernel
@@ -158,6 +164,32 @@ def test_what_is_refused():
         OP(x, weights.w_expand.cpu(), *args[2:])
     with pytest.raises(ValueError, match="w_expand must be on the device of x, cpu, got cuda:0"):
         OP(x.cpu(), *args[1:])
+
+
+@settings(
+    max_examples=1000,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(case=calls(), layout=layouts(), dtype=st.sampled_from(DTYPES))
+def check_call(ran, case, layout, dtype):
+    x, weights = make_inputs(case, dtype)
+    expected = expect(case, x, weights)
+    with DEVICE:
+        x = layout(x)
+    assert (reason := why_wrong(run(x, weights, **case.settings), expected)) is None, (
+        f"{case}: {reason}"
+    )
+    ran[dtype] += 1
+
+
+def test_random_calls(cases_checked):
+    ran = Counter()
+    check_call(ran)
+    assert ran.total() >= 1000 and min(ran[dtype] for dtype in DTYPES) >= 200, ran
+    cases_checked(ran.total())
 
 
 # ---- Streams, graphs, memory
@@ -310,18 +342,29 @@ def test_autocast_computes_in_the_dtype_asked_for():
         assert why_wrong(y, expect(case, x.to(dtype), weights.to(dtype))) is None
 
 
-def test_gradients_are_those_of_the_reference():
-    case = Case(BlockConfig(8, 24, 8, residual=True), 9, 7, batch=2)
-    x, weights = make_inputs(case, SINGLE)
-    grads = []
-    for backend in ("cuda", "reference"):
-        leaves = [t.clone().requires_grad_() for t in (x, *weights.tensors())]
-        names = ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
-        own = replace(weights, **dict(zip(names, leaves[1:], strict=True)))
-        y = inverted_residual(leaves[0], own, backend=backend, **case.settings)
-        grads.append(torch.autograd.grad(y.square().sum(), leaves))
-    for ours, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+def test_gradients_are_those_of_the_reference(cases_checked):
+    names = ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
+    members = cases.groups()["S4"][:40]
+    for case in members:
+        x, weights = make_inputs(case, SINGLE)
+        grads = []
+        for backend in ("cuda", "reference"):
+            leaves = [None if t is None else t.clone().requires_grad_() for t in weights.tensors()]
+            own = replace(weights, **dict(zip(names, leaves, strict=True)))
+            image = x.clone().requires_grad_()
+            y = inverted_residual(image, own, backend=backend, **case.settings)
+            given = [image, *(t for t in leaves if t is not None)]
+            grads.append(torch.autograd.grad(y.square().sum(), given))
+        for ours, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    cases_checked(len(members))
+
+
+@each_case
+def test_opcheck(case, dtype):
+    """Schema, fake kernel, gradients and AOT autograd, on tensors of the device."""
+    x, weights = make_inputs(case, dtype)
+    opcheck(OP, arguments(x, weights, case))
 
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=dtype_name)

@@ -1,16 +1,23 @@
-"""Random calls of the op against the float64 reference: shapes, strides, offsets, clips."""
+"""Random calls of the op, forward and backward, against the float64 reference."""
 
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from math import inf, nan
 
 import cases
 import pytest
 import torch
 from cases import Case
-from hypothesis import HealthCheck, assume, given, settings
+from exact_gradients import found_gradients, make_call, true_gradients, wrong
+from fuzzing import in_parts, search, searched
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from rounding import why_not_rounded_once
+from test_numerics import skipping_reference
+from torch import Tensor
 
-from mnv2_kernels import reference
+from mnv2_kernels import FoldedWeights, reference
 from mnv2_kernels.block import NO_CLIP, RELU, RELU6, BlockConfig
 
 CHANNELS = st.one_of(st.integers(1, 40), st.sampled_from((48, 64, 80, 96, 144, 208)))
@@ -19,10 +26,22 @@ CLIPS = st.one_of(
     st.sampled_from((NO_CLIP, RELU, RELU6)),
     st.tuples(st.floats(-2, 0, width=32), st.floats(0, 3, width=32)),
 )
+# (channels, sizes): now and then many channels of small images, or large images of few channels.
+EXTENTS = (
+    *[(CHANNELS, SIZES)] * 18,
+    (st.sampled_from((200, 320, 385, 576, 961)), st.integers(1, 6)),
+    (st.integers(1, 20), st.integers(40, 97)),
+)
+# A sum of integers is exact in any order only while all of them are integers.
+WHOLE_CLIPS = st.sampled_from((NO_CLIP, RELU, RELU6, (-3.0, 4.0), (-1.0, 2.0)))
 
 
 @st.composite
-def calls(draw, channels=CHANNELS, sizes=SIZES, least_batch: int = 0) -> Case:
+def calls(
+    draw, channels=CHANNELS, sizes=SIZES, least_batch: int = 0, clips=CLIPS, extents=None
+) -> Case:
+    if extents is not None:
+        channels, sizes = draw(st.sampled_from(extents))
     kernel, dilation = draw(st.sampled_from((3, 5))), draw(st.sampled_from((1, 2)))
     expansion = draw(st.booleans())
     in_channels = draw(channels)
@@ -37,6 +56,10 @@ def calls(draw, channels=CHANNELS, sizes=SIZES, least_batch: int = 0) -> Case:
         dilation=dilation,
         padding=draw(st.tuples(*[st.integers(0, extent)] * 4)),
     )
+    if config.stride == 1 and draw(st.booleans()):
+        before, beside = config.padding[:2]
+        padding = before, beside, extent - before, extent - beside
+        config = replace(config, out_channels=in_channels, padding=padding, residual=True)
     height, width = draw(sizes), draw(sizes)
     assume(min(config.output_hw(height, width)) >= 1)
     return Case(
@@ -44,58 +67,181 @@ def calls(draw, channels=CHANNELS, sizes=SIZES, least_batch: int = 0) -> Case:
         height,
         width,
         batch=draw(st.integers(least_batch, 3)),
-        clips=draw(st.tuples(CLIPS, CLIPS, CLIPS)),
+        clips=draw(st.tuples(clips, clips, clips)),
         biases=draw(st.tuples(*[st.booleans()] * 3)),
     )
 
 
 @st.composite
 def layouts(draw):
-    """Puts a tensor into storage of another order, with gaps and an offset."""
-    order = draw(st.permutations(range(4)))
-    gaps = draw(st.tuples(*[st.integers(1, 2)] * 4))
+    """Puts a tensor into storage of another order, with gaps of NaN and an offset."""
+    orders = {n: draw(st.permutations(range(n))) for n in (1, 2, 3, 4)}
+    all_gaps = draw(st.tuples(*[st.integers(1, 2)] * 4))
     offset = draw(st.integers(0, 7))
 
-    def place(x: torch.Tensor) -> torch.Tensor:
+    def place(x: Tensor) -> Tensor:
+        order, gaps = orders[x.dim()], all_gaps[: x.dim()]
         sizes = [x.shape[i] * gaps[i] for i in order]
         storage = torch.full([offset + torch.Size(sizes).numel()], torch.nan, dtype=x.dtype)
         strided = storage[offset:].view(sizes)[tuple(slice(None, None, gaps[i]) for i in order)]
-        placed = strided.permute([order.index(i) for i in range(4)])
+        placed = strided.permute([order.index(i) for i in range(x.dim())])
         return placed.copy_(x)
 
     return place
 
 
-repeatable = partial(
-    settings,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+def rearranged(weights: FoldedWeights, place) -> FoldedWeights:
+    names = ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
+    present = {n: t for n in names if (t := getattr(weights, n)) is not None}
+    return replace(weights, **{name: place(tensor) for name, tensor in present.items()})
 
 
-@repeatable(max_examples=2000)
-@given(case=calls(), layout=layouts())
-def test_random_calls(kernel_backend, case, layout):
-    x, weights = cases.make_inputs(case)
-    x = layout(x)
-    y = cases.run(kernel_backend, x, weights, **case.settings)
-    exact = weights.to(torch.float64)
-    truth = reference.inverted_residual(x.double(), exact, **case.settings)
-    # Wide enough for rounding under any clips (the other tests judge that), and far below what a
-    # tap, a channel or a pixel too many or too few would make.
+def require_gradients(x: Tensor, weights: FoldedWeights, which: int) -> int:
+    """Asks for gradients of the tensors whose bit is set; how many of them there are."""
+    tensors = [x, *weights.tensors()]
+    asked = [t for i, t in enumerate(tensors) if t is not None and which >> i & 1]
+    for tensor in asked:
+        tensor.requires_grad_()
+    return len(asked)
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_near(y: Tensor, truth: Tensor, case: Case) -> None:
+    """Wide enough for rounding under any clips (the other tests judge that), and far below what a
+    tap, a channel or a pixel too many or too few would make.
+    """
     torch.testing.assert_close(
-        y.double(), truth, rtol=1e-4, atol=1e-4, msg=lambda m: f"{case}: {m}"
+        y.detach().double(), truth, rtol=1e-4, atol=1e-4, msg=lambda m: f"{case}: {m}"
     )
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@repeatable(max_examples=250)
-@given(case=calls(), layout=layouts())
-def test_random_calls_in_16_bits(kernel_backend, dtype, case, layout):
+@searched(2000, 750)
+@given(
+    case=calls(extents=EXTENTS),
+    layout=layouts(),
+    of_weights=st.one_of(st.none(), layouts()),
+    gradients=st.one_of(st.just(0), st.integers(0, 127)),
+    threads=st.sampled_from((1, 1, 1, 2, 3)),
+)
+def check_call(covered, backend, case, layout, of_weights, gradients, threads):
+    x, weights = cases.make_inputs(case)
+    x, given_weights = layout(x), weights if of_weights is None else rearranged(weights, of_weights)
+    asked = require_gradients(x, given_weights, gradients)
+    with on_threads(threads):
+        y = cases.run(backend, x, given_weights, **case.settings)
+    assert y.requires_grad == (asked > 0), f"{case}: {asked} tensors require gradients"
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    exact = weights.to(torch.float64)
+    with torch.no_grad():
+        assert_near(y, reference.inverted_residual(x.double(), exact, **case.settings), case)
+    config = case.config
+    covered.update(
+        {
+            "cases": 1,
+            "residual": config.residual,
+            "many channels": max(config.in_channels, config.hidden_channels) >= 320,
+            "large": case.width >= 40,
+            "strided weights": of_weights is not None,
+            "gradients": asked > 0,
+            "threads": threads > 1,
+        }
+    )
+
+
+@in_parts(20)
+def test_random_calls(kernel_backend, part, cases_checked):
+    covered = search(check_call, part, kernel_backend)
+    few = [name for name in covered if covered[name] < 20]
+    assert len(covered) == 7 and not few, covered
+    cases_checked(covered["cases"])
+
+
+@searched(250, 750)
+@given(case=calls(extents=EXTENTS), layout=layouts())
+def check_call_in_16_bits(covered, backend, dtype, case, layout):
     x, weights = cases.make_inputs(case, dtype)
     expected = cases.expect(case, x, weights)
-    y = cases.run(kernel_backend, layout(x), weights, **case.settings)
+    y = cases.run(backend, layout(x), weights, **case.settings)
     reason = cases.why_wrong(y, expected) or why_not_rounded_once(y, expected, case, x, weights)
     assert reason is None, f"{case}: {reason}"
+    covered["cases"] += 1
+
+
+@in_parts(2)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_random_calls_in_16_bits(kernel_backend, dtype, part, cases_checked):
+    covered = search(check_call_in_16_bits, part, kernel_backend, dtype)
+    assert covered["cases"] >= 200, covered
+    cases_checked(covered["cases"])
+
+
+@st.composite
+def sprinklings(draw) -> list[tuple[int, int, float]]:
+    """(which tensor, which element of it, what to put there); numbers beyond the last go round."""
+    values = (nan, nan, inf, -inf, -0.0, 1e-42)
+    one = st.tuples(st.integers(0, 6), st.integers(0, 2**20), st.sampled_from(values))
+    return draw(st.lists(one, min_size=1, max_size=4))
+
+
+@searched(200, 500)
+@given(case=calls(channels=st.integers(1, 40), least_batch=1), places=sprinklings())
+def check_special_values(covered, backend, case, places):
+    x, weights = cases.make_inputs(case)
+    tensors = [t for t in (x, *weights.tensors()) if t is not None]
+    for which, where, value in places:
+        tensor = tensors[which % len(tensors)].view(-1)
+        tensor[where % len(tensor)] = value
+    y = cases.run(backend, x, weights, **case.settings)
+    truth = skipping_reference(x, weights, case)
+    for kind in ("isnan", "isposinf", "isneginf"):
+        found, expected = getattr(torch, kind)(y), getattr(torch, kind)(truth)
+        assert torch.equal(found, expected), f"{case}: {kind} differs at {(found ^ expected).sum()}"
+    finite = truth.isfinite()
+    assert_near(y.where(finite, 0), truth.where(finite, 0), case)
+    spread = bool(finite.any()) and not finite.all()
+    covered.update({"cases": 1, "partly": spread, "nan": bool(truth.isnan().any())})
+
+
+@in_parts(2)
+def test_random_special_values(kernel_backend, part, cases_checked):
+    covered = search(check_special_values, part, kernel_backend)
+    assert covered["partly"] >= 40 and covered["nan"] >= 40, covered
+    cases_checked(covered["cases"])
+
+
+@searched(200, 500)
+@given(
+    case=calls(channels=st.integers(1, 40), sizes=st.integers(1, 14), clips=WHOLE_CLIPS),
+    layout=layouts(),
+    of_gradient=layouts(),
+    needed=st.integers(1, 127),
+    threads=st.sampled_from((1, 1, 2, 3)),
+)
+def check_gradients(covered, case, layout, of_gradient, needed, threads):
+    tensors, settings, grad_y = make_call(case)
+    needs = [t is not None and bool(needed >> i & 1) for i, t in enumerate(tensors)]
+    truth = true_gradients(tensors, settings, grad_y)
+    truth = [t if need else None for t, need in zip(truth, needs, strict=True)]
+    strided = [t if t is None else layout(t) for t in tensors]
+    with on_threads(threads):
+        found = found_gradients(strided, settings, of_gradient(grad_y), needs)
+    assert wrong(found, truth) == [], case
+    nonzero = any(g is not None and bool(g.any()) for g in truth)
+    covered.update({"cases": 1, "nonzero": nonzero})
+
+
+@pytest.mark.skipif("cpu" not in cases.kernel_backends(), reason="needs the compiled extension")
+@in_parts(2)
+def test_random_gradients(part, cases_checked):
+    covered = search(check_gradients, part)
+    assert covered["nonzero"] >= covered["cases"] / 3 >= 50, covered
+    cases_checked(covered["cases"])

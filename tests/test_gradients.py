@@ -32,7 +32,7 @@ def tiny_cases() -> list[Case]:
             "dilation": (1, 2),
             "expansion": (True, False),
             "biases": tuple(product((True, False), repeat=3)),
-            "padding": ((1, 1, 1, 1), (0, 0, 1, 1), (2, 0, 1, 2)),
+            "padding": ((1, 1, 1, 1), (0, 0, 1, 1), (2, 0, 1, 2), (0, 0, 0, 0), (0, 2, 2, 0)),
             "clip_project": (NO_CLIP, RELU6),
             "residual": (True, False),
         },
@@ -54,7 +54,7 @@ def tiny_cases() -> list[Case]:
             padding,
             row["residual"],
         )
-        size = max(3, extent)
+        size = max(3, extent + (not any(padding)))
         clips = (RELU6, RELU6, row["clip_project"])
         found.append(Case(config, size, size + 1, 1, row["biases"], clips))
     return found
@@ -92,21 +92,49 @@ def away_from_clips(case: Case) -> tuple[Tensor, FoldedWeights]:
             return x, weights
 
 
-def test_reference_against_finite_differences():
+def larger_cases() -> list[Case]:
+    """Real blocks' channels on a few pixels, and as many of the edges."""
+    blocks = [
+        BlockConfig(8, 24, 8, residual=True),
+        BlockConfig(8, 32, 12, stride=2),
+        BlockConfig(12, 36, 8, kernel_size=5, padding=(2,) * 4),
+        BlockConfig(6, 18, 10, 2, kernel_size=5, padding=(1, 1, 2, 2)),
+        BlockConfig(16, 16, 8, expansion=False),
+    ]
+    sizes = ((4, 5), (3, 7), (6, 4), (5, 5))
+    return [
+        Case(config, *size, batch=1 + i % 2) for config in blocks for i, size in enumerate(sizes)
+    ]
+
+
+def check_finite_differences(case: Case, **options) -> None:
+    x, weights = away_from_clips(case)
+    leaves = [t if t is None else t.requires_grad_() for t in (x, *weights.tensors())]
+    present = [i for i, t in enumerate(leaves) if t is not None]
+
+    def block(*given):
+        tensors = list(leaves)
+        for i, t in zip(present, given, strict=True):
+            tensors[i] = t
+        return call("reference", tensors, weights, case.settings)
+
+    assert torch.autograd.gradcheck(block, [leaves[i] for i in present], **options), case.id
+
+
+def test_reference_against_finite_differences(cases_checked):
     members = tiny_cases()
-    assert len(members) >= 24
+    assert len(members) >= 40
     for case in members:
-        x, weights = away_from_clips(case)
-        leaves = [t if t is None else t.requires_grad_() for t in (x, *weights.tensors())]
-        present = [i for i, t in enumerate(leaves) if t is not None]
+        check_finite_differences(case)
+    cases_checked(len(members))
 
-        def block(*given, leaves=leaves, present=present, weights=weights, case=case):
-            tensors = list(leaves)
-            for i, t in zip(present, given, strict=True):
-                tensors[i] = t
-            return call("reference", tensors, weights, case.settings)
 
-        assert torch.autograd.gradcheck(block, [leaves[i] for i in present]), case.id
+def test_larger_blocks_against_finite_differences(cases_checked):
+    """Along random directions: one number for all elements of a Jacobian."""
+    members = larger_cases()
+    for case in members:
+        check_finite_differences(case, fast_mode=True)
+    cases_checked(len(members))
 
 
 def gradients(
@@ -147,20 +175,23 @@ GRAD_LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", GRAD_LAYOUTS)
-def test_any_layout_of_the_incoming_gradient(kernel_backend, layout):
+def test_any_layout_of_the_incoming_gradient(kernel_backend, layout, cases_checked):
     def grad_y(y):
         torch.manual_seed(1)
         return GRAD_LAYOUTS[layout](y)
 
-    for case in cases.groups()["S4"] + cases.groups()["S2"][::16]:
+    members = cases.groups()["S4"] + cases.groups()["S2"][::16]
+    for case in members:
         assert_same_gradients(kernel_backend, case, grad_y)
+    cases_checked(len(members))
 
 
-def test_every_subset_of_gradients(kernel_backend):
+def test_every_subset_of_gradients(kernel_backend, cases_checked):
     case = Case(BlockConfig(6, 20, 6, residual=True), 5, 6, batch=2)
-    for needs_grad in product((False, True), repeat=7):
-        if any(needs_grad):
-            assert_same_gradients(kernel_backend, case, torch.ones_like, needs_grad)
+    subsets = [needs for needs in product((False, True), repeat=7) if any(needs)]
+    for needs_grad in subsets:
+        assert_same_gradients(kernel_backend, case, torch.ones_like, needs_grad)
+    cases_checked(len(subsets))
 
 
 def test_gradient_is_zero_at_and_beyond_the_clips(backend):

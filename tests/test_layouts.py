@@ -94,15 +94,16 @@ def check_call(backend: str, x: Tensor, weights, case: Case) -> str | None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_any_layout_of_x(backend, case):
+def test_any_layout_of_x(backend, case, cases_checked):
     x, weights = make_inputs(case)
     results = {name: check_call(backend, other, weights, case) for name, other in layouts_of(x)}
     wrong = {name: reason for name, reason in results.items() if reason}
     assert not wrong and len(results) >= 70, wrong
+    cases_checked(len(results))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_any_layout_of_the_weights(backend, case):
+def test_any_layout_of_the_weights(backend, case, cases_checked):
     x, weights = make_inputs(case)
     wrong = {}
     for field in TENSORS:
@@ -122,6 +123,7 @@ def test_any_layout_of_the_weights(backend, case):
             reason = check_call(backend, x, replace(weights, **{field: other}), case)
             if reason:
                 wrong[f"{field} {layout}"] = reason
+        cases_checked(len(layouts))
     assert not wrong
 
 

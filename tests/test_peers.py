@@ -4,21 +4,24 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import harness, machine
 from benchmarks.bench_memory import peer_row
 from benchmarks.peers import __main__ as command
-from benchmarks.peers import cases, check, lost_time, run, turns
+from benchmarks.peers import cases, check, conversion, limits, lost_time, run, turns
 from benchmarks.peers.cases import Case
 from benchmarks.peers.conversion import converted
 from benchmarks.peers.peer import Peer
 from benchmarks.peers.process import WorkerFailed, WorkerProcess
 from benchmarks.peers.registry import PEERS
-from mnv2_kernels import timing
+from mnv2_kernels import cost, timing
 
 needs_extension = pytest.mark.skipif(timing._C is None, reason="needs the compiled extension")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -45,9 +48,11 @@ def test_peers_are_right(name, small, tmp_path):
     assert (folder is None) == (peer.convert is None)
     result = tmp_path / "result.pt"
     with WorkerProcess(name, 1, tmp_path / "log") as worker:
-        worker.ask(
+        loaded = worker.ask(
             "load", peer=name, case=str(SMALL), folder=folder and str(folder), result=str(result)
         )
+        if name == "fused" and loaded["used_avx512"] is not None:
+            assert loaded["used_avx512"] == (machine.instruction_set() == "avx512")
         assert worker.ask("turn", seconds=0.001)["value"] > 1e-5
     rounding = check.bfloat16_rounding(model, x, expected)
     assert check.error_of(torch.load(result), expected, peer.precision, rounding) > 0
@@ -59,13 +64,17 @@ def test_peers_are_right(name, small, tmp_path):
 
 @needs_extension
 def test_a_command_writes_rows_of_what_is_right(tmp_path, monkeypatch, capsys):
+    """Asked to keep to AVX2; the runs of other tests ask for nothing."""
+    before = dict(os.environ)
     arguments = ["--cases", "block15_b1/t1", "--only", *RUN_BELOW, "--rounds", "2"]
-    arguments += ["--seconds", "0.01", "--tolerance", "1e9"]
+    arguments += ["--seconds", "0.01", "--tolerance", "1e9", "--isa", "avx2"]
     arguments += ["--results", str(tmp_path), "--cache", str(tmp_path / "cache")]
     monkeypatch.setattr(sys, "argv", ["peers", *arguments])
     assert command.main() == 0
     rows = {row["provider"]: row for row in harness.load("peers", tmp_path)}
     assert set(rows) == set(RUN_BELOW)
+    assert dict(os.environ) == before
+    isa = machine.instruction_set()
     flops = Case("block15_b1", 1).flops
     for name, row in rows.items():
         other = next(o for o in RUN_BELOW if o != name)
@@ -78,6 +87,9 @@ def test_a_command_writes_rows_of_what_is_right(tmp_path, monkeypatch, capsys):
         assert set(row["speedup"]) == {other}
         assert 0 < row["error"] < 1e-5
         assert row["commit"] == machine.commit()
+        assert row["instruction_set"] == ("avx2" if isa == "avx512" else isa)
+        if any(limits.TASKS.glob("*/arch_status")):
+            assert row["limited"] is True
     printed = capsys.readouterr().out
     assert "planned: runs" in printed and "over planned's" in printed
 
@@ -148,6 +160,47 @@ def test_lost_time_is_read_from_the_system(tmp_path):
     assert lost_time.waited_seconds(tmp_path) == 2.5
 
 
+def test_the_use_of_avx512_is_read_from_the_system(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "SLEEP", 0)
+    watch = limits.Avx512Watch(tmp_path)
+    assert watch.used() is None
+    for thread, text in (("1", "AVX512_elapsed_ms:\t-1\n"), ("2", "")):
+        (tmp_path / thread).mkdir()
+        (tmp_path / thread / "arch_status").write_text(text)
+    assert watch.used() is False
+    # Ten seconds ago: before the watch began.
+    (tmp_path / "2" / "arch_status").write_text("AVX512_elapsed_ms:\t10000\n")
+    assert watch.used() is False
+    (tmp_path / "2" / "arch_status").write_text("AVX512_elapsed_ms:\t0\n")
+    assert watch.used() is True
+
+
+def test_limits_are_taken_back(monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    before = dict(os.environ)
+    with limits.limited(None):
+        assert dict(os.environ) == before
+    with pytest.raises(RuntimeError), limits.limited("avx2"):
+        assert dict(os.environ) == before | limits.AVX2
+        assert "AVX2" in PEERS["openvino-bf16"].needs()
+        raise RuntimeError
+    assert dict(os.environ) == before
+
+
+def test_code_compiled_for_one_instruction_set_is_not_run_on_another(small, tmp_path, monkeypatch):
+    worker = nullcontext(SimpleNamespace(ask=lambda *args, **kwargs: {}))
+    monkeypatch.setattr(conversion, "WorkerProcess", lambda *args: worker)
+    model = small[0]
+    for name, several in (("aoti", True), ("litert", False)):
+        runs = {(isa, threads) for isa in (None, "avx2") for threads in (1, 2)}
+        found = {
+            converted(PEERS[name], Case("block15_b1", threads), model, tmp_path / name, isa)
+            for isa, threads in runs
+        }
+        assert len(found) == (len(runs) if several else 1)
+
+
 @on_linux
 def test_another_process_on_the_core_is_noticed():
     core = min(os.sched_getaffinity(0))
@@ -176,7 +229,16 @@ def test_cases_are_selected_by_name():
         "net_b8/t2",
         "net_b32/t2",
     ]
-    assert len(cases.select(["*"], [1, 2])) == 2 * (3 + 17)
+    assert len(cases.select(cases.DEFAULT, [1, 2])) == 2 * (3 + 17)
+    small = Case("size_0.35_96_b1", 1)
+    assert small in cases.select(["size_0.35_*"], [1])
+    assert (small.block, small.size, small.batch) == (None, (0.35, 96), 1)
+    assert small.input().shape == (1, 3, 96, 96)
+    assert small.labels()["width"] == 0.35 and small.labels()["resolution"] == 96
+    channels = [m.out_channels for m in small.model().modules() if isinstance(m, nn.Conv2d)]
+    assert (channels[0], channels[-1]) == (16, 1280)
+    assert small.flops == 2 * cost.network_multiply_adds(0.35, 96)
+    assert Case("size_1.0_224_b1", 1).flops == Case("net_b1", 1).flops
     with pytest.raises(ValueError, match="--cases must fit .*, net_b2/t1 fits none"):
         cases.select(["net_b2/t1"], [1])
     blocks = [Case(f"block{number:02}_b1", 1) for number in range(1, 18)]

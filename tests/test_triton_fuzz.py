@@ -1,5 +1,6 @@
 """Random calls of the Triton kernel in random configurations against the float64 reference."""
 
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -56,8 +57,11 @@ def default_dtype(dtype: torch.dtype):
     torch.set_default_dtype(before)
 
 
+EXAMPLES = 1000 if HAS_GPU else 150
+
+
 @settings(
-    max_examples=1000 if HAS_GPU else 150,
+    max_examples=EXAMPLES,
     derandomize=True,
     database=None,
     deadline=None,
@@ -66,7 +70,7 @@ def default_dtype(dtype: torch.dtype):
     suppress_health_check=list(HealthCheck),
 )
 @given(case=small_calls(), layout=layouts(), dtype=st.sampled_from(DTYPES), config=configurations())
-def test_random_calls(case, layout, dtype, config):
+def check_call(ran, case, layout, dtype, config):
     config = replace(config, half=config.half and dtype == torch.float16)
     # A call of a second says no more than one of a tenth.
     assume(steps(case, config) <= 700)
@@ -81,3 +85,11 @@ def test_random_calls(case, layout, dtype, config):
     torch.testing.assert_close(
         y.double(), truth, rtol=0, atol=allowed, msg=lambda m: f"{case}, {config}: {m}"
     )
+    ran[dtype] += 1
+
+
+def test_random_calls(cases_checked):
+    ran = Counter()
+    check_call(ran)
+    assert ran.total() >= EXAMPLES and min(ran[dtype] for dtype in DTYPES) >= EXAMPLES // 5, ran
+    cases_checked(ran.total())

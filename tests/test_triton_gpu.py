@@ -36,7 +36,7 @@ def needs_memory(gib: int) -> None:
 
 @each_dtype
 @pytest.mark.parametrize("group", cases.groups())
-def test_values(group, dtype):
+def test_values(group, dtype, cases_checked):
     failures = []
     for case in cases.groups()[group]:
         x, weights = make_inputs(case, dtype)
@@ -46,6 +46,7 @@ def test_values(group, dtype):
             if reason := why_wrong(y, expected):
                 failures.append(f"{case.id} {layout}: {reason}")
     assert not failures, "\n".join(failures)
+    cases_checked(len(LAYOUTS) * len(cases.groups()[group]))
 
 
 def unasked(case: Case, dtype: torch.dtype) -> str | None:

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import harness
-from .cases import select
+from .cases import DEFAULT, select
 from .conversion import CACHE
+from .limits import LIMITS, limited
 from .registry import PEERS
 from .run import Outcome, Settings, run
 
@@ -30,7 +31,8 @@ def main() -> int:
         print(f"peers: {error}", file=sys.stderr)
         return 2
     wanted = [PEERS[name] for name in options.only or PEERS]
-    reasons = {peer.name: peer.why_not() for peer in wanted}
+    with limited(options.isa):
+        reasons = {peer.name: peer.why_not() for peer in wanted}
     peers = [peer for peer in wanted if reasons[peer.name] is None]
     for name, reason in reasons.items():
         print(f"{name}: {'runs' if reason is None else reason}")
@@ -42,7 +44,9 @@ def main() -> int:
         return 2
     failed = False
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    settings = Settings(options.rounds, options.seconds, options.tolerance, options.cache)
+    settings = Settings(
+        options.rounds, options.seconds, options.tolerance, options.cache, options.isa
+    )
     for outcome in run(cases, peers, settings):
         harness.append(outcome.rows, options.results)
         console.print(table(outcome))
@@ -63,6 +67,8 @@ def table(outcome: Outcome) -> Table:
         found.add_column(heading, justify=justify, no_wrap=True)
     if ours is not None:
         found.add_column(f"over {ours}'s", justify="right")
+    if any("limited" in row for row in rows):
+        found.add_column("kept to it", justify="right")
     found.add_column("turns", justify="right")
     found.add_column("error", justify="right")
     for row in rows:
@@ -72,6 +78,8 @@ def table(outcome: Outcome) -> Table:
         cells += [f"{row['gflops']:.1f}", "-" if share is None else f"{share:.0%}"]
         if ours is not None:
             cells.append(_over(ours, row, rows))
+        if any("limited" in row for row in rows):
+            cells.append({True: "yes", False: "no", None: "-"}[row.get("limited")])
         cells += [f"{row['rounds']}/{row['rounds'] + row['dropped']}", f"{row['error']:.0e}"]
         found.add_row(*cells)
     return found
@@ -87,10 +95,19 @@ def _over(ours: str, row: harness.Row, rows: list[harness.Row]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     parser.add_argument(
-        "--cases", nargs="+", default=["*"], metavar="PATTERN", help="net_b1/t1, 'block*/t2' ..."
+        "--cases",
+        nargs="+",
+        default=DEFAULT,
+        metavar="PATTERN",
+        help="net_b1/t1, 'block*/t2', 'size_*_96_b1/t1' ...; all but other sizes by default",
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="providers; all by default")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="1 and 2 by default")
+    parser.add_argument(
+        "--isa",
+        choices=LIMITS,
+        help="ask all of them to keep to this instruction set, and see which of them do",
+    )
     parser.add_argument("--rounds", type=int, default=15, help="turns of each that count")
     parser.add_argument("--seconds", type=float, default=0.1, help="of a turn")
     parser.add_argument("--list", action="store_true", help="what would be run, and stop")

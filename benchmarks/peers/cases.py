@@ -1,4 +1,4 @@
-"""What is run: the 17 blocks of MobileNetV2 at 224x224, and the whole network."""
+"""What is run: the 17 blocks of MobileNetV2, the whole network, and that of other sizes."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -16,12 +16,14 @@ BATCHES = (1, 8, 32)
 NAMES = (
     *(f"net_b{batch}" for batch in BATCHES),
     *(f"block{number:02}_b1" for number in range(1, 18)),
+    *(f"size_{width}_{resolution}_b1" for width, resolution in harness.SIZES),
 )
+DEFAULT = ("net_*", "block*")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One workload on a number of threads; its name is `net_b8/t2` or `block05_b1/t1`."""
+    """One workload on a number of threads: `net_b8/t2`, `block05_b1/t1`, `size_0.35_96_b1/t1`."""
 
     workload: str
     threads: int
@@ -31,9 +33,15 @@ class Case:
 
     @property
     def block(self) -> int | None:
-        """Number of the block, 1 to 17; None for the whole network."""
+        """Number of the block, 1 to 17; None for a whole network."""
         kind = self.workload.partition("_")[0]
-        return None if kind == "net" else int(kind.removeprefix("block"))
+        return int(kind.removeprefix("block")) if kind.startswith("block") else None
+
+    @property
+    def size(self) -> tuple[float, int] | None:
+        """Width and resolution of a network of this package; None for other workloads."""
+        kind, *fields = self.workload.split("_")
+        return (float(fields[0]), int(fields[1])) if kind == "size" else None
 
     @property
     def batch(self) -> int:
@@ -42,12 +50,19 @@ class Case:
     @property
     def flops(self) -> int:
         if self.block is None:
-            return 2 * cost.network_multiply_adds(batch=self.batch)
+            return 2 * cost.network_multiply_adds(*(self.size or ()), batch=self.batch)
         config, size = harness.BLOCKS[self.block - 1]
         return cost.flops(config, size, size, batch=self.batch)
 
     def labels(self) -> dict[str, object]:
         """What rows say of the workload."""
+        if self.size is not None:
+            width, resolution = self.size
+            return {
+                "model": "mnv2_kernels mobilenet_v2",
+                "width": width,
+                "resolution": resolution,
+            }
         if self.block is None:
             return {"model": harness.network()[0], "resolution": 224}
         config, size = harness.BLOCKS[self.block - 1]
@@ -55,6 +70,8 @@ class Case:
 
     def model(self) -> nn.Module:
         """As written, in evaluation mode, with the same random weights in every process."""
+        if self.size is not None:
+            return harness.network_of_width(self.size[0])
         if self.block is None:
             return deepcopy(harness.network()[1])
         return harness.block_module(harness.BLOCKS[self.block - 1][0])
@@ -62,7 +79,7 @@ class Case:
     def input(self) -> Tensor:
         """x (N, C, H, W), channels_last, the same in every process."""
         if self.block is None:
-            return harness.image(3, 224, self.batch)
+            return harness.image(3, 224 if self.size is None else self.size[1], self.batch)
         config, size = harness.BLOCKS[self.block - 1]
         return harness.image(config.in_channels, size, self.batch)
 

@@ -19,17 +19,21 @@ from .process import WorkerProcess
 CACHE = ROOT / "build" / "peers"
 
 
-def converted(peer: Peer, case: Case, model: nn.Module, cache: Path) -> Path | None:
+def converted(
+    peer: Peer, case: Case, model: nn.Module, cache: Path, isa: str | None = None
+) -> Path | None:
     """The folder that the peer loads from, filled now if it is not there; None if it needs none.
+
+    isa: the key of `limits.LIMITS` that processes started now are asked to keep to, if any.
 
     Raises:
         WorkerFailed: the conversion does.
     """
     if peer.convert is None:
         return None
-    threads = f"-t{case.threads}" if peer.per_threads else ""
+    made_for = f"-t{case.threads}" + (f"-{isa}" if isa else "") if peer.compiles else ""
     converter = peer.convert.__module__.rpartition(".")[2]
-    folder = cache / f"{converter}-{case.workload}{threads}-{_digest(peer, model)}"
+    folder = cache / f"{converter}-{case.workload}{made_for}-{_digest(peer, model)}"
     if folder.exists():
         return folder
     cache.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,5 @@ def why_no_compiler() -> str | None:
 
 PEERS = (
     Peer("compiled", load_compiled, needs=why_no_compiler),
-    # The number of threads is written into its code.
-    Peer("aoti", load_ahead_of_time, convert, needs=why_no_compiler, per_threads=True),
+    Peer("aoti", load_ahead_of_time, convert, needs=why_no_compiler, compiles=True),
 )

@@ -1,5 +1,6 @@
 """OpenVINO on the CPU: in float32, and as it comes, which is bfloat16 where the CPU has it."""
 
+import os
 import subprocess
 import sys
 from functools import cache
@@ -47,8 +48,14 @@ def _load(folder: Path, x: Tensor, settings: dict[str, object]) -> Loaded:
     return Loaded(request.infer, output, holds=given)
 
 
-@cache
 def why_not_bfloat16() -> str | None:
+    if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2":
+        return "oneDNN is held back to AVX2, where openvino loads no model in bfloat16"
+    return _why_no_bfloat16_on_cpu()
+
+
+@cache
+def _why_no_bfloat16_on_cpu() -> str | None:
     """Asked in a process of its own: this one is to stay free of the library and its threads."""
     question = "Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')"
     asked = f"from openvino import Core; print({question})"

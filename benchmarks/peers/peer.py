@@ -34,8 +34,8 @@ class Peer:
     `as_written` takes it unfolded. x (N, C, H, W) is float32 and channels_last.
 
     packages: distributions that must be installed, for converting too. modules: that `load`
-    imports. precision: dtype of the arithmetic. needs: says what else is missing. per_threads:
-    converted anew for every number of threads.
+    imports. precision: dtype of the arithmetic. needs: says what else is missing. compiles:
+    converted to machine code, anew for every number of threads and instruction set.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Peer:
     precision: str = "float32"
     needs: Callable[[], str | None] = _nothing
     as_written: bool = False
-    per_threads: bool = False
+    compiles: bool = False
 
     def why_not(self) -> str | None:
         """Why it cannot run here, a sentence; None where it can."""

@@ -14,6 +14,7 @@ from ..machine import facts
 from .cases import Case
 from .check import bfloat16_rounding, error_of
 from .conversion import converted
+from .limits import limited
 from .peer import Peer
 from .process import WorkerFailed, WorkerProcess
 from .turns import Samples, take_turns
@@ -27,13 +28,15 @@ class Settings:
     """How to measure.
 
     rounds: turns of each that count. seconds: of a turn. tolerance: share of a turn's time that
-    may be lost to other processes and machines. cache: folder of conversions and logs.
+    may be lost to other processes and machines. cache: folder of conversions and logs. isa: the
+    key of `limits.LIMITS` that the peers are asked to keep to; None asks nothing.
     """
 
     rounds: int
     seconds: float
     tolerance: float
     cache: Path
+    isa: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def run(cases: Sequence[Case], peers: Sequence[Peer], settings: Settings) -> Ite
     cache.mkdir(parents=True, exist_ok=True)
     for threads in dict.fromkeys(case.threads for case in cases):
         with ExitStack() as stack:
+            stack.enter_context(limited(settings.isa))
             workers = {
                 name: stack.enter_context(
                     WorkerProcess(name, threads, cache / f"{name.replace(' ', '-')}.log")
@@ -67,8 +71,8 @@ def run(cases: Sequence[Case], peers: Sequence[Peer], settings: Settings) -> Ite
 
 
 def _run_case(case, peers, workers, settings) -> Outcome:
-    errors, failures = _load(case, peers, workers, settings.cache)
-    idle = dict.fromkeys(errors, 0.0)
+    loads, failures = _load(case, peers, workers, settings)
+    idle = dict.fromkeys(loads, 0.0)
 
     def turn(name: str) -> tuple[float, float]:
         try:
@@ -84,7 +88,7 @@ def _run_case(case, peers, workers, settings) -> Outcome:
         answer = workers[PEAK].ask("peak", threads=case.threads, seconds=PEAK_SECONDS)
         return answer["value"], answer["lost"]
 
-    turns = {PEAK: peak, **{name: (lambda name=name: turn(name)) for name in errors}}
+    turns = {PEAK: peak, **{name: (lambda name=name: turn(name)) for name in loads}}
     samples = take_turns(turns, rounds=settings.rounds, tolerance=settings.tolerance)
     # Noise only ever lowers a peak.
     bound = max(samples.pop(PEAK).clean, default=0.0) or None
@@ -97,26 +101,26 @@ def _run_case(case, peers, workers, settings) -> Outcome:
     for peer in peers:
         if peer.name in samples:
             row = _row(case, peer, samples, bound)
-            rows.append({**row, "error": errors[peer.name], "idle_seconds": idle[peer.name]})
+            rows.append({**row, **loads[peer.name], "idle_seconds": idle[peer.name]})
     return Outcome(case, rows, failures)
 
 
-def _load(case, peers, workers, cache) -> tuple[dict[str, float], dict[str, str]]:
-    """(error by peer, sentence by peer that fails or is wrong)."""
+def _load(case, peers, workers, settings) -> tuple[dict[str, harness.Row], dict[str, str]]:
+    """(what rows say of it, by peer; sentence by peer that fails or is wrong)."""
     model, x = case.model(), case.input()
     expected = harness.truth(model, x)
     rounding = None
     if any(peer.precision == "bfloat16" for peer in peers):
         rounding = bfloat16_rounding(model, x, expected)
-    errors, failures = {}, {}
+    loads, failures = {}, {}
     with TemporaryDirectory() as temporary:
         result = Path(temporary) / "result.pt"
         for peer in peers:
             result.unlink(missing_ok=True)
             try:
-                folder = converted(peer, case, model, cache)
+                folder = converted(peer, case, model, settings.cache, settings.isa)
                 workers[peer.name].revive()
-                workers[peer.name].ask(
+                answer = workers[peer.name].ask(
                     "load",
                     peer=peer.name,
                     case=str(case),
@@ -124,12 +128,17 @@ def _load(case, peers, workers, cache) -> tuple[dict[str, float], dict[str, str]
                     result=str(result),
                 )
                 y = torch.load(result)
-                errors[peer.name] = error_of(y, expected, peer.precision, rounding)
+                loads[peer.name] = {
+                    "error": error_of(y, expected, peer.precision, rounding),
+                    "instruction_set": answer["instruction_set"],
+                }
+                if settings.isa is not None and answer["used_avx512"] is not None:
+                    loads[peer.name]["limited"] = not answer["used_avx512"]
             except WorkerFailed as error:
                 failures[peer.name] = str(error)
             except AssertionError as error:
                 failures[peer.name] = f"wrong, not timed: {error}"
-    return errors, failures
+    return loads, failures
 
 
 def _row(case: Case, peer: Peer, samples: dict[str, Samples], bound: float | None) -> harness.Row:

@@ -18,14 +18,17 @@ from torch import nn
 
 from mnv2_kernels import timing
 
-from .. import resident
+from .. import machine, resident
 from .cases import Case, folded
+from .limits import Avx512Watch
 from .lost_time import LostTime
 from .peer import Loaded, Peer
 from .registry import PEERS
 
 # Before a turn's first sample: threads are awake again, and caches hold what the last run left.
 WARMUP = 2
+# Long enough for every layer, and every thread of a pool, to have had its turn.
+WATCHED_SECONDS = 0.02
 # Some runtimes pack weights or plan their memory in the first ones.
 FIRST_RUNS = 5
 
@@ -47,18 +50,27 @@ class Worker:
         return {}
 
     def load(self, peer: str, case: str, folder: str | None, result: str) -> dict:
-        """Make the model ready, run it and save what it gives."""
+        """Make the model ready, run it and save what it gives.
+
+        Returns the instruction set that this process was asked for, and whether runs have used
+        AVX-512 registers; None where the system does not say.
+        """
         self.loaded = None
         gc.collect()
         workload = _case(case)
         source = _source(PEERS[peer], workload, folder)
         self.loaded = PEERS[peer].load(source, workload.input(), workload.threads)
         # The last of several: one that has spoilt its input, or its packed weights, is found out.
-        for _ in range(1 + WARMUP):
+        watch = Avx512Watch()
+        begin = perf_counter()
+        runs = 0
+        while runs < 1 + WARMUP or perf_counter() - begin < WATCHED_SECONDS:
             self.loaded.run()
+            runs += 1
+        used = watch.used()
         torch.save(self.loaded.output().contiguous(), result)
         self.cpu_seconds = process_time()
-        return {}
+        return {"instruction_set": machine.instruction_set(), "used_avx512": used}
 
     def memory(self, peer: str, case: str, folder: str | None) -> dict:
         """Resident bytes that a load adds, and that the first runs add to it at their peak.

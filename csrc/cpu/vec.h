@@ -37,8 +37,8 @@ inline Vec clip(Vec x, Vec lower, Vec upper) {
 
 // A vector of two halves, each of another row: for column counts that end in half a vector.
 constexpr bool kHasHalves = true;
-inline Vec broadcast_halves(const float* low, const float* high) {
-    return {_mm512_mask_broadcastss_ps(_mm512_set1_ps(*low), 0xff00, _mm_load_ss(high))};
+inline Vec broadcast_halves(float low, float high) {
+    return {_mm512_mask_broadcastss_ps(_mm512_set1_ps(low), 0xff00, _mm_set_ss(high))};
 }
 inline Vec load_halves(const float* low, const float* high) {
     return {
@@ -148,7 +148,7 @@ inline void keep_in_register(Vec&) {}
 #if MNV2_LANES != 16
 // Narrower vectors divide the channel counts of real networks, so halves are never asked for.
 constexpr bool kHasHalves = false;
-inline Vec broadcast_halves(const float*, const float*) { return zero(); }
+inline Vec broadcast_halves(float, float) { return zero(); }
 inline Vec load_halves(const float*, const float*) { return zero(); }
 inline void store_halves(float*, float*, Vec) {}
 #endif

@@ -8,6 +8,7 @@ the order they run to `layers.assemble`, and add it to RECOGNIZERS; docs/recogni
 Blocks that are no module of their own are in `chains`.
 """
 
+import torch
 from torch import nn
 
 from ..fold import BlockLayers
@@ -35,7 +36,7 @@ def recognize(module: nn.Module) -> BlockLayers | None:
     Raises:
         Declined: the module is such a block but cannot be fused exactly; the sentence says why.
     """
-    if type(module).forward is nn.Module.forward:
+    if isinstance(module, torch.jit.ScriptModule) or type(module).forward is nn.Module.forward:
         return None  # A container: its children are called one by one by somebody else.
     for recognizer in RECOGNIZERS:
         layers = recognizer(module)

@@ -84,7 +84,12 @@ def find_runs(module: nn.Module) -> Iterator[Run]:
             firsts.insert(0, flat[before][0])
         taken = _stop(flat, last)
         if firsts[-1] != taken - 1:
-            yield _run(named, firsts, taken)
+            run = _run(named, firsts, taken)
+            if run.layers is None and firsts[-1] == flat[last][0]:
+                # Both stand inside one child; only what follows it is no part of a block with it.
+                taken = firsts[-1] + 1
+            else:
+                yield run
 
 
 def _flatten(child: nn.Module) -> list[nn.Module]:

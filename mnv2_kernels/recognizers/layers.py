@@ -23,7 +23,16 @@ def children(module: nn.Module) -> dict[str, nn.Module]:
 
 def is_sequential(module: nn.Module) -> bool:
     """Whether a module runs its children one after the other and does nothing else."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    if not isinstance(module, nn.Sequential) or overrides_call(module):
+        return False
+    return type(module).forward is nn.Sequential.forward
+
+
+def overrides_call(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward and its hooks."""
+    kind = type(module)
+    usual = kind.__call__ is nn.Module.__call__ and kind._call_impl is nn.Module._call_impl
+    return not usual and not isinstance(module, torch.jit.ScriptModule)
 
 
 def flatten(module: nn.Module) -> Iterator[nn.Module]:
@@ -168,6 +177,8 @@ def append(stage: ConvNorm, layer: nn.Module) -> ConvNorm:
 
 def _read_clip(layer: nn.Module) -> Clip | None:
     """The bounds of an activation that is a clip; None for any other layer."""
+    if isinstance(layer, torch.jit.ScriptModule):
+        return None
     forward = type(layer).forward
     if forward is nn.ReLU.forward:
         return (0.0, inf)
@@ -271,8 +282,10 @@ def check_untouched(module: nn.Module) -> None:
     for name, inner in module.named_modules():
         if parametrize.is_parametrized(inner):
             raise Declined(f"{name or 'this very module'} is parametrized")
-        if "forward" in vars(inner):
+        if "forward" in vars(inner) or "_conv_forward" in vars(inner):
             raise Declined(f"the forward of {name or 'this very module'} has been replaced")
+        if overrides_call(inner):
+            raise Declined(f"{name or 'this very module'} ({describe(inner)}) overrides __call__")
         if inner is not module and has_hooks(inner):
             raise Declined(f"{name} has hooks, which would not be called")
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):

@@ -6,6 +6,7 @@ module is something else.
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from .declined import Declined
@@ -78,6 +79,8 @@ def unit_layers(module: nn.Module) -> list[nn.Module] | None:
     Raises:
         Declined: it runs its layers in a way that cannot be fused.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     for layers_of in UNITS:
         layers = layers_of(module)
         if layers is not None:

@@ -1,0 +1,283 @@
+"""Random networks through `fuse`: the blocks that must be fused are, and the answers stay.
+
+The truth is the network before `fuse`, in float64; after every edit of the model as after the first
+call. Failures ever found are examples of `check_network`.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import cases
+import pytest
+import torch
+from cases import FLOOR, Expected, why_wrong
+from fuzzing import in_parts, search, searched
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from model_edits import EDITS
+from random_blocks import BESIDE, BLOCKS, CHAINS, RELATIVES, Piece
+from random_networks import Network, block_calls, build, expected, expected_states, networks, settle
+from test_fuzz import layouts, on_threads
+from torch import Tensor, nn
+
+import mnv2_kernels as mk
+from mnv2_kernels import fused, joined
+from mnv2_kernels.variants import plain
+
+pytestmark = pytest.mark.skipif(
+    "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
+)
+
+
+@dataclass(frozen=True)
+class Image:
+    batch: int
+    height: int
+    width: int
+
+
+class Calls:
+    """Counts the blocks that ran fused, alone or several in one call."""
+
+    def __init__(self, monkeypatch):
+        self.blocks = 0
+        run, run_joined = fused.run, joined.Joined.run
+
+        def counted(*args):
+            self.blocks += 1
+            return run(*args)
+
+        def counted_joined(links, x):
+            y = run_joined(links, x)
+            if y is not None:
+                self.blocks += sum(isinstance(k, joined.BlockLink) for k in links._links)
+            return y
+
+        monkeypatch.setattr(fused, "run", counted)
+        monkeypatch.setattr(joined.Joined, "run", counted_joined)
+
+    def of(self, model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+        self.blocks = 0
+        return model(x), self.blocks
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+def expect(model: nn.Module, x: Tensor) -> Expected:
+    """What the layers give for x, in two layouts of it and in float64."""
+    layers = plain(model)
+    images = x.contiguous(), x.contiguous(memory_format=torch.channels_last)
+    eager = [layers(image) for image in images]
+    return expected(layers.double()(x.double()), eager, x.dtype)
+
+
+def why_other(original: nn.Module, model: nn.Module, x: Tensor) -> str | None:
+    """None where both give the same for x, or raise the same; otherwise what differs."""
+    try:
+        truth = expect(original, x)
+        original(x)  # For what a call leaves behind.
+    except (ValueError, RuntimeError) as error:
+        with pytest.raises(type(error)):
+            model(x)
+        return None
+    y = model(x)
+    finite = truth.truth.isfinite()
+    if not torch.equal(y.isfinite(), finite):
+        return f"not finite at {(~y.isfinite()).sum()} places, expected {(~finite).sum()}"
+    if x.dtype == torch.float64 or not finite.all():
+        near = torch.allclose(y.double(), truth.truth, equal_nan=True)
+        return None if near else "other values"
+    return why_wrong(y, truth)
+
+
+def drops_values(model: nn.Module) -> bool:
+    names = ("Dropout", "DropPath")
+    return any(m.training and type(m).__name__ in names for m in model.modules())
+
+
+def step_in_training_mode(original: nn.Module, model: nn.Module, x: Tensor) -> None:
+    """Both leave the same behind in their batch norms, or raise the same."""
+    raised = []
+    for each in (original, model):
+        each.train()
+        torch.manual_seed(7)
+        try:
+            each(x)
+        except ValueError as error:
+            raised.append(str(error))
+        each.eval()
+    assert len(set(raised)) == len(raised) / 2, raised
+    before = original.state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+_BOUNDS = {nn.Hardswish: (-3, 3), nn.Hardsigmoid: (-3, 3), nn.LeakyReLU: (0,), nn.ReLU: (0,)}
+
+
+@torch.no_grad()
+def nearest_to_a_bound(model: nn.Module, x: Tensor) -> float:
+    """How far the nearest value is from where the derivative of an activation jumps."""
+    distances = [float("inf")]
+
+    def look(module, args):
+        bounds = _BOUNDS.get(type(module)) or (module.min_val, module.max_val)
+        distances.extend((args[0] - bound).abs().min().item() for bound in bounds)
+
+    for module in model.modules():
+        if isinstance(module, (nn.Hardtanh, *_BOUNDS)):
+            module.register_forward_pre_hook(look)
+    model(x)
+    return min(distances)
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    x = x.detach().clone().requires_grad_()
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    y = model(x)
+    direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    found = torch.autograd.grad(y, [x, *named.values()], direction, allow_unused=True)
+    return dict(zip(["x", *named], found, strict=True))
+
+
+def why_other_gradients(original: nn.Module, model: nn.Module, x: Tensor) -> str | None:
+    """None where the gradients are those of the layers."""
+    eager = gradients(plain(original), x)
+    truth = gradients(plain(original).double(), x.double())
+    found = gradients(model, x)
+    for name, exact in truth.items():
+        if exact is None:
+            if found[name] is not None:
+                return f"{name} has a gradient"
+            continue
+        largest = exact.abs().max().item()
+        allowed = 2 * (eager[name] - exact).abs().max().item() + 1e-4 * largest + 1e-6
+        error = (found[name] - exact).abs().max().item()
+        if not error <= allowed:
+            return f"gradient of {name}: error {error:.1e}, allowed {allowed:.1e}"
+    return None
+
+
+def act(kind: str, original: nn.Module, model: nn.Module, x: Tensor) -> str | None:
+    """Do something else than infer with both models; what differs, or None."""
+    if not len(x) or drops_values(original):
+        return None
+    if kind == "train":
+        step_in_training_mode(original, model, x)
+        return why_other(original, model, x)
+    if kind == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            y, eager = model(x), plain(original)(x)
+        if y.dtype != eager.dtype:
+            return f"{y.dtype} in autocast, not {eager.dtype}"
+        truth = plain(original).double()(x.double())
+        error, eager_error = ((z.double() - truth).abs().max() for z in (y, eager))
+        allowed = 2 * eager_error + FLOOR * torch.finfo(torch.bfloat16).eps * truth.abs().max()
+        return None if error <= allowed else f"autocast: error {error:.1e}, allowed {allowed:.1e}"
+    return None
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def found(*pieces: Piece, **settings):
+    """A network that went wrong once, as an example."""
+    nothing = {"threads": 1, "frozen": False, "verify": False, "action": "", "edits": []}
+    network = Network(0, 4, pieces, **settings)
+    return example(network=network, image=Image(2, 7, 6), layout=as_it_is, **nothing)
+
+
+# A block inside a child, behind which comes what belongs to no block, was not fused.
+@found(
+    Piece("pointwise", 6),
+    Piece("layers", 6),
+    Piece("identity", 6),
+    Piece("stem", 5),
+    nesting="halves",
+)
+# A declined block between fused ones was not told of once they were fused.
+@found(Piece("layers", 4, change=("act", "leaky", 0)), Piece("layers", 6), Piece("pair", 5))
+@searched(250, 500)
+@given(
+    network=networks(),
+    image=st.builds(Image, st.integers(0, 3), st.integers(1, 22), st.integers(1, 22)),
+    layout=layouts(),
+    threads=st.sampled_from((1, 1, 1, 2)),
+    frozen=st.integers(0, 4).map(lambda n: n == 0),
+    verify=st.integers(0, 7).map(lambda n: n == 0),
+    action=st.sampled_from(("", "", "train", "gradients", "autocast")),
+    edits=st.lists(st.tuples(st.sampled_from(sorted(EDITS)), st.integers(0, 60)), max_size=3),
+)
+def check_network(covered, calls, network, image, layout, threads, frozen, verify, action, edits):
+    size = network.channels, image.height, image.width
+    dtype = getattr(torch, network.dtype)
+    try:
+        original = settle(build(network), torch.randn(4, *size)).to(dtype)
+    except (ValueError, RuntimeError) as error:
+        # A norm that needs more values of a channel, an image too small to be reflected.
+        assert re.search("Expected more than 1|Padding size should be less", str(error)), error
+        assume(False)
+    if frozen and "batch statistics" not in str(network):
+        original = mk.freeze_bn(original)
+    model = mk.fuse(original, verify=verify)
+    states = Counter(row.state for row in mk.explain(model))
+    assert states == expected_states(network), mk.explain(model)
+    assert list(model.state_dict()) == list(original.state_dict())
+    x = layout(torch.randn(image.batch, *size).to(dtype))
+    with on_threads(threads), torch.no_grad():
+        reason = why_other(original, model, x)
+        assert reason is None, reason
+        if len(x):
+            least, most = block_calls(network)
+            count = calls.of(model, x)[1]
+            assert least <= count <= most, f"{count} blocks ran fused, not {least} to {most}"
+        plainly = mk.unfuse(model)
+        assert torch.equal(plainly(x), original(x))
+    if frozen:
+        original.train(), model.train()
+    with on_threads(threads):
+        check_gradients(covered, action, network, original, model, x)
+        with torch.no_grad():
+            reason = act(action, original, model, x)
+            assert reason is None, reason
+            for name, which in edits:
+                original, model = EDITS[name]([original, model], which)
+                x = x.to(next(original.parameters()).dtype)
+                if drops_values(original):
+                    continue
+                reason = why_other(original, model, x)
+                assert reason is None, f"{name}: {reason}"
+                covered[name] += 1
+    covered.update({piece.kind: 1 for piece in network.pieces})
+    covered.update({"cases": 1, "frozen": frozen, "verified": verify, network.dtype: 1})
+    covered.update({"blocks " + state: count for state, count in states.items()})
+
+
+def check_gradients(covered, action, network, original, model, x) -> None:
+    if action != "gradients" or x.dtype != torch.float32 or not len(x) or drops_values(original):
+        return
+    if "max-pool" in str(network):
+        return  # Whose derivative jumps where two values are nearly the same.
+    near = nearest_to_a_bound(plain(original).double(), x.double())
+    if near < 2e-5:
+        return
+    reason = why_other_gradients(original, model, x)
+    assert reason is None, f"{reason}; {near:.1e} from a bound"
+    covered["gradients"] += 1
+
+
+@in_parts(20)
+def test_random_networks(calls, part, cases_checked):
+    covered = search(check_network, part, calls)
+    least = 5 if cases.LONG else 2
+    few = [n for n in (*BLOCKS, *RELATIVES, *CHAINS, *BESIDE, *EDITS) if covered[n] < least]
+    assert not few, few
+    for name in ("frozen", "verified", "gradients", "bfloat16", "blocks declined"):
+        assert covered[name] >= 10, covered
+    assert covered["blocks fused"] >= 1.2 * covered["cases"] >= 240, covered
+    cases_checked(covered["cases"])
