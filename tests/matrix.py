@@ -277,7 +277,7 @@ ROWS = (
             "test_triton_op.py::test_bad_calls",
             "test_triton_op.py::test_tensors_of_two_devices",
             "test_cuda_op.py::test_bad_calls",
-            "test_cuda_op.py::test_what_breaks_the_contract_is_said_by_the_contract",
+            "test_cuda_backend.py::test_what_breaks_the_contract_is_said_by_the_contract",
             "test_ops.py::test_bad_calls_inside_autocast",
             "test_ops.py::test_vmap_is_refused",
             "test_plan_declined.py",
