@@ -72,9 +72,11 @@ class Program {
     }
 
  private:
-    // The next tensor of weights; nullptr where there are none, or where it may be missing and is.
+    // The next tensor of weights; nullptr where it may be missing and is. Without weights, for a
+    // program that is only described, something that is not nullptr: layouts ask for no more.
     const void* next_weight(int64_t count, at::ScalarType dtype, bool optional) {
-        if (weights_ == nullptr) return nullptr;
+        static constexpr char kUnread = 0;
+        if (weights_ == nullptr) return optional ? nullptr : &kUnread;
         TORCH_CHECK_VALUE(next_weight_ < weights_->size(), "run_plan: weights end too early");
         const size_t number = next_weight_++;
         const std::optional<at::Tensor> weight = weights_->get(number);

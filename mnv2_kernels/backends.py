@@ -3,6 +3,7 @@
 A backend is a kernel behind `torch.ops.mnv2.inverted_residual` on one device, or the reference.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -119,6 +120,8 @@ def _why_not_triton_asked(x: Tensor | None, block: Block | None = None) -> str |
 
 
 def _why_not_dtype(x: Tensor) -> str | None:
+    if type(x) is not Tensor and _is_distributed(type(x)):
+        return "x must be a tensor of one process, got a DTensor, which PyTorch cannot split for us"
     if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return None
     return f"x must be float32, float16 or bfloat16, got {x.dtype}"
@@ -161,6 +164,13 @@ def _why_not_gpu(device: torch.device) -> str | None:
     if major < 8:
         return f"x must be on a GPU of compute capability 8.0 or later, got {major}.{minor}"
     return None
+
+
+@_asked_once_a_graph
+def _is_distributed(kind: type[Tensor]) -> bool:
+    # Without it imported, which takes a second, there is none.
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and issubclass(kind, distributed.DTensor)
 
 
 @lru_cache

@@ -18,6 +18,7 @@ from .compiled import folds_when_run, forget, run_layers
 from .fold import BlockLayers, ConvNorm, fold_layers, unfold_gradients
 from .freeze import is_frozen, why_mode_matters
 from .ops import op_arguments, run
+from .recognizers.layers import overrides_call
 from .stand_in import StandIn
 from .tracing import is_observed, trace_symbolically
 from .watched import Folded, Watched, fold_once
@@ -94,6 +95,8 @@ class FusedModule(nn.Module):
 
     def _why_layers_needed(self) -> str | None:
         watched = self._watched
+        if watched.why_overridden is not None:
+            return watched.why_overridden
         for norm in watched.batch_norms:
             if norm.training:
                 return "batch norm is in training mode and needs the statistics of whole tensors"
@@ -168,6 +171,24 @@ class FusedModule(nn.Module):
         )
 
 
+def why_overridden(block: FusedModule, *methods: str) -> str | None:
+    """Which of these methods somebody's own class has in place of those here."""
+    kind = type(block)
+    for method in methods:
+        if getattr(kind, method).__module__.partition(".")[0] != __package__:
+            return f"{kind.__name__} overrides {method}"
+    return None
+
+
+def why_more_than_layers(block: FusedModule) -> str | None:
+    """What a call of the block does beside running its layers; None where that is all."""
+    if "forward" in vars(block):
+        return "its forward has been replaced"
+    if overrides_call(block):
+        return f"{type(block).__name__} overrides __call__"
+    return why_overridden(block, "forward", "plain_forward")
+
+
 class _WatchedBlock(Watched):
     """The same of a block, and what its layers say of the op's arguments."""
 
@@ -184,6 +205,7 @@ class _WatchedBlock(Watched):
         expand_clip = layers.expand.clip if layers.expand else NO_CLIP
         self.clips = (expand_clip, layers.depthwise.clip, layers.project.clip)
         self.block = Block.of(config, self.clips)
+        self.why_overridden = why_overridden(block, "plain_forward")
         self.drops = layers.drops
         self.why_mode_matters = why_mode_matters(getattr(block, "original", block), FusedModule)
 

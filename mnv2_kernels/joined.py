@@ -131,9 +131,7 @@ class Joined:
 
 def _fits(program: Program, x: Tensor) -> bool:
     weights = [w for w in program.weights if w is not None]
-    return all(
-        w.device.type == "cpu" and (w.dtype == x.dtype or w.dim() == 1) for w in weights
-    )
+    return all(w.device.type == "cpu" and (w.dtype == x.dtype or w.dim() == 1) for w in weights)
 
 
 def may_join(x: Tensor) -> bool:

@@ -255,13 +255,14 @@ def test_table_of_peers_at_other_sizes(tmp_path):
     """These rows go to a table of their own, and to no other."""
     size = {"model": "net", "width": 0.35, "resolution": 96}
     rows = [{**row, **size} for row in peer_rows() if row["suite"] == "peers" and "model" in row]
+    rows = [{**row, "seconds": {"50%": 3 * row["seconds"]["50%"]}} for row in rows]
     rows = [row for row in rows if row["batch"] == 1]
     harness.append([*peer_rows(), *rows], tmp_path)
     made = report.tables(report.latest(tmp_path))
     assert made["peers-sizes"].splitlines() == [
         "| width | input | ms, planned | of FMA peak | slow |",
         "| ---: | --- | ---: | ---: | ---: |",
-        "| 0.35 | 96x96 | 1.000 | 80% | 2.00x (40%) |",
+        "| 0.35 | 96x96 | 3.000 | 80% | 2.00x (40%) |",
     ]
     without = tmp_path / "without"
     harness.append(peer_rows(), without)
@@ -284,9 +285,10 @@ def test_tables_of_peers_held_back_to_avx2(tmp_path):
     # Of a run in which this package alone was held back, by hand: the others are not known.
     by_hand = {**asked[0], "provider": "other"}
     del by_hand["limited"]
+    of_another_size = {**asked[0], "width": 0.35, "resolution": 96, "seconds": {"50%": 9.0}}
     harness.append([*asked, by_hand], tmp_path / "avx2 alone")
     assert "peers-avx2-network" not in report.tables(report.latest(tmp_path / "avx2 alone"))
-    harness.append([*best, *asked, by_hand], tmp_path)
+    harness.append([*best, *asked, by_hand, of_another_size], tmp_path)
     made = report.tables(report.latest(tmp_path))
     assert made["peers-avx2-network"].splitlines()[2:] == [
         "| planned | float32 | 2.00 (80%) | 2.00 (80%) |",

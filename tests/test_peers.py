@@ -86,7 +86,7 @@ def test_a_command_writes_rows_of_what_is_right(tmp_path, monkeypatch, capsys):
         assert (row["rounds"], row["dropped"]) == (2, 0)
         assert set(row["speedup"]) == {other}
         assert 0 < row["error"] < 1e-5
-        assert row["commit"] == machine.commit()
+        assert row["commit"] == machine.facts()["commit"]
         assert row["instruction_set"] == ("avx2" if isa == "avx512" else isa)
         if any(limits.TASKS.glob("*/arch_status")):
             assert row["limited"] is True

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
 
+from .. import machine
+
 TASKS = Path("/proc/self/task")
 # Of torch and this package; of oneDNN, torch's and OpenVINO's; of torch's matrix products; of what
 # torch compiles; and of the C library, whose copies would count as a use.
@@ -31,6 +33,8 @@ TICK = 0.01
 def limited(isa: str | None) -> Iterator[None]:
     """Processes started inside are asked to keep to `isa`, a key of LIMITS; None asks nothing."""
     asked = {} if isa is None else LIMITS[isa]
+    # torch reads its variable once: this process is not to be held back with the others.
+    machine.instruction_set()
     before = {name: os.environ.get(name) for name in asked}
     os.environ.update(asked)
     try:
