@@ -11,7 +11,6 @@ depends on who runs them.
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import chain
 from typing import NamedTuple
 
 import torch

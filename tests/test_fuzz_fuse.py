@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import mnv2_kernels as mk
 from mnv2_kernels import fused, joined
+from mnv2_kernels.links import BlockLink
 from mnv2_kernels.variants import plain
 
 pytestmark = pytest.mark.skipif(
@@ -51,7 +52,7 @@ class Calls:
         def counted_joined(links, x):
             y = run_joined(links, x)
             if y is not None:
-                self.blocks += sum(isinstance(k, joined.BlockLink) for k in links._links)
+                self.blocks += sum(isinstance(k, BlockLink) for k in links._links)
             return y
 
         monkeypatch.setattr(fused, "run", counted)

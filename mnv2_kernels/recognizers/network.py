@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ..block import Padding
-from ..fold import BlockLayers, ConvNorm
+from ..fold import ConvNorm
 from .convolutions import is_identity
 from .declined import Declined, describe
 from .layers import assemble, check_untouched, has_hooks, read_stages
@@ -73,7 +73,7 @@ Layer = Convolution | Block | Pool | Flatten | Classifier
 
 
 class Network(NamedTuple):
-    """The layers in the order they run, and all modules that are called, but those inside of blocks:
+    """The layers in the order they run, and all modules called but those inside of blocks:
     what the chain rests on.
     """
 
