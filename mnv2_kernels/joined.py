@@ -23,7 +23,7 @@ from .block import Padding
 from .convolutions import pointwise, stem
 from .extension import missing
 from .fold import ConvNorm, FoldedWeights, same_padding_by_two
-from .fused import FusedModule, why_more_than_layers
+from .fused import FusedModule, why_overridden
 from .plan_op import run_plan
 from .program import Block, Layer, Pointwise, Program, Shape, encode
 from .recognizers import Declined
@@ -218,7 +218,7 @@ def _has_global_hooks() -> bool:
 def link_of(module: nn.Module) -> Link | None:
     """The link of a module that is one layer: a fused block, a stem, a 1x1 convolution."""
     if isinstance(module, FusedModule):
-        return BlockLink(module) if why_more_than_layers(module) is None else None
+        return BlockLink(module) if why_overridden(module) is None else None
     if not (is_sequential(module) or isinstance(module, nn.Conv2d)):
         return None
     try:
