@@ -5,6 +5,7 @@ cache that follows the parameters. `FusedInvertedResidual` is the drop-in around
 library.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,7 +19,6 @@ from .compiled import folds_when_run, forget, run_layers
 from .fold import BlockLayers, ConvNorm, fold_layers, unfold_gradients
 from .freeze import is_frozen, why_mode_matters
 from .ops import op_arguments, run
-from .recognizers.layers import overrides_call
 from .stand_in import StandIn
 from .tracing import is_observed, trace_symbolically
 from .watched import Folded, Watched, fold_once
@@ -171,22 +171,15 @@ class FusedModule(nn.Module):
         )
 
 
-def why_overridden(block: FusedModule, *methods: str) -> str | None:
-    """Which of these methods somebody's own class has in place of those here."""
+def why_overridden(
+    block: FusedModule, methods: Sequence[str] = ("forward", "plain_forward", "__call__")
+) -> str | None:
+    """Which of these methods somebody's own class has in place of those of the package."""
     kind = type(block)
     for method in methods:
-        if getattr(kind, method).__module__.partition(".")[0] != __package__:
+        if getattr(kind, method).__module__.partition(".")[0] not in (__package__, "torch"):
             return f"{kind.__name__} overrides {method}"
     return None
-
-
-def why_more_than_layers(block: FusedModule) -> str | None:
-    """What a call of the block does beside running its layers; None where that is all."""
-    if "forward" in vars(block):
-        return "its forward has been replaced"
-    if overrides_call(block):
-        return f"{type(block).__name__} overrides __call__"
-    return why_overridden(block, "forward", "plain_forward")
 
 
 class _WatchedBlock(Watched):
@@ -205,7 +198,7 @@ class _WatchedBlock(Watched):
         expand_clip = layers.expand.clip if layers.expand else NO_CLIP
         self.clips = (expand_clip, layers.depthwise.clip, layers.project.clip)
         self.block = Block.of(config, self.clips)
-        self.why_overridden = why_overridden(block, "plain_forward")
+        self.why_overridden = why_overridden(block, ["plain_forward"])
         self.drops = layers.drops
         self.why_mode_matters = why_mode_matters(getattr(block, "original", block), FusedModule)
 

@@ -20,7 +20,7 @@ from torch import nn
 from .block import NO_CLIP, Padding
 from .convolutions import pointwise, stem
 from .fold import ConvNorm, FoldedWeights, same_padding_by_two
-from .fused import FusedModule, why_more_than_layers
+from .fused import FusedModule, why_overridden
 from .program import Block, Layer, Linear, Pointwise, Pool, Shape
 from .recognizers import Declined
 from .recognizers.layers import check_untouched, flatten, is_sequential, read_stages
@@ -146,7 +146,7 @@ Link = BlockLink | ConvolutionLink | LinearLink | AverageLink
 def link_of(module: nn.Module) -> Link | None:
     """The link of a module that is one layer: a fused block, a stem, a 1x1 convolution."""
     if isinstance(module, FusedModule):
-        return BlockLink(module) if why_more_than_layers(module) is None else None
+        return BlockLink(module) if why_overridden(module) is None else None
     if not (is_sequential(module) or isinstance(module, nn.Conv2d)):
         return None
     try:

@@ -10,7 +10,7 @@ from .block import NO_CLIP
 from .chained import FusedChain
 from .convolutions import pointwise, stem
 from .fold import fold_layers
-from .fused import FusedModule, why_more_than_layers
+from .fused import FusedModule, why_overridden
 from .program import Block, Layer, Linear, Pool, Shape
 from .recognizers import Declined, network, recognize
 
@@ -30,7 +30,9 @@ def read_layers(model: nn.Module, shape: Shape) -> list[tuple[str, Layer]]:
 def _read_block(module: nn.Module):
     if not isinstance(module, FusedModule):
         return recognize(module)
-    changed = why_more_than_layers(module) or module._watched.why_changed()
+    if "forward" in vars(module):
+        raise Declined("the forward of this very module has been replaced")
+    changed = why_overridden(module) or module._watched.why_changed()
     if changed is not None:
         raise Declined(changed)
     return module.block_layers

@@ -63,7 +63,7 @@ ROWS = (
         "T4",
         "CUDA and Triton on a GPU, every shape, dtype and layout; here the CUDA kernels on the"
         " emulator",
-        150,
+        1000,
         (
             "test_cuda_gpu.py::test_values",
             "test_triton_gpu.py::test_values",

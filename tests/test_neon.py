@@ -4,22 +4,12 @@ cpu_alone/driver.cpp runs the kernels of csrc/cpu without torch, in memory betwe
 be touched. Needs `apt-get install g++-aarch64-linux-gnu qemu-user`, or an aarch64 machine with g++.
 """
 
-import fcntl
-import hashlib
-import os
 import platform
-import re
 import shutil
-import signal
-import subprocess
-from pathlib import Path
 
+import cpu_driver
 import pytest
 
-ROOT = Path(__file__).parents[1]
-CACHE = ROOT / "build/cpu_alone"
-KERNELS = [ROOT / "csrc/cpu" / f"{n}.cpp" for n in ("neon", "kernels", "network", "schedule")]
-DRIVER = ROOT / "tests/cpu_alone/driver.cpp"
 ON_ARM = platform.machine() in ("aarch64", "arm64")
 COMPILER = "g++" if ON_ARM else "aarch64-linux-gnu-g++"
 EMULATOR = [] if ON_ARM else ["qemu-aarch64"]
@@ -31,48 +21,35 @@ pytestmark = [
 ]
 
 
-def compiled() -> Path:
-    """The driver, compiled once for each state of its sources."""
-    command = [COMPILER, "-std=c++20", "-O3", "-Wall", "-Werror", "-static"]
-    headers = (p for folder in (ROOT / "csrc", DRIVER.parent) for p in sorted(folder.rglob("*.*")))
-    digest = hashlib.sha256(" ".join(command).encode())
-    for path in headers:
-        digest.update(path.read_bytes())
-    made = CACHE / f"driver-{digest.hexdigest()[:20]}"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not made.exists():
-            part = made.with_suffix(".part")
-            subprocess.run([*command, DRIVER, *KERNELS, "-o", part], check=True)
-            os.replace(part, made)
-    return made
+def run(what: str) -> cpu_driver.Outcome:
+    flags = ("-O3", "-Werror", "-static")
+    driver = cpu_driver.build(["neon"], flags, compiler=COMPILER)
+    return cpu_driver.run([*EMULATOR, driver], "neon", what)
 
 
-def run(what: str, folder: Path) -> subprocess.CompletedProcess:
-    """In a folder of its own, where the emulator leaves its core."""
-    command = [*EMULATOR, compiled(), what]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+def counts(outcome: cpu_driver.Outcome, cases_checked) -> dict[str, int]:
+    assert not outcome.found, (outcome.printed[-500:], outcome.errors)
+    assert outcome.printed.splitlines()[-1].startswith("neon: ")
+    cases_checked(outcome.counts["calls"])
+    return outcome.counts
 
 
-def counts(done: subprocess.CompletedProcess) -> dict[str, int]:
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0, f"exit {done.returncode} in {lines[-3:]}\n{done.stderr}"
-    assert lines[-1].startswith("neon: ")
-    return {name: int(count) for name, count in re.findall(r"(\S+) (\d+)", lines[-1])}
-
-
-def test_blocks(tmp_path):
-    found = counts(run("blocks", tmp_path))
+def test_blocks(cases_checked):
+    found = counts(run("blocks"), cases_checked)
     assert found["calls"] >= 1500 and found["low"] >= 1000 and found["high"] >= 1000
     assert found["chunks"] >= 100 and found["groups"] >= 2 and found["strips"] >= 2
 
 
-def test_networks(tmp_path):
-    found = counts(run("networks", tmp_path))
+def test_networks(cases_checked):
+    found = counts(run("networks"), cases_checked)
     assert found["calls"] == 60 and found["streams"] >= 50 and found["in-place"] >= 20
 
 
-def test_the_pages_around_memory_catch(tmp_path):
-    done = run("overrun", tmp_path)
-    assert done.stdout == "one number more\n" and done.returncode == -signal.SIGSEGV
+def test_gradients(cases_checked):
+    found = counts(run("backward"), cases_checked)
+    assert found["calls"] >= 250 and found["chunks"] >= 4 and found["strips"] >= 4
+
+
+def test_the_pages_around_memory_catch():
+    outcome = run("overrun")
+    assert outcome.printed == "one number more\n" and outcome.found == {"SIGSEGV"}

@@ -1,13 +1,16 @@
-"""What importing and calling leave alone in a process, forks, and every instruction set.
+"""What importing and calling leave alone in a process, how processes and threads end, and every
+instruction set.
 
 Each check runs in a child process: `python test_process.py FUNCTION`.
 """
 
 import ctypes
+import multiprocessing
 import os
 import platform
 import random
 import sys
+import threading
 import warnings
 
 import pytest
@@ -103,6 +106,60 @@ def fork_after_calls() -> None:
     print(status, torch.equal(again, y))
 
 
+def call_once(_=None) -> torch.Tensor:
+    import cases
+
+    case = cases.groups()["S1-width1"][3]
+    x, weights = cases.make_inputs(case)
+    return cases.run("cpu", x, weights, **case.settings)
+
+
+class Images(torch.utils.data.Dataset):
+    """Each is the result of a call in a worker's process."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, _: int) -> torch.Tensor:
+        return call_once()
+
+
+def workers_of_a_loader() -> None:
+    torch.set_num_threads(4)
+    y = call_once()
+    for context in ("fork", "spawn"):
+        loader = torch.utils.data.DataLoader(
+            Images(), batch_size=2, num_workers=2, multiprocessing_context=context, timeout=120
+        )
+        for batch in loader:
+            print(context, all(torch.equal(image, y) for image in batch))
+
+
+def spawned_processes() -> None:
+    y = call_once()
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for result in pool.map_async(call_once, range(4)).get(timeout=120):
+            print(torch.equal(result, y))
+
+
+def threads_that_end() -> None:
+    torch.set_num_threads(2)
+    right, unequal, counts = call_once(), [], []
+
+    def call() -> None:
+        torch.set_num_threads(2)
+        if not torch.equal(call_once(), right):
+            unequal.append(1)
+
+    for number in range(60):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        if number in (9, 59):
+            counts.append(len(os.listdir("/proc/self/task")))
+    print(len(unequal), counts[1] - counts[0])
+
+
 def test_import_and_calls_leave_the_process_alone(python):
     done = python(__file__, "import_and_call")
     lines = done.stdout.splitlines()
@@ -157,6 +214,35 @@ def test_built_with_openmp():
 def test_fork(python):
     done = python(__file__, "fork_after_calls")
     assert done.stdout.split() == ["0", "True"], (done.returncode, done.stderr)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_workers_of_a_loader(python):
+    done = python(__file__, "workers_of_a_loader")
+    assert done.stdout.split() == ["fork", "True"] * 3 + ["spawn", "True"] * 3, done.stderr
+
+
+def test_spawned_processes(python):
+    done = python(__file__, "spawned_processes")
+    assert done.stdout.split() == ["True"] * 4, (done.returncode, done.stderr)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="no /proc on this system")
+def test_threads_that_end_leave_none_behind(python):
+    done = python(__file__, "threads_that_end")
+    unequal, more = map(int, done.stdout.split())
+    # Of fifty threads; one that was joined may not be gone yet.
+    assert unequal == 0 and more < 5, done.stderr
+
+
+def test_processes_end(python, cases_checked):
+    import cases
+
+    count = 50 if cases.LONG else 2
+    for number in range(count):
+        done = python(__file__, "import_and_call")
+        assert done.returncode == 0 and not done.stderr, (number, done.returncode, done.stderr)
+    cases_checked(count)
 
 
 if __name__ == "__main__":

@@ -1,246 +1,195 @@
-// The CPU kernels without torch against float64: blocks, and networks of all layers; in memory that
-// ends at, or begins behind, pages that cannot be touched. test_neon.py compiles it for aarch64.
+// The CPU kernels without torch against float64: blocks, networks of all layers, and gradients; in
+// memory that ends at, or begins behind, pages that cannot be touched, or under a sanitizer.
+// ../cpu_driver.py compiles it.
 //
-//   driver blocks | networks | overrun       exits 0 where all is right
+//   driver KERNEL blocks | networks | backward | threads
+//   driver KERNEL overrun | masked | overflow      a fault each
+//   driver KERNEL cases                    one block a line of standard input
+//   driver KERNEL random SEED COUNT
+//
+// Exits 0 where all is right, 1 where it has printed faults, 2 where it was not run.
 #include <algorithm>
+#include <iostream>
+#include <sstream>
 #include <string>
 
-#include "reference.h"
-
-using namespace mnv2::cpu;
-using mnv2::BlockArgs;
-using mnv2::BlockSizes;
-using mnv2::Clip;
+#include "backward_checks.h"
 
 namespace {
-
-const Kernel& kernel() { return *kKernels[0]; }
-
-constexpr Clip kClips[] = {{0, 6}, {0, INFINITY}, {-INFINITY, INFINITY}};
-
-Threads threads_of(int64_t count) {
-    return {count, [count](int64_t tasks, const auto& task) {
-                for (int64_t i = tasks - 1; i >= 0; i--) task(i, i % count);
-            }};
-}
-
-struct Counts {
-    int64_t calls, low, high, streams, in_place, groups, chunks, strips;
-};
-Counts counts{};
-
-// A network, its weights, and what it must give.
-struct Network {
-    Memory& memory;
-    std::mt19937& engine;
-    Element element;
-    std::vector<Step> steps;
-    Image result;
-
-    // Weights whose sums over `terms` products are a few units.
-    const void* weight(int64_t count, int64_t terms, Numbers& numbers) {
-        numbers = random_numbers(engine, count, std::max(0.07, 3 / std::sqrt(double(terms))));
-        return memory.constants(numbers, element);
-    }
-    const float* bias(int64_t count, Numbers& numbers, bool there, bool with_nan = false) {
-        if (!there) return nullptr;
-        numbers = random_numbers(engine, count, 2);
-        if (with_nan) numbers[engine() % count] = NAN;
-        return static_cast<const float*>(memory.constants(numbers, Element::single));
-    }
-
-    void add(const auto& layer) { steps.push_back({layer, 0, false}); }
-
-    void add_block(BlockSizes sizes, bool biases, bool for_network, bool with_nan = false) {
-        BlockArgs args{};
-        static_cast<BlockSizes&>(args) = sizes;
-        args.element = element;
-        Weights w;
-        const int64_t hidden = args.hidden_channels, taps = args.kernel * args.kernel;
-        if (args.expansion) {
-            args.w_expand = weight(args.in_channels * hidden, args.in_channels, w.expand);
-            args.b_expand = bias(hidden, w.b_expand, biases);
-        }
-        args.w_dw = weight(taps * hidden, taps, w.dw);
-        args.b_dw = bias(hidden, w.b_dw, biases);
-        args.w_project = weight(hidden * args.out_channels, 4 * hidden, w.project);
-        args.b_project = bias(args.out_channels, w.b_project, biases, with_nan);
-        args.pairs = kernel().multiplies_pairs(args);
-        const auto choose = for_network ? choose_network_schedule : choose_schedule;
-        const Schedule schedule = choose(args, kernel().lanes);
-        counts.groups += schedule.hidden_groups > 1;
-        counts.chunks += !schedule.rows_outside;
-        counts.strips += schedule.strip_cols < args.W_out;
-        result = block(sizes, w, result);
-        add(BlockStep{args, schedule});
-    }
-
-    void add_stem(int64_t channels, int64_t pad) {
-        StemArgs args{};
-        args.H = result.H, args.W = result.W, args.in_channels = result.channels;
-        args.H_out = (args.H + 2 * pad - 3) / 2 + 1, args.W_out = (args.W + 2 * pad - 3) / 2 + 1;
-        args.out_channels = channels, args.pad_top = pad, args.pad_left = pad;
-        args.row_stride = args.W * args.in_channels, args.col_stride = args.in_channels;
-        args.channel_stride = 1;
-        args.element = element, args.clip = kClips[0];
-        Numbers w, b;
-        args.weight = weight(9 * args.in_channels * channels, 9 * args.in_channels, w);
-        args.bias = bias(channels, b, true);
-        result = stem(args, w, b, result);
-        add(args);
-    }
-
-    // channels 0: the mean alone.
-    void add_pool(int64_t channels, bool averages = true) {
-        PoolArgs args{};
-        args.H = result.H, args.W = result.W, args.in_channels = result.channels;
-        args.averages = averages;
-        args.out_channels = channels > 0 ? channels : result.channels;
-        args.element = element, args.clip = channels > 0 ? kClips[0] : kClips[2];
-        if (channels > 0) {
-            Numbers w, b;
-            args.weight = weight(args.in_channels * channels, args.in_channels, w);
-            args.bias = bias(channels, b, true);
-            args.pairs = kernel().multiplies_pairs(args);
-            result = pointwise(result, w, b, channels, args.clip);
-        }
-        if (averages) result = mean(result);
-        add(args);
-    }
-
-    void add_linear(int64_t features) {
-        LinearArgs args{result.channels, features, element, nullptr, nullptr};
-        Numbers w, b;
-        args.weight = weight(result.channels * features, result.channels, w);
-        args.bias = bias(features, b, true);
-        result = linear(result, w, b, features);
-        add(args);
-    }
-};
-
-// A step, and the numbers of its result.
-int64_t result_size(const Step& step) {
-    if (const auto* b = std::get_if<BlockStep>(&step.layer))
-        return b->args.H_out * b->args.W_out * b->args.out_channels;
-    if (const auto* s = std::get_if<StemArgs>(&step.layer))
-        return s->H_out * s->W_out * s->out_channels;
-    if (const auto* p = std::get_if<PoolArgs>(&step.layer))
-        return p->out_channels * (p->averages ? 1 : p->H * p->W);
-    return std::get<LinearArgs>(step.layer).out_features;
-}
-
-// Every result in a place of its own, but what streams or overwrites its input. Returns the size.
-int64_t arrange(std::vector<Step>& steps, bool stream) {
-    int64_t end = 0, input = -1;
-    for (size_t i = 0; i + 1 < steps.size(); i++) {
-        Step& step = steps[i];
-        step.streams = stream && is_row_by_row(step) && is_row_by_row(steps[i + 1]);
-        counts.streams += step.streams;
-        if (step.streams) continue;
-        const auto* block = std::get_if<BlockStep>(&step.layer);
-        const bool in_place = input >= 0 && !(i > 0 && steps[i - 1].streams) && block &&
-                              is_row_by_row(step) && block->args.residual && block->args.expansion;
-        counts.in_place += in_place;
-        step.output = in_place ? input : end;
-        if (!in_place) end += (result_size(step) + 15) / 16 * 16;
-        input = step.output;
-    }
-    return end;
-}
-
-// Runs it on one thread and on three, which must give the same bits.
-void check(Network& network, const void* x, double tolerance) {
-    Memory& memory = network.memory;
-    const int64_t count = result_size(network.steps.back()), size = size_of(network.element);
-    void* results[2];
-    for (const bool stream : {false, true}) {
-        const int64_t arena_size = arrange(network.steps, stream);
-        for (const int64_t threads : {1, 3}) {
-            void* const arena = memory.allocate(arena_size * size, true);
-            const int64_t floats = line_floats(network.steps, kernel().lanes, threads);
-            auto* const lines = static_cast<float*>(memory.allocate(floats * 4, true));
-            void*& y = results[threads > 1];
-            y = memory.allocate(count * size);
-            run_network(kernel(), network.steps, x, y, arena, lines, threads_of(threads));
-            counts.calls++;
-        }
-        if (std::memcmp(results[0], results[1], count * size) != 0) fail("threads change bits");
-        double largest = 0;
-        for (const double value : network.result.at)
-            if (!std::isnan(value)) largest = std::max(largest, std::fabs(value));
-        for (int64_t i = 0; i < count; i++) {
-            const double y = read(results[0], i, network.element), right = network.result.at[i];
-            counts.low += y == 0, counts.high += y == 6;
-            if (std::isnan(y) != std::isnan(right)) fail("NaN is not where it should be");
-            if (std::fabs(y - right) > tolerance * largest) {
-                std::printf("number %ld is %.9g and should be %.9g\n", long(i), y, right);
-                fail("a number");
-            }
-        }
-        if (network.steps.size() == 1) break;
-    }
-    memory.check_margins();
-}
-
-double tolerance_of(Element element) {
-    return element == Element::single ? 2e-6 : element == Element::half ? 5e-4 : 4e-3;
-}
 
 struct Channels {
     int64_t in, hidden, out;
 };
 
-void check_block(std::mt19937& engine, int number, const Channels& c, int64_t H, int64_t W,
-                 int64_t k, int64_t stride, int64_t dilation, Element element) {
+struct BlockCase {
+    BlockSizes sizes;
+    BlockOptions options;
+    bool nan_in_x, at_end;
+};
+
+void print(const BlockCase& c) {
+    const BlockSizes& s = c.sizes;
+    std::printf("%ld-%ld-%ld %ldx%ld k%ld s%ld d%ld pad %ld %ld element %d\n", long(s.in_channels),
+                long(s.hidden_channels), long(s.out_channels), long(s.H), long(s.W), long(s.kernel),
+                long(s.stride), long(s.dilation), long(s.pad_top), long(s.pad_left),
+                int(c.options.element));
+}
+
+void check_block(std::mt19937& engine, const BlockCase& c) {
+    print(c);
+    const BlockSizes& s = c.sizes;
+    const Element element = c.options.element;
+    Memory memory(c.at_end);
+    Image x{s.H, s.W, s.in_channels, random_numbers(engine, s.H * s.W * s.in_channels, 2)};
+    if (c.nan_in_x) x.at[engine() % x.at.size()] = NAN;
+    Network network{memory, engine, element, {}, x};
+    network.add_block(s, c.options);
+    check(network, memory.constants(x.at, element), tolerance_of(element));
+}
+
+// Sizes, clips and options that change from number to number.
+BlockCase numbered_case(int number, const Channels& c, int64_t H, int64_t W, int64_t k,
+                        int64_t stride, int64_t dilation, Element element) {
     const int64_t extent = dilation * (k - 1);
-    const int64_t top = number % 3 == 2 ? number % (extent + 1) : extent / 2;
-    const int64_t left = number % 3 == 2 ? extent - top : extent / 2;
     BlockSizes s{};
     s.N = 1, s.H = H, s.W = W, s.kernel = k, s.stride = stride, s.dilation = dilation;
-    s.pad_top = top, s.pad_left = left;
+    s.pad_top = number % 3 == 2 ? number % (extent + 1) : extent / 2;
+    s.pad_left = number % 3 == 2 ? extent - s.pad_top : extent / 2;
     s.H_out = (H - 1) / stride + 1, s.W_out = (W - 1) / stride + 1;
     s.in_channels = c.in, s.hidden_channels = c.hidden, s.out_channels = c.out;
     s.expansion = c.in != c.hidden;
     s.residual = stride == 1 && c.in == c.out && number % 4 != 3;
     s.clip_expand = s.clip_dw = kClips[number % 5 == 4 ? 2 : number % 5 == 3];
     s.clip_project = kClips[number % 2 == 0 ? 2 : 0];
-    std::printf("%ldx%ldx%ld %ldx%ld k%ld s%ld d%ld element %d number %d\n", long(c.in),
-                long(c.hidden), long(c.out), long(H), long(W), long(k), long(stride),
-                long(dilation), int(element), number);
-    Memory memory(number % 2 == 0);
-    Image x{H, W, c.in, random_numbers(engine, H * W * c.in, 2)};
-    if (number % 7 == 6) x.at[engine() % x.at.size()] = NAN;
-    Network network{memory, engine, element, {}, x};
-    network.add_block(s, number % 6 != 5, number % 8 >= 4, number % 7 == 5);
-    check(network, memory.constants(x.at, element), tolerance_of(element));
+    const bool b = number % 6 != 5;
+    return {s,
+            {element, {b, b, b}, number % 8 >= 4, number % 7 == 5 ? 3 : 0},
+            number % 7 == 6,
+            number % 2 == 0};
 }
 
+constexpr Channels kSmall[] = {{8, 48, 8}, {3, 7, 5},    {17, 33, 9}, {16, 16, 24},
+                               {5, 5, 5},  {24, 72, 24}, {1, 2, 1},   {12, 70, 43}};
+constexpr int64_t kSizes[][2] = {{1, 1}, {7, 7}, {13, 10}, {5, 21}};
+
 void check_blocks(std::mt19937& engine) {
-    constexpr Channels kSmall[] = {{8, 48, 8}, {3, 7, 5},    {17, 33, 9}, {16, 16, 24},
-                                   {5, 5, 5},  {24, 72, 24}, {1, 2, 1},   {12, 70, 43}};
-    constexpr int64_t kSizes[][2] = {{1, 1}, {7, 7}, {13, 10}, {5, 21}};
     int number = 0;
+    const auto check = [&](const Channels& c, int64_t H, int64_t W, int64_t k, int64_t stride,
+                           int64_t dilation, Element element) {
+        check_block(engine, numbered_case(number++, c, H, W, k, stride, dilation, element));
+    };
     for (const Element element : {Element::single, Element::bfloat16, Element::half})
         for (const Channels& c : kSmall)
             for (const auto& [H, W] : kSizes)
                 for (int i = 0; i < 8; i++)
-                    check_block(engine, number++, c, H, W, i & 1 ? 5 : 3, i & 2 ? 2 : 1,
-                                i & 4 ? 2 : 1, element);
+                    check(c, H, W, i & 1 ? 5 : 3, i & 2 ? 2 : 1, i & 4 ? 2 : 1, element);
     for (const Element element : {Element::single, Element::bfloat16}) {
         for (const int64_t stride : {1, 2}) {
-            check_block(engine, number++, {96, 576, 96}, 14, 13, 3, stride, 1, element);
-            check_block(engine, number++, {160, 960, 160}, 7, 7, 3, stride, 1, element);
-            check_block(engine, number++, {16, 96, 24}, 18, 301, 3, stride, 1, element);
-            check_block(engine, number++, {8, 144, 8}, 9, 402, 5, stride, 1, element);
+            check({96, 576, 96}, 14, 13, 3, stride, 1, element);
+            check({160, 960, 160}, 7, 7, 3, stride, 1, element);
+            check({16, 96, 24}, 18, 301, 3, stride, 1, element);
+            check({8, 144, 8}, 9, 402, 5, stride, 1, element);
         }
     }
 }
 
-void check_network(std::mt19937& engine, int number, int64_t H, int64_t W, Element element) {
+void check_gradients(std::mt19937& engine) {
+    int number = 0;
+    const auto check = [&](const Channels& c, int64_t N, int64_t H, int64_t W, int i) {
+        BlockCase made = numbered_case(number, c, H, W, i & 1 ? 5 : 3, i & 2 ? 2 : 1, i & 4 ? 2 : 1,
+                                       Element::single);
+        made.sizes.N = N;
+        print(made);
+        check_backward(engine, made.sizes, made.options, made.at_end, number++ % 3);
+    };
+    for (const Channels& c : kSmall)
+        for (const auto& [H, W] : kSizes)
+            for (int i = 0; i < 8; i++) check(c, 1 + number % 3, H, W, i);
+    // More than a chunk, and than a band of rows.
+    for (int i = 0; i < 4; i++) check({24, 144, 32}, 1, 56, 57, i);
+    check({96, 96, 24}, 2, 40, 67, 0);
+}
+
+// A line: the sizes as they stand below, then biases (bits), pads, clips, and what else there is.
+bool read_case(const std::string& line, BlockCase& c) {
+    std::istringstream words(line);
+    BlockSizes& s = c.sizes;
+    int64_t bottom, right, element, biases;
+    words >> s.in_channels >> s.hidden_channels >> s.out_channels >> s.expansion >> s.residual >>
+        s.H >> s.W >> s.kernel >> s.stride >> s.dilation >> s.pad_top >> s.pad_left >> bottom >>
+        right >> element >> biases >> c.options.for_network >> c.options.nan_in >> c.nan_in_x >>
+        c.at_end;
+    for (Clip* const clip : {&s.clip_expand, &s.clip_dw, &s.clip_project})
+        for (float* const bound : {&clip->lower, &clip->upper}) {
+            std::string word;
+            words >> word;
+            *bound = std::strtof(word.c_str(), nullptr);
+        }
+    const int64_t extent = s.dilation * (s.kernel - 1);
+    s.N = 1;
+    s.H_out = (s.H + s.pad_top + bottom - extent - 1) / s.stride + 1;
+    s.W_out = (s.W + s.pad_left + right - extent - 1) / s.stride + 1;
+    c.options.element = static_cast<Element>(element);
+    for (int i = 0; i < 3; i++) c.options.biases[i] = biases >> i & 1;
+    return !words.fail();
+}
+
+void check_cases(std::mt19937& engine) {
+    for (std::string line; std::getline(std::cin, line);) {
+        BlockCase c{};
+        if (!read_case(line, c)) stop("a line is not a block");
+        check_block(engine, c);
+    }
+}
+
+BlockCase random_case(std::mt19937& engine) {
+    const auto to = [&](int64_t most) { return 1 + static_cast<int64_t>(engine() % most); };
+    for (;;) {
+        BlockCase c{};
+        BlockSizes& s = c.sizes;
+        const int64_t channels = to(3) == 1 ? 16 * to(4) : to(70);
+        s.N = to(3), s.H = to(20), s.W = to(9) == 1 ? to(150) : to(24);
+        s.in_channels = channels, s.expansion = to(4) > 1;
+        s.hidden_channels = !s.expansion ? channels : to(2) == 1 ? 16 * to(8) : to(150);
+        s.out_channels = to(2) == 1 ? channels : to(70);
+        s.kernel = to(3) == 1 ? 5 : 3, s.stride = to(2), s.dilation = to(4) == 1 ? 2 : 1;
+        const int64_t extent = s.dilation * (s.kernel - 1);
+        s.pad_top = to(extent + 1) - 1, s.pad_left = to(extent + 1) - 1;
+        const int64_t rows = s.H + s.pad_top + to(extent + 1) - 1;
+        const int64_t cols = s.W + s.pad_left + to(extent + 1) - 1;
+        s.H_out = (rows - extent - 1) / s.stride + 1, s.W_out = (cols - extent - 1) / s.stride + 1;
+        if (rows <= extent || cols <= extent) continue;
+        s.residual = s.H_out == s.H && s.W_out == s.W && s.in_channels == s.out_channels;
+        for (Clip* const clip : {&s.clip_expand, &s.clip_dw, &s.clip_project})
+            *clip = to(5) == 1 ? Clip{-1.5f, 2.5f} : kClips[to(3) - 1];
+        c.options = {static_cast<Element>(to(3) - 1),
+                     {to(4) > 1, to(4) > 1, to(4) > 1},
+                     to(2) == 1,
+                     to(8) == 1 ? static_cast<int>(to(3)) : 0};
+        c.nan_in_x = to(8) == 1, c.at_end = to(2) == 1;
+        return c;
+    }
+}
+
+void check_random(std::mt19937& engine, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        BlockCase c = random_case(engine);
+        check_block(engine, c);
+        if (i % 2 == 1) continue;
+        c.options.element = Element::single;
+        check_backward(engine, c.sizes, c.options, c.at_end, static_cast<int>(i / 2 % 3));
+    }
+}
+
+struct NetworkCase {
+    int number;
+    int64_t H, W;
+    Element element;
+};
+
+void add_layers(Network& network, const NetworkCase& c) {
+    const auto& [number, H, W, element] = c;
     std::printf("network %d %ldx%ld element %d\n", number, long(H), long(W), int(element));
-    Memory memory(number % 2 == 0);
-    const Image x{H, W, 3, random_numbers(engine, H * W * 3, 2)};
-    Network network{memory, engine, element, {}, x};
     network.add_stem(number % 3 == 0 ? 13 : 8, number % 3);
     const auto add = [&](int64_t ratio, int64_t channels, int64_t k, int64_t stride) {
         const Image& y = network.result;
@@ -252,7 +201,7 @@ void check_network(std::mt19937& engine, int number, int64_t H, int64_t W, Eleme
         s.out_channels = channels, s.expansion = ratio > 1;
         s.residual = stride == 1 && channels == y.channels;
         s.clip_expand = s.clip_dw = kClips[0], s.clip_project = kClips[2];
-        network.add_block(s, true, true);
+        network.add_block(s, {network.element, {true, true, true}, true, 0});
     };
     add(1, 8, 3, 1);
     add(6, 12, 3, 2);
@@ -263,42 +212,115 @@ void check_network(std::mt19937& engine, int number, int64_t H, int64_t W, Eleme
     add(4, 21, 3, 1);
     network.add_pool(number % 4 == 3 ? 0 : 70);
     network.add_linear(11);
-    // 16 bits round the result of every layer.
-    check(network, memory.constants(x.at, element), 5 * tolerance_of(element));
 }
 
-void check_networks(std::mt19937& engine) {
-    constexpr int64_t kSizes[][2] = {{33, 40}, {24, 9}, {3, 3}, {51, 64}, {7, 70}};
+// Calls function(network, x, tolerance) for networks of all elements; `step` leaves out others.
+template <class Function>
+void for_networks(std::mt19937& engine, int step, const Function& function) {
+    constexpr int64_t kImages[][2] = {{33, 40}, {24, 9}, {3, 3}, {51, 64}, {7, 70}};
     int number = 0;
     for (const Element element : {Element::single, Element::bfloat16, Element::half})
-        for (const auto& [H, W] : kSizes) check_network(engine, number++, H, W, element);
+        for (const auto& [H, W] : kImages) {
+            const NetworkCase c{number++, H, W, element};
+            if (c.number % step != 0) continue;
+            Memory memory(c.number % 2 == 0);
+            const Image x{H, W, 3, random_numbers(engine, H * W * 3, 2)};
+            Network network{memory, engine, element, {}, x};
+            add_layers(network, c);
+            // 16 bits round the result of every layer.
+            function(network, memory.constants(x.at, element), 5 * tolerance_of(element));
+        }
+}
+
+// Callers at the same time, each with threads of its own, on one network.
+void check_calls_at_once(Network& network, const void* x, double tolerance) {
+    constexpr int64_t kCallers = 4;
+    Memory& memory = network.memory;
+    const int64_t size = size_of(network.element);
+    const int64_t bytes = result_size(network.steps.back()) * size;
+    const void* first = nullptr;
+    for (const bool stream : {false, true}) {
+        const int64_t arena_size = arrange(network.steps, stream);
+        std::vector<std::thread> callers;
+        void* results[kCallers];
+        for (int64_t i = 0; i < kCallers; i++) {
+            void* const y = results[i] = memory.allocate(bytes, false, network.element);
+            void* const arena = memory.allocate(arena_size * size, true);
+            const int64_t threads = i % 3 + 1;
+            const int64_t floats = line_floats(network.steps, kernel().lanes, threads);
+            auto* const lines = static_cast<float*>(memory.allocate(floats * 4, true));
+            callers.emplace_back([=, &network] {
+                for (int repeat = 0; repeat < 3; repeat++)
+                    run_network(kernel(), network.steps, x, y, arena, lines, threads_of(threads));
+            });
+            counts().calls += 3;
+        }
+        for (std::thread& caller : callers) caller.join();
+        if (first == nullptr) first = results[0];
+        for (const void* const y : results)
+            if (std::memcmp(first, y, bytes) != 0) fault("bits");
+    }
+    compare(network.result.at, first, network.element, tolerance);
+    memory.check_margins();
+}
+
+bool run(const std::string& what, const std::vector<std::string>& numbers) {
+    std::mt19937 engine(1);
+    if (what == "blocks") {
+        check_blocks(engine);
+    } else if (what == "networks") {
+        for_networks(engine, 1, check);
+    } else if (what == "backward") {
+        check_gradients(engine);
+    } else if (what == "threads") {
+        setting().threads_at_once = true;
+        for_networks(engine, 2, check_calls_at_once);
+    } else if (what == "cases") {
+        check_cases(engine);
+    } else if (what == "random" && numbers.size() == 2) {
+        engine.seed(std::stoul(numbers[0]));
+        check_random(engine, std::stol(numbers[1]));
+    } else if (what == "overrun") {
+        Memory memory(true);
+        auto* const floats = static_cast<volatile float*>(memory.allocate(40));
+        floats[9] = 1;
+        std::printf("one number more\n");
+        floats[10] = 1;
+    } else if (what == "masked") {
+        // The last number of w_project is not there, in a row of five.
+        Memory memory(false);
+        BlockCase c = numbered_case(0, {3, 7, 5}, 4, 4, 3, 1, 1, Element::single);
+        Network network{memory, engine, c.options.element, {}, {4, 4, 3, Numbers(48)}};
+        network.add_block(c.sizes, c.options);
+        auto& args = std::get<BlockStep>(network.steps[0].layer).args;
+        args.w_project = memory.constants(Numbers(34), Element::single);
+        check(network, memory.constants(Numbers(48), Element::single), 1);
+    } else if (what == "overflow") {
+        volatile int64_t large = INT64_MAX;
+        large = large + 1;
+    } else {
+        return false;
+    }
+    return true;
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-    const std::string what = count == 2 ? arguments[1] : "";
     std::setvbuf(stdout, nullptr, _IOLBF, 0);
-    std::mt19937 engine(1);
-    if (what == "blocks") {
-        check_blocks(engine);
-    } else if (what == "networks") {
-        check_networks(engine);
-    } else if (what == "overrun") {
-        Memory memory(true);
-        auto* const numbers = static_cast<volatile float*>(memory.allocate(40));
-        numbers[9] = 1;
-        std::printf("one number more\n");
-        numbers[10] = 1;
-    } else {
-        std::printf("driver: expected blocks, networks or overrun\n");
-        return 2;
-    }
+    const std::vector<std::string> words(arguments + 1, arguments + count);
+    const auto* const end = kKernels + kKernelCount;
+    const auto* const found = std::find_if(
+        kKernels, end, [&](const Kernel* k) { return !words.empty() && words[0] == k->name; });
+    if (found == end) stop("driver: the first argument must be a kernel's name");
+    setting().kernel = *found;
+    const bool known = words.size() >= 2 && run(words[1], {words.begin() + 2, words.end()});
+    if (!known) stop("driver: the second argument must say what to check");
+    const Counts& c = counts();
     std::printf(
         "%s: calls %ld low %ld high %ld streams %ld in-place %ld groups %ld chunks %ld"
         " strips %ld\n",
-        kernel().name, long(counts.calls), long(counts.low), long(counts.high),
-        long(counts.streams), long(counts.in_place), long(counts.groups), long(counts.chunks),
-        long(counts.strips));
-    return 0;
+        kernel().name, long(c.calls), long(c.low), long(c.high), long(c.streams), long(c.in_place),
+        long(c.groups), long(c.chunks), long(c.strips));
+    return faults().empty() ? 0 : 1;
 }

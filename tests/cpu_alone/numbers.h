@@ -1,15 +1,18 @@
-// Numbers of all three elements that a float holds exactly, in memory between pages that no one may
-// touch.
+// Numbers of all three elements that a float holds exactly, in memory beside which nothing may be
+// touched.
 #pragma once
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "../../csrc/block.h"
@@ -17,9 +20,18 @@
 using mnv2::Element;
 using Numbers = std::vector<double>;
 
-inline void fail(const char* why) {
-    std::printf("wrong: %s\n", why);
-    std::exit(1);
+// Kinds of faults that were found. The first of each is printed: a later one may end the process.
+inline std::set<std::string>& faults() {
+    static std::set<std::string> found;
+    return found;
+}
+inline void fault(const char* kind) {
+    if (faults().insert(kind).second) std::printf("wrong: %s\n", kind);
+}
+
+inline void stop(const char* why) {
+    std::printf("%s\n", why);
+    std::exit(2);
 }
 
 // A number from its 16 bits: `exponent` bits of exponent, the rest mantissa.
@@ -36,7 +48,7 @@ inline double decode(uint16_t bits, int exponent) {
 inline uint16_t encode(double value, int exponent) {
     for (uint32_t bits = 0; bits < 0x10000; bits++)
         if (decode(bits, exponent) == value) return bits;
-    fail("a number has no 16 bits");
+    stop("a number has no 16 bits");
     return 0;
 }
 
@@ -47,50 +59,73 @@ inline double read(const void* from, int64_t i, Element element) {
     return decode(static_cast<const uint16_t*>(from)[i], exponent_bits(element));
 }
 
-// Pages of one case, released with it. Everything ends before a page that cannot be touched, or
-// begins behind one.
-class Memory {
+// All NaN of its 16 bits or 32.
+inline void fill_with_nan(void* memory, int64_t bytes) { std::memset(memory, 0xff, bytes); }
+
+#if defined(__SANITIZE_ADDRESS__)
+
+// The memory of one case, released with it. Every piece is one of the heap, of exactly its size:
+// the sanitizer sees each access beside it. What need not be aligned is so to its elements alone
+// where `at_end`.
+class Pieces {
  public:
-    explicit Memory(bool at_end) : at_end_(at_end) {}
-    Memory(const Memory&) = delete;
-    ~Memory() {
+    explicit Pieces(bool at_end) : at_end_(at_end) {}
+    Pieces(const Pieces&) = delete;
+    ~Pieces() {
+        for (void* const piece : pieces_) std::free(piece);
+    }
+
+    void* allocate(int64_t bytes, bool aligned, int64_t element_size) {
+        const int64_t offset = aligned || !at_end_ ? 0 : element_size;
+        void* piece = nullptr;
+        if (posix_memalign(&piece, 64, bytes + offset) != 0) stop("no memory");
+        pieces_.push_back(piece);
+        fill_with_nan(piece, bytes + offset);
+        return static_cast<char*>(piece) + offset;
+    }
+    void make_constant() {}
+    void check_margins() const {}
+
+ private:
+    bool at_end_;
+    std::vector<void*> pieces_;
+};
+
+#else
+
+// The memory of one case, released with it. Everything ends before a page that cannot be touched,
+// or begins behind one.
+class Pieces {
+ public:
+    explicit Pieces(bool at_end) : at_end_(at_end) {}
+    Pieces(const Pieces&) = delete;
+    ~Pieces() {
         for (const Region& r : regions_) munmap(r.base, r.bytes);
     }
 
-    // Filled with 0xff: NaN in every element. `aligned`: begins at a multiple of 64 bytes.
-    void* allocate(int64_t bytes, bool aligned = false) {
+    void* allocate(int64_t bytes, bool aligned, int64_t) {
         const int64_t page = sysconf(_SC_PAGESIZE);
         const int64_t inside = std::max<int64_t>((bytes + page - 1) / page, 1) * page;
         auto* const base = static_cast<char*>(
             mmap(nullptr, inside + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
         if (base == MAP_FAILED || mprotect(base + page, inside, PROT_READ | PROT_WRITE) != 0)
-            fail("no memory");
-        std::memset(base + page, 0xff, inside);
+            stop("no memory");
+        fill_with_nan(base + page, inside);
         char* at = base + page;
         if (at_end_) at += aligned ? (inside - bytes) / 64 * 64 : inside - bytes;
-        regions_.push_back({base, inside + 2 * page, base + page, at, at + bytes, at - base});
+        regions_.push_back({base, inside + 2 * page, base + page, at, at + bytes});
         return at;
     }
-
-    // Numbers that are read alone, as `element`.
-    const void* constants(const Numbers& numbers, Element element) {
-        const auto count = static_cast<int64_t>(numbers.size());
-        void* const to = allocate(count * size_of(element));
-        for (int64_t i = 0; i < count; i++)
-            if (element == Element::single)
-                static_cast<float*>(to)[i] = std::isnan(numbers[i]) ? largest_nan() : numbers[i];
-            else
-                static_cast<uint16_t*>(to)[i] = encoded(numbers[i], element);
+    // The piece that was allocated last is read alone from now on.
+    void make_constant() {
         const Region& r = regions_.back();
         mprotect(r.inside, r.bytes - 2 * (r.inside - r.base), PROT_READ);
-        return to;
     }
-
     // What stands in the pages beside the bytes that were asked for.
     void check_margins() const {
         for (const Region& r : regions_)
             for (const char* p = r.inside; p < r.base + r.bytes - (r.inside - r.base); p++)
-                if ((p < r.begin || p >= r.end) && *p != '\xff') fail("wrote beside its memory");
+                if ((p < r.begin || p >= r.end) && *p != '\xff') fault("margins");
     }
 
  private:
@@ -98,9 +133,39 @@ class Memory {
         char* base;
         int64_t bytes;
         char *inside, *begin, *end;
-        int64_t offset;
     };
 
+    bool at_end_;
+    std::vector<Region> regions_;
+};
+
+#endif
+
+class Memory {
+ public:
+    explicit Memory(bool at_end) : pieces_(at_end) {}
+
+    // Filled with NaN. `aligned`: begins at a multiple of 64 bytes.
+    void* allocate(int64_t bytes, bool aligned = false, Element element = Element::single) {
+        return pieces_.allocate(bytes, aligned, size_of(element));
+    }
+
+    // Numbers that are read alone, as `element`.
+    const void* constants(const Numbers& numbers, Element element) {
+        const auto count = static_cast<int64_t>(numbers.size());
+        void* const to = allocate(count * size_of(element), false, element);
+        for (int64_t i = 0; i < count; i++)
+            if (element == Element::single)
+                static_cast<float*>(to)[i] = std::isnan(numbers[i]) ? largest_nan() : numbers[i];
+            else
+                static_cast<uint16_t*>(to)[i] = encoded(numbers[i], element);
+        pieces_.make_constant();
+        return to;
+    }
+
+    void check_margins() const { pieces_.check_margins(); }
+
+ private:
     // Rounding its bits to 16 as those of a number would make it another one.
     static float largest_nan() {
         const uint32_t bits = 0x7fffffff;
@@ -120,8 +185,7 @@ class Memory {
         return static_cast<uint16_t>(table[at]);
     }
 
-    bool at_end_;
-    std::vector<Region> regions_;
+    Pieces pieces_;
 };
 
 // Multiples of 1/32 from -range to range.

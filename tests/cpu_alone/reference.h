@@ -41,9 +41,11 @@ inline Image pointwise(const Image& x, const Numbers& weight, const Numbers& bia
     return y;
 }
 
-inline Image block(const mnv2::BlockSizes& s, const Weights& w, const Image& x) {
-    const Image h =
-        s.expansion ? pointwise(x, w.expand, w.b_expand, s.hidden_channels, s.clip_expand) : x;
+inline Image expansion(const mnv2::BlockSizes& s, const Weights& w, const Image& x) {
+    return s.expansion ? pointwise(x, w.expand, w.b_expand, s.hidden_channels, s.clip_expand) : x;
+}
+
+inline Image depthwise(const mnv2::BlockSizes& s, const Weights& w, const Image& h) {
     Image d{s.H_out, s.W_out, s.hidden_channels, Numbers(s.H_out * s.W_out * s.hidden_channels)};
     for (int64_t y = 0; y < s.H_out; y++)
         for (int64_t x_out = 0; x_out < s.W_out; x_out++)
@@ -56,9 +58,66 @@ inline Image block(const mnv2::BlockSizes& s, const Weights& w, const Image& x) 
                 }
                 d.at[(y * s.W_out + x_out) * s.hidden_channels + c] = clipped(sum, s.clip_dw);
             }
+    return d;
+}
+
+inline Image block(const mnv2::BlockSizes& s, const Weights& w, const Image& x) {
+    const Image d = depthwise(s, w, expansion(s, w, x));
     Image y = pointwise(d, w.project, w.b_project, s.out_channels, s.clip_project);
     for (size_t i = 0; s.residual && i < y.at.size(); i++) y.at[i] += x.at[i];
     return y;
+}
+
+// The gradient goes through where the clipped value is inside the bounds.
+inline double through(mnv2::Clip clip, double value, double gradient) {
+    return value > clip.lower && value < clip.upper ? gradient : 0;
+}
+
+// Of x and the weights of a block, of one image; grad_y is that of the projection's result. What
+// there is of `sums` already is added to, but for x.
+struct BlockGradients {
+    Numbers x, expand, b_expand, dw, b_dw, project;
+};
+inline void add_gradients(const mnv2::BlockSizes& s, const Weights& w, const Image& x,
+                          const Numbers& grad_y, BlockGradients& sums) {
+    const int64_t hidden = s.hidden_channels, out = s.out_channels, in = s.in_channels;
+    const Image h = expansion(s, w, x), d = depthwise(s, w, h);
+    Numbers grad_h(h.at.size());
+    for (int64_t pixel = 0; pixel < s.H_out * s.W_out; pixel++)
+        for (int64_t c = 0; c < hidden; c++) {
+            const double value = d.at[pixel * hidden + c];
+            double grad = 0;
+            for (int64_t n = 0; n < out; n++) {
+                grad += grad_y[pixel * out + n] * w.project[c * out + n];
+                sums.project[c * out + n] += value * grad_y[pixel * out + n];
+            }
+            grad = through(s.clip_dw, value, grad);
+            sums.b_dw[c] += grad;
+            for (int64_t i = 0; i < s.kernel * s.kernel; i++) {
+                const int64_t row =
+                    pixel / s.W_out * s.stride + i / s.kernel * s.dilation - s.pad_top;
+                const int64_t col =
+                    pixel % s.W_out * s.stride + i % s.kernel * s.dilation - s.pad_left;
+                if (row < 0 || row >= s.H || col < 0 || col >= s.W) continue;
+                sums.dw[i * hidden + c] += h.get(row, col, c) * grad;
+                grad_h[(row * s.W + col) * hidden + c] += w.dw[i * hidden + c] * grad;
+            }
+        }
+    sums.x.assign(x.at.size(), 0);
+    if (!s.expansion) {
+        sums.x = grad_h;
+        return;
+    }
+    for (int64_t pixel = 0; pixel < s.H * s.W; pixel++)
+        for (int64_t c = 0; c < hidden; c++) {
+            const int64_t at = pixel * hidden + c;
+            const double grad = through(s.clip_expand, h.at[at], grad_h[at]);
+            sums.b_expand[c] += grad;
+            for (int64_t k = 0; k < in; k++) {
+                sums.expand[k * hidden + c] += x.at[pixel * in + k] * grad;
+                sums.x[pixel * in + k] += w.expand[k * hidden + c] * grad;
+            }
+        }
 }
 
 // 3x3, stride 2; weight (column, row, C_in, C_out).
