@@ -1,8 +1,10 @@
 """What a run of the tests has checked, by the rows of matrix.py, from its junit files.
 
     python tests/matrix_report.py short build/tests/short   # after `make test`
-    python tests/matrix_report.py long build/tests/long     # after `make test-long`: also the page
+    python tests/matrix_report.py long build/tests/long     # after `make test-long`
     python tests/matrix_report.py gpu FOLDER                # after gpu_suite --out FOLDER
+
+The first two write the table of rows to docs/testing.md, and a long run its figures.
 
 A test counts as one case, or as many as it has said (the fixture `cases_checked`); one that failed
 or was skipped counts as none, and one that ran several times (on other instruction sets) once. The
@@ -230,10 +232,8 @@ def main() -> int:
     show(results, run)
     wrong = complaints(results, run, () if run == "gpu" else BACKENDS)
     if run != "gpu":
-        contents = {"rows": rows_table()} | (
-            {"long-run": run_table(results)} if run == "long" else {}
-        )
-        PAGE.write_text(fill(PAGE.read_text(), contents))
+        long_run = {"long-run": run_table(results)} if run == "long" else {}
+        PAGE.write_text(fill(PAGE.read_text(), {"rows": rows_table(), **long_run}))
     print("\n".join(["", *wrong] if wrong else ["", "every row has what is asked for"]))
     return int(bool(wrong))
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
@@ -12,6 +13,7 @@ import pytest
 from matrix import ON_DEVICE, ROWS, Row, belongs, rows_of
 
 ROOT = Path(__file__).parents[1]
+EDGES = ("begin", "end")
 
 
 @cache
@@ -40,7 +42,7 @@ def test_rows_name_tests_that_exist(row):
 
 
 def test_the_page_is_of_this_matrix():
-    """`make test-report RUN=long` writes it; this prints what is to stand there."""
+    """`make test-report` writes it."""
     page = matrix_report.PAGE.read_text()
     table = page.partition("<!-- begin:rows -->\n")[2].partition("\n<!-- end:rows -->")[0]
     assert table == matrix_report.rows_table()
@@ -170,6 +172,28 @@ def test_a_skip_with_a_reason_is_listed_and_is_no_case(report, tmp_path, capsys)
 
 def test_a_long_run_is_asked_for_more(report):
     assert report("long", main=GOOD) == ["T1: 10 cases, 20 are asked for"]
+
+
+@pytest.mark.parametrize("run", ["short", "long"])
+def test_a_long_run_is_written_to_the_page(report, run, tmp_path, monkeypatch, capsys):
+    markers = [f"<!-- {edge}:{name} -->" for name in ("rows", "long-run") for edge in EDGES]
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(["kept", *markers, "kept"]))
+    monkeypatch.setattr(matrix_report, "PAGE", page)
+    monkeypatch.setattr(sys, "argv", ["matrix_report.py", run, str(tmp_path)])
+    report(main=GOOD)
+    assert matrix_report.main() == (1 if run == "long" else 0)
+    told = capsys.readouterr().out
+    lines = page.read_text().splitlines()
+    assert lines[0] == lines[-1] == "kept"
+    assert "| T1 | one | 10 | 20 | - | [test_a](../tests/test_a.py): b |" in lines
+    if run == "short":
+        assert lines[-3:-1] == markers[2:], "of a long run alone"
+        assert "every row has what is asked for" in told
+        return
+    assert told.rstrip().endswith("T1: 10 cases, 20 are asked for")
+    assert "| T1 | 20 | 10 | - | 0 | - |" in lines
+    assert any("10 cases, 0 failed, 0 skipped" in line and "commit" in line for line in lines)
 
 
 PLUGIN = """
