@@ -127,7 +127,7 @@ def _load(case, peers, workers, settings) -> tuple[dict[str, harness.Row], dict[
                     folder=None if folder is None else str(folder),
                     result=str(result),
                 )
-                y = torch.load(result)
+                y = torch.load(result, weights_only=True)
                 loads[peer.name] = {
                     "error": error_of(y, expected, peer.precision, rounding),
                     "instruction_set": answer["instruction_set"],
