@@ -273,6 +273,8 @@ ROWS = (
         (
             "test_bad_calls.py",
             "test_bad_arguments.py",
+            "test_hostile_files.py",
+            "test_hostile_models.py",
             "test_hostile_programs.py",
             "test_plan_op.py::test_bad_calls",
             "test_plan_op.py::test_bad_calls_of_the_op",
@@ -297,6 +299,8 @@ ROWS = (
         40,
         (
             "test_modules.py",
+            "test_hostile_state.py",
+            "test_hostile_models.py::test_changes_after_fusing",
             "test_freeze.py::test_checkpoints_go_both_ways",
             "test_fuse.py::test_unfused_is_bitwise_the_original",
             "test_fuse.py::test_unfuse_gives_the_original_back_with_the_weights_of_now",
