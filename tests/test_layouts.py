@@ -30,7 +30,7 @@ def inside_nan(tensor: Tensor, dims: tuple[int, ...], step: int = 1) -> Tensor:
     """The same tensor as a slice of a larger one, which is NaN everywhere else."""
     size = [n * step + 3 if d in dims else n for d, n in enumerate(tensor.shape)]
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    larger = in_memory_order(torch.full(size, torch.nan), tuple(order))
+    larger = in_memory_order(torch.full(size, torch.nan, dtype=tensor.dtype), tuple(order))
     window = tuple(
         slice(2, 2 + n * step, step) if d in dims else slice(None)
         for d, n in enumerate(tensor.shape)
@@ -41,7 +41,7 @@ def inside_nan(tensor: Tensor, dims: tuple[int, ...], step: int = 1) -> Tensor:
 
 def at_offset(tensor: Tensor, offset: int) -> Tensor:
     """The same tensor, strides included, that many elements into a storage of NaN."""
-    storage = torch.full((offset + tensor.numel(),), torch.nan)
+    storage = torch.full((offset + tensor.numel(),), torch.nan, dtype=tensor.dtype)
     view = storage.as_strided(tensor.shape, tensor.stride(), offset)
     return view.copy_(tensor)
 
@@ -94,8 +94,8 @@ def check_call(backend: str, x: Tensor, weights, case: Case) -> str | None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_any_layout_of_x(backend, case, cases_checked):
-    x, weights = make_inputs(case)
+def test_any_layout_of_x(backend, tested_dtype, case, cases_checked):
+    x, weights = make_inputs(case, tested_dtype)
     results = {name: check_call(backend, other, weights, case) for name, other in layouts_of(x)}
     wrong = {name: reason for name, reason in results.items() if reason}
     assert not wrong and len(results) >= 70, wrong
@@ -103,8 +103,8 @@ def test_any_layout_of_x(backend, case, cases_checked):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_any_layout_of_the_weights(backend, case, cases_checked):
-    x, weights = make_inputs(case)
+def test_any_layout_of_the_weights(backend, tested_dtype, case, cases_checked):
+    x, weights = make_inputs(case, tested_dtype)
     wrong = {}
     for field in TENSORS:
         tensor = getattr(weights, field)
@@ -128,7 +128,7 @@ def test_any_layout_of_the_weights(backend, case, cases_checked):
 
 
 @pytest.mark.parametrize("channels", [1, 16])
-def test_sizes_of_one_with_odd_strides(backend, channels):
+def test_sizes_of_one_with_odd_strides(backend, channels, cases_checked):
     config = BlockConfig(channels, 24, channels, residual=True)
     wrong = {}
     for batch, height, width in [(1, 1, 1), (2, 1, 1), (1, 1, 5), (1, 5, 1), (2, 1, 6), (1, 4, 3)]:
@@ -144,6 +144,7 @@ def test_sizes_of_one_with_odd_strides(backend, channels):
                 reason = check_call(backend, dense.as_strided(x.shape, strides), weights, case)
                 if reason:
                     wrong[f"{layout} {tuple(x.shape)} strides {strides}"] = reason
+                cases_checked(1)
     assert not wrong
 
 
