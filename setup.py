@@ -3,17 +3,22 @@
 Environment: MNV2_KERNELS_SKIP_CPP=1 leaves the extension out, MNV2_KERNELS_FORCE_BUILD=1 makes a
 failing compiler an error, DEBUG=1 builds for a debugger. MNV2_KERNELS_CUDA=0 leaves out the CUDA
 kernels, which are built where torch has CUDA and nvcc is found, and MNV2_KERNELS_CUDA=1 makes it an
-error that they cannot be; TORCH_CUDA_ARCH_LIST names the GPUs that they are for.
+error that they cannot be; TORCH_CUDA_ARCH_LIST names the GPUs that they are for. SOURCE_DATE_EPOCH
+dates the files of a source distribution.
 """
 
+import gzip
 import hashlib
 import os
 import re
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.sdist import sdist
 
 CPU_SOURCES = [
     "csrc/bindings.cpp",
@@ -122,7 +127,9 @@ def module(cuda: bool):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     optimise = ["-O0", "-g"] if enabled("DEBUG") else ["-O3"]
-    cxx = [*optimise, "-fopenmp", "-fvisibility=hidden", "-Wall"]
+    # Python's own flags may ask for debug information, ten times as large as the code.
+    debug = [] if enabled("DEBUG") else ["-g0"]
+    cxx = [*optimise, *debug, "-fopenmp", "-fvisibility=hidden", "-Wall"]
     nvcc = [*optimise, "-Xcompiler=-fvisibility=hidden", *architecture_flags()]
     nvcc += [f"-U__CUDA_NO_{name}__" for name in TAKEN_AWAY]
     headers = (".h", ".inc", ".cuh")
@@ -183,4 +190,28 @@ def extension() -> dict:
     return {"ext_modules": modules, "cmdclass": {"build_ext": OptionalBuildExtension}}
 
 
-setup(**extension())
+class ReproducibleSdist(sdist):
+    """The same bytes of the same files: in order, owned by nobody, dated SOURCE_DATE_EPOCH."""
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, **owner):
+        if format != "gztar":
+            return super().make_archive(base_name, format, root_dir, base_dir, **owner)
+        date = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
+        archive = f"{base_name}.tar.gz"
+        with (
+            open(archive, "wb") as file,
+            gzip.GzipFile("", "wb", fileobj=file, mtime=date) as packed,
+            tarfile.open(fileobj=packed, mode="w") as tar,
+        ):
+            for path in sorted(p for p in Path(base_dir).rglob("*") if p.is_file()):
+                entry = tarfile.TarInfo(path.as_posix())
+                entry.size, entry.mtime = path.stat().st_size, date
+                entry.mode = 0o755 if os.access(path, os.X_OK) else 0o644
+                with path.open("rb") as content:
+                    tar.addfile(entry, content)
+        return archive
+
+
+arguments = extension()
+commands = {"sdist": ReproducibleSdist, **arguments.pop("cmdclass", {})}
+setup(cmdclass=commands, **arguments)

@@ -4,36 +4,34 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
-import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import setuptools
+from builds import (
+    OFFLINE,
+    ROOT,
+    SKIP,
+    build,
+    clean_environment,
+    environment,
+    python,
+    run_offline,
+    unpack,
+)
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 from mnv2_kernels.extension import module as _C
 
 pytestmark = pytest.mark.serial
 
-ROOT = Path(__file__).parent.parent
 CSRC_SUFFIXES = {".cpp", ".cu", ".cuh", ".h", ".inc"}
 BROKEN = {"CC": "/bin/false", "CXX": "/bin/false"}
-SKIP = {"MNV2_KERNELS_SKIP_CPP": "1"}
 FORCE = {"MNV2_KERNELS_FORCE_BUILD": "1"}
-
-# `-S` keeps an editable installation of the checkout, and with it its extension, out of sight.
-OFFLINE = """
-import sys
-def forbid(event, args):
-    if event in ("socket.connect", "socket.getaddrinfo", "urllib.Request"):
-        raise RuntimeError(f"network access: {event} {args}")
-sys.addaudithook(forbid)
-"""
 WITHOUT_EXTENSION = """
 import torch, mnv2_kernels as mk
 from mnv2_kernels.backends import last_backend
@@ -46,51 +44,36 @@ weights = mk.FoldedWeights(
 y = mk.inverted_residual(torch.randn(1, 8, 7, 7), weights, residual=True)
 assert y.shape == (1, 8, 7, 7) and last_backend() == "reference"
 """
+# The op, a fused network and a plan against plain layers in float64, and two commands.
+IN_A_CLEAN_ENVIRONMENT = """
+import runpy, torch
+import mnv2_kernels as mk
+from mnv2_kernels import _C, reference
+from mnv2_kernels.backends import last_backend
 
-
-def environment(site: Path | None = None, **variables: str) -> dict[str, str]:
-    """This one less what steers a build, with `site` before the installed packages."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("MNV2_KERNELS_")}
-    packages = [str(site)] if site else []
-    packages.append(sysconfig.get_path("purelib"))
-    # Beside this interpreter is its ninja, which compiles the files side by side.
-    programs = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
-    paths = {"PYTHONPATH": os.pathsep.join(packages), "PATH": os.pathsep.join(programs)}
-    return inherited | paths | variables
-
-
-def python(*arguments: str, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def run_offline(code: str, site: Path, cwd: Path) -> str:
-    done = python("-S", "-c", OFFLINE + code, cwd=cwd, env=environment(site))
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def build(
-    kind: str, source: Path, out: Path, site: Path | None = None, **variables: str
-) -> tuple[Path | None, str]:
-    """The wheel, editable wheel or sdist, None where the build failed, and what it printed."""
-    out.mkdir(exist_ok=True)
-    code = f"{OFFLINE}\nfrom setuptools import build_meta\nbuild_meta.build_{kind}({str(out)!r})"
-    done = python("-S", "-c", code, cwd=source, env=environment(site, **variables))
-    return (next(out.iterdir()) if done.returncode == 0 else None), done.stdout
-
-
-def unpack(wheel: Path, out: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(out)
-    return out
+assert _C.__file__.startswith(sys.prefix), _C.__file__
+torch.manual_seed(0)
+x = torch.randn(2, 24, 15, 13)
+weights = mk.fold(mk.InvertedResidual(24, 24).eval())
+settings = dict(stride=1, padding=(1, 1, 1, 1), dilation=1, residual=True)
+y = mk.inverted_residual(x, weights, **settings)
+assert last_backend() == "cpu"
+truth = reference.inverted_residual(x.double(), weights.to(torch.float64), **settings)
+torch.testing.assert_close(y.double(), truth, rtol=1e-4, atol=1e-4)
+model, images = mk.mobilenet_v2(0.35).eval(), torch.randn(2, 3, 64, 64)
+with torch.inference_mode():
+    truth = model.double()(images.double())
+    fused = mk.fuse(model.float())
+    assert str(mk.explain(fused)).count("cpu") >= 17
+    for logits in (fused(images), mk.plan(fused, (3, 64, 64))(images)):
+        torch.testing.assert_close(logits.double(), truth, rtol=1e-3, atol=1e-4)
+for command in ("info", "verify"):
+    sys.argv = ["mnv2", command]
+    try:
+        runpy.run_module("mnv2_kernels", run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, end.code
+"""
 
 
 def csrc_files() -> set[str]:
@@ -185,6 +168,20 @@ def test_sdist_to_wheel_to_call(source, tmp_path, setup_py):
         site,
         tmp_path,
     )
+    # A platform's wheel names it, and this interpreter's ABI.
+    tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    machine = sysconfig.get_platform().replace("-", "_")
+    assert wheel.stem.split("-")[2:] == [tag, tag, machine]
+    (said,) = site.glob("*.dist-info/WHEEL")
+    assert "Root-Is-Purelib: false" in said.read_text()
+    interpreter = clean_environment(wheel, tmp_path / "environment")
+    alone = {k: v for k, v in environment().items() if k != "PYTHONPATH"}
+    program = OFFLINE + IN_A_CLEAN_ENVIRONMENT
+    done = python("-c", program, cwd=tmp_path, env=alone, executable=interpreter)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^backend cpu +float32", done.stdout, re.MULTILINE), done.stdout
+    done = python("info", cwd=tmp_path, env=alone, executable=interpreter.parent / "mnv2")
+    assert done.returncode == 0 and str(interpreter.parents[1]) in done.stdout, done.stdout
     in_wheel = {p.relative_to(site).as_posix() for p in site.rglob("*") if p.is_file()}
     info = {name for name in in_wheel if name.startswith("mnv2_kernels-")}
     package = (source / "mnv2_kernels").rglob("*")
