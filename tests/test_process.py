@@ -243,7 +243,7 @@ def test_threads_that_end_leave_none_behind(python):
 def test_processes_end(python, cases_checked):
     import cases
 
-    count = 50 if cases.LONG else 2
+    count = 50 if cases.LONG else 5
     for number in range(count):
         done = python(__file__, "import_and_call")
         assert done.returncode == 0 and not done.stderr, (number, done.returncode, done.stderr)
