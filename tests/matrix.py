@@ -215,7 +215,11 @@ ROWS = (
         "T15",
         "threads: calls at the same time on shared weights, and the thread sanitizer",
         20,
-        ("test_threads_sanitized.py", "test_determinism.py::test_calls_at_the_same_time"),
+        (
+            "test_threads_sanitized.py",
+            "test_determinism.py::test_calls_at_the_same_time",
+            "test_plan_arena.py::test_threads_that_call_one_plan_at_once",
+        ),
     ),
     Row(
         "T16",
