@@ -130,7 +130,7 @@ def set_threads():
 @in_parts(10)
 def test_random_plans(set_threads, part, cases_checked):
     covered = search(check_plan, part, set_threads)
-    assert covered["planned"] >= covered["cases"] / 2 and covered["refused"] >= 20, covered
-    assert covered["streams"] >= 50 and covered["steps"] >= 3 * covered["planned"], covered
+    assert covered["planned"] >= covered["cases"] / 4 and covered["refused"] >= 20, covered
+    assert covered["streams"] >= 20 and covered["steps"] >= 3 * covered["planned"], covered
     assert min(covered[str(dtype)] for dtype in cases.DTYPES) >= 8, covered
     cases_checked(covered["cases"])
