@@ -10,6 +10,12 @@ ISA_TESTS ?= tests/test_inverted_residual.py tests/test_elements.py tests/test_b
 
 BIN := .venv/bin
 PEERS := build/peers-venv
+OLDEST := build/oldest
+# The oldest Python supported, or another where it is not there.
+OLDEST_PYTHON ?= $(firstword $(shell for p in python3.10 python3.11 python3.12; do \
+    $$p -c "" 2>/dev/null && echo $$p; done) $(PYTHON))
+OLDEST_TESTS ?= $(addprefix tests/test_,inverted_residual.py ops.py modules.py fuse.py \
+    fused_autograd.py joined.py plan.py plan_op.py chains.py compile.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh'))
 # Two workers share the cores, so each test process computes on one. Neighbouring tests, which share
@@ -26,7 +32,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MNV2_KERNELS_FORCE_BUILD := 1
 
 .NOTPARALLEL:
-.PHONY: demo test test-isa test-long test-report begin lint format models bench bench-peers report \
+.PHONY: demo test test-isa test-long test-oldest test-report begin lint format models bench bench-peers report \
     clean
 
 demo: .venv/built
@@ -62,7 +68,14 @@ test-long: test
 	@$(PIP) install -q --upgrade --no-deps --target build/newest-triton triton
 	PYTHONPATH=$(CURDIR)/build/newest-triton $(PYTEST) $(wildcard tests/test_*triton*.py) \
 	    $(JUNIT)/newest-triton.xml
+	$(MAKE) test-oldest RUN=$(RUN)
 	PYTHONPATH=. $(BIN)/python tests/matrix_report.py $(RUN) build/tests/$(RUN)
+
+# The core tests with the versions of constraints-oldest.txt, in a copy built with them.
+test-oldest: $(OLDEST)/built
+	@echo "== Core tests with the oldest versions supported"
+	cd $(OLDEST)/source && MNV2_LONG=0 OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -q \
+	    $(OLDEST_TESTS) --junitxml=$(CURDIR)/build/tests/$(RUN)/oldest.xml
 
 # A machine has the instruction sets up to its best one, which all other tests run on.
 test-isa: .venv/built
@@ -120,6 +133,27 @@ clean:
 .venv/built: .venv/installed setup.py $(filter csrc/%,$(CXX_FILES))
 	@echo "== Compiling the kernels (a minute or two)"
 	@$(PIP) install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+# torch of that age comes from pip's index with CUDA's libraries, of which the tests use nothing.
+$(OLDEST)/installed: constraints-oldest.txt
+	@echo "== Installing the oldest versions supported (once, several GB)"
+	@$(OLDEST_PYTHON) -m venv $(OLDEST)/venv
+	@$(OLDEST)/venv/bin/python -m pip --disable-pip-version-check install -q \
+	    -c constraints-oldest.txt torch triton numpy rich setuptools ninja hypothesis pytest \
+	    pytest-timeout pillow pyyaml huggingface-hub safetensors
+	@$(OLDEST)/venv/bin/python -m pip --disable-pip-version-check install -q --no-deps \
+	    -c constraints-oldest.txt torchvision timm
+	@touch $@
+
+$(OLDEST)/built: $(OLDEST)/installed .venv/installed MANIFEST.in setup.py \
+    $(filter csrc/%,$(CXX_FILES)) $(wildcard mnv2_kernels/*.py mnv2_kernels/*/*.py tests/*.py)
+	@echo "== Compiling the kernels with them (a few minutes)"
+	@rm -rf $(OLDEST)/source $(OLDEST)/dist && mkdir -p $(OLDEST)/source
+	@$(BIN)/python setup.py -q sdist --dist-dir $(OLDEST)/dist
+	@tar -xzf $(OLDEST)/dist/*.tar.gz -C $(OLDEST)/source --strip-components=1
+	@cd $(OLDEST)/source && PATH=$(CURDIR)/$(OLDEST)/venv/bin:$$PATH MNV2_KERNELS_CUDA=0 \
+	    ../venv/bin/python setup.py -q build_ext --inplace
 	@touch $@
 
 # Beside .venv, whose packages it sees: the peers ask for other versions of some.

@@ -364,12 +364,19 @@ def test_avx_that_leaks_is_seen(header_first, tmp_path):
     assert any("twice" in name for name in wrong) == (not header_first)
 
 
-def test_versions_in_use_are_supported():
-    """The tests run with versions that the metadata allows."""
+def version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
-    def version(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
-    assert sys.version_info[:2] >= (3, 10)
-    for package, least in (("torch", (2, 11)), ("triton", (3, 6)), ("numpy", (1, 26))):
+def test_versions_in_use_are_supported(cases_checked):
+    """The metadata allows those of this run and the oldest ones, which `make test-oldest` runs."""
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^dependencies = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)[1]
+    bounds = {name: version(least) for name, least in re.findall(r'"([\w-]+)>=([\d.]+)', listed)}
+    assert bounds.keys() == {"numpy", "rich", "torch", "triton"}
+    oldest = requirements((ROOT / "constraints-oldest.txt").read_text())
+    for package, least in bounds.items():
         assert version(metadata.version(package)) >= least
+        assert version(oldest[package].split("==")[1])[: len(least)] == least
+    assert sys.version_info[:2] >= (3, 10)
+    cases_checked(2 * len(bounds))
