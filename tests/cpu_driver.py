@@ -17,7 +17,7 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from cases import Case
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "build/cpu_alone"
 DRIVER = "tests/cpu_alone/driver.cpp"
+# Included ahead of every source.
+AHEAD = ("tests/cpu_alone/masked_lanes.h",)
 # What every driver consists of, and what each kernel adds.
 SHARED = ("kernels", "network", "schedule", "backward")
 KERNEL_FILES = {
@@ -81,73 +83,78 @@ def kernels_here() -> list[str]:
     return all_of_them[all_of_them.index(best) :] if best in all_of_them else ["default"]
 
 
+def build(
+    kernels: Sequence[str],
+    flags: Sequence[str],
+    texts: Mapping[str, str] | None = None,
+    compiler: str = "g++",
+) -> Path:
+    """Compile and link; returns the program. What was built from the same text is taken again.
+
+    texts: what to compile instead of the text of some sources, by their path in the repository.
+    """
+    parts = objects(kernels, flags, texts, compiler, [DRIVER])
+    command = [compiler, *flags, *map(str, parts), *aliases(kernels), "-pthread"]
+    program = CACHE / f"driver-{_key(*command)}" / "driver"
+    program.parent.mkdir(exist_ok=True)
+    _make(program, lambda to: [*command, "-o", to])
+    return program
+
+
+def objects(
+    kernels: Sequence[str],
+    flags: Sequence[str],
+    texts: Mapping[str, str] | None = None,
+    compiler: str = "g++",
+    more: Sequence[str] = (),
+) -> list[Path]:
+    """Of the kernels, and of `more` sources in the repository, which are compiled ahead."""
+    sources = {str(path.relative_to(ROOT)): path.read_text() for path in _sources()}
+    assert (texts or {}).keys() <= sources.keys()
+    sources |= texts or {}
+    tree = CACHE / f"sources-{_key(*sources, *sources.values())}"
+    for name, text in sources.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        _make(tree / name, text)
+    # What the kernels see of the driver.
+    seen = [text for name, text in sources.items() if name.startswith("csrc") or name in AHEAD]
+    command = [compiler, "-std=c++20", "-Wall", *flags]
+    names = dict.fromkeys(SHARED + sum((KERNEL_FILES[kernel] for kernel in kernels), ()))
+
+    def compile_one(file: str) -> Path:
+        depends = seen if file.startswith("csrc") else sources.values()
+        made = CACHE / f"{Path(file).stem}-{_key(file, *command, *depends)}.o"
+        ahead = [f"-include{tree / name}" for name in AHEAD]
+        _make(made, lambda to: [*command, *ahead, "-c", str(tree / file), "-o", to])
+        return made
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile_one, [*more, *(f"csrc/cpu/{name}.cpp" for name in names)]))
+
+
 def _sources() -> list[Path]:
     folders = (ROOT / "csrc/cpu", ROOT / "tests/cpu_alone")
     files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
     return [ROOT / "csrc/block.h", *files]
 
 
-def build(
-    kernels: Sequence[str],
-    flags: Sequence[str],
-    texts: Mapping[str, str] | None = None,
-    compiler: str = "g++",
-    link: Sequence[str] = (),
-) -> Path:
-    """Compile and link; returns the program. What was built from the same text is taken again.
+def _key(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:20]
 
-    texts: what to compile instead of the text of some sources, by their path in the repository.
-    """
-    texts = texts or {}
-    command = [compiler, "-std=c++20", *flags]
-    digest = hashlib.sha256(" ".join([*command, *link, *kernels]).encode())
-    sources = {str(p.relative_to(ROOT)): p.read_text() for p in _sources()}
-    assert texts.keys() <= sources.keys()
-    sources |= texts
-    for name, text in sources.items():
-        digest.update(f"{name}\0{text}\0".encode())
-    folder = CACHE / digest.hexdigest()[:20]
-    program = folder / "driver"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
+
+def _make(path: Path, content: str | Callable[[str], list[str]]) -> None:
+    """A file with this text, or made by this command; once, whichever process comes first."""
+    with open(path.with_name(f"{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not program.exists():
-            _compile(folder, sources, kernels, command, link)
-    return program
-
-
-def _compile(
-    folder: Path,
-    sources: Mapping[str, str],
-    kernels: Sequence[str],
-    command: Sequence[str],
-    link: Sequence[str],
-) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    for name, text in sources.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    names = dict.fromkeys(SHARED + sum((KERNEL_FILES[k] for k in kernels), ()))
-    files = [DRIVER, *(f"csrc/cpu/{name}.cpp" for name in names)]
-    ahead = ["-include", str(folder / "tests/cpu_alone/masked_lanes.h")]
-
-    def compile_one(file: str) -> str:
-        to = str(folder / f"{Path(file).stem}.o")
-        made = subprocess.run(
-            [*command, *ahead, "-Wall", "-c", str(folder / file), "-o", to],
-            capture_output=True,
-            text=True,
-        )
-        assert made.returncode == 0, made.stderr[-3000:]
-        return to
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, files))
-    part = folder / "driver.part"
-    subprocess.run(
-        [*command, *objects, *aliases(kernels), *link, "-pthread", "-o", part], check=True
-    )
-    os.replace(part, folder / "driver")
+        if path.exists():
+            return
+        part = path.with_name(f"{path.name}.part")
+        if isinstance(content, str):
+            part.write_text(content)
+        else:
+            made = subprocess.run(content(str(part)), capture_output=True, text=True)
+            assert made.returncode == 0, made.stderr[-3000:]
+        os.replace(part, path)
 
 
 def aliases(kernels: Sequence[str]) -> list[str]:
