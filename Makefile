@@ -143,7 +143,7 @@ $(OLDEST)/installed: constraints-oldest.txt
 	    -c constraints-oldest.txt torch triton numpy rich setuptools ninja hypothesis pytest \
 	    pytest-timeout pillow pyyaml huggingface-hub safetensors
 	@$(OLDEST)/venv/bin/python -m pip --disable-pip-version-check install -q --no-deps \
-	    -c constraints-oldest.txt torchvision timm
+	    -c constraints-oldest.txt torchvision timm efficientnet-lite-pytorch
 	@touch $@
 
 $(OLDEST)/built: $(OLDEST)/installed .venv/installed MANIFEST.in setup.py \
