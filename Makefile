@@ -141,9 +141,10 @@ $(OLDEST)/installed: constraints-oldest.txt
 	@$(OLDEST_PYTHON) -m venv $(OLDEST)/venv
 	@$(OLDEST)/venv/bin/python -m pip --disable-pip-version-check install -q \
 	    -c constraints-oldest.txt torch triton numpy rich setuptools ninja hypothesis pytest \
-	    pytest-timeout pillow pyyaml huggingface-hub safetensors
+	    pytest-timeout pillow transformers
 	@$(OLDEST)/venv/bin/python -m pip --disable-pip-version-check install -q --no-deps \
-	    -c constraints-oldest.txt torchvision timm efficientnet-lite-pytorch
+	    -c constraints-oldest.txt torchvision timm efficientnet-lite-pytorch \
+	    segmentation-models-pytorch
 	@touch $@
 
 $(OLDEST)/built: $(OLDEST)/installed .venv/installed MANIFEST.in setup.py \
