@@ -64,8 +64,7 @@ class Watched:
         self.kinds = self.current_kinds()
         # Freezing gives norms another class.
         self.kinds_of_norms = [*map(thawed, self.current_norms())]
-        self.own = [m.__dict__ for m in (*self.fixed, *norms)]
-        self.own_of_convs = [conv.__dict__ for conv in self.convs]
+        self._find_own()
         self.activations = [m for m in inner if isinstance(m, nn.Hardtanh)]
         self.geometry = self.current_geometry()
         self.bounds = self.current_bounds()
@@ -80,6 +79,15 @@ class Watched:
         self.tables = [tensors for tensors, _, _ in self.places]
         self.names = [name for _, name, _ in self.places]
         self.means = [tensors for tensors, name, _ in self.places if name == "running_mean"]
+
+    def _find_own(self) -> None:
+        self.own = [m.__dict__ for m in (*self.fixed, *self.norms)]
+        self.own_of_convs = [conv.__dict__ for conv in self.convs]
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy of a module has another `__dict__` than the copy of its `__dict__`."""
+        self.__dict__.update(state)
+        self._find_own()
 
     @classmethod
     def together(cls, parts: Sequence["Watched"]) -> "Watched":
