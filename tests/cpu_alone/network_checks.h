@@ -91,7 +91,7 @@ struct Network {
         counts().groups += schedule.hidden_groups > 1;
         counts().chunks += !schedule.rows_outside;
         counts().strips += schedule.strip_cols < args.W_out;
-        result = block(sizes, w, result);
+        result = block(sizes, w, result, args.pairs);
         add(BlockStep{args, schedule});
     }
 

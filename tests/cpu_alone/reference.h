@@ -61,8 +61,19 @@ inline Image depthwise(const mnv2::BlockSizes& s, const Weights& w, const Image&
     return d;
 }
 
-inline Image block(const mnv2::BlockSizes& s, const Weights& w, const Image& x) {
-    const Image d = depthwise(s, w, expansion(s, w, x));
+// To 8 bits of mantissa, to nearest even.
+inline double rounded_to_bfloat16(double value) {
+    if (!std::isfinite(value)) return value;
+    int exponent;
+    const double mantissa = std::frexp(value, &exponent);
+    return std::ldexp(std::nearbyint(std::ldexp(mantissa, 8)), exponent - 8);
+}
+
+// `pairs`: the projection multiplies bfloat16 numbers, to which the depthwise's are rounded.
+inline Image block(const mnv2::BlockSizes& s, const Weights& w, const Image& x, bool pairs) {
+    Image d = depthwise(s, w, expansion(s, w, x));
+    for (double& value : d.at)
+        if (pairs) value = rounded_to_bfloat16(value);
     Image y = pointwise(d, w.project, w.b_project, s.out_channels, s.clip_project);
     for (size_t i = 0; s.residual && i < y.at.size(); i++) y.at[i] += x.at[i];
     return y;
