@@ -1,16 +1,20 @@
 """The op's contract: which arguments it takes, and the sentence for every other."""
 
+from itertools import chain
 from operator import index
 from typing import SupportsIndex
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .block import Clip, Padding, output_size
 from .fold import FoldedWeights
 
 TENSOR_NAMES = ("x", "w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
 _CLIP_NAMES = ("clip_expand", "clip_dw", "clip_project")
+_TENSORS = frozenset((Tensor, nn.Parameter, type(None)))
+_NUMBERS = frozenset((int, float))
+_INTEGER = frozenset((int,))
 
 
 def whole(owner: str, name: str, value: object, least: int | None = None) -> int:
@@ -43,6 +47,8 @@ def check_kinds(
         TypeError: an argument is of another kind than the op's schema says; which would be a
             sentence of PyTorch's dispatcher, or none where no dispatcher comes to see it.
     """
+    if _is_usual(weights, stride, padding, dilation, residual) and isinstance(x, Tensor):
+        return stride, padding, dilation
     if not isinstance(x, Tensor):
         raise TypeError(f"inverted_residual: x must be a tensor, got {_kind(x)}")
     if not isinstance(weights, FoldedWeights):
@@ -61,6 +67,21 @@ def check_kinds(
         padding = tuple(whole("inverted_residual", "padding", p) for p in padding)
     stride = whole("inverted_residual", "stride", stride)
     return stride, padding, whole("inverted_residual", "dilation", dilation)
+
+
+def _is_usual(weights: object, stride: object, padding: object, dilation: object, residual) -> bool:
+    """Whether all are of the very kinds that nearly every call has: a look that costs little."""
+    if type(weights) is not FoldedWeights or weights.w_dw is None or weights.w_project is None:
+        return False
+    clips = weights.clips()
+    return (
+        type(stride) is type(dilation) is int
+        and type(residual) is bool
+        and (padding is None or type(padding) is tuple and _INTEGER.issuperset(map(type, padding)))
+        and _TENSORS.issuperset(map(type, weights.tensors()))
+        and all(type(clip) is tuple for clip in clips)
+        and _NUMBERS.issuperset(map(type, chain.from_iterable(clips)))
+    )
 
 
 def check(
