@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -90,20 +89,21 @@ def interrupt() -> None:
     x, weights = cases.make_inputs(case)
     x = x.contiguous(memory_format=torch.channels_last)
     y = cases.run("cpu", x, weights, **case.settings)
-    begin = time.perf_counter()
+    # As Ctrl-C, but at a moment that no other thread of Python has to find.
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    begin, computed = time.perf_counter(), time.process_time()
     cases.run("cpu", x, weights, **case.settings)
-    usual = time.perf_counter() - begin
-    sender = threading.Timer(usual / 4, os.kill, (os.getpid(), signal.SIGINT))
-    begin = time.perf_counter()
+    usual, computed = time.perf_counter() - begin, time.process_time() - computed
+    begin = time.process_time()
     try:
-        sender.start()
+        signal.setitimer(signal.ITIMER_REAL, usual / 4)
         cases.run("cpu", x, weights, **case.settings)
         print("not interrupted")
     except KeyboardInterrupt:
         # The call is over by then: nothing runs on behind Python's back.
-        late = time.perf_counter() - begin > usual / 2
+        complete = time.process_time() - begin > computed / 2
         again = cases.run("cpu", x, weights, **case.settings)
-        print("interrupted", late, torch.equal(again, y))
+        print("interrupted", complete, torch.equal(again, y))
 
 
 @pytest.fixture(scope="module")
