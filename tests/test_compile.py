@@ -1,6 +1,7 @@
 """torch.compile and torch.export see the op as one node and trace the networks whole."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -228,6 +229,7 @@ def test_freezing_folds_constants(kernel_backend, blocks):
 @torch.no_grad()
 def test_what_is_kept_of_a_block_goes_with_it(kernel_backend, blocks):
     compiled = torch.compile(blocks, backend="aot_eager", fullgraph=True)
+    gc.collect()  # What other tests have left.
     before = len(compiled_blocks._cache)
     compiled(torch.randn(2, 8, 9, 9))
     assert len(compiled_blocks._cache) == before + 3

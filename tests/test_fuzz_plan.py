@@ -54,14 +54,14 @@ def has_plan(network: Network) -> bool | None:
 def expect(model: nn.Module, x: Tensor, dtype: torch.dtype, averages: bool) -> Expected:
     """The truth for x in a dtype, of the weights before they are rounded to it.
 
-    A plan sums an average pixel by pixel in float32, PyTorch in halves: errors of the one grow with
-    the number of pixels, of the other with its logarithm.
+    A plan sums an average in float32 by 32 pixels, PyTorch in halves: errors of the one grow with
+    the number of sums, of the other with its logarithm.
     """
     layers = plain(model)
     truth = layers.double()(x.double())
     judged = expected(truth, [plain(model).to(dtype)(x)], dtype)
     pixels = x.shape[2] * x.shape[3] if averages else 0
-    more = pixels / 16 * torch.finfo(torch.float32).eps * truth.abs().max().item()
+    more = pixels / 512 * torch.finfo(torch.float32).eps * truth.abs().max().item()
     return replace(
         judged, eager_max=judged.eager_max + more, eager_mean=judged.eager_mean + more / 2
     )
