@@ -52,6 +52,7 @@ def fuse(
     check_backend("fuse", backend)
     if not inplace:
         model = copy.deepcopy(model)
+    make_parts(model)
     replaced: dict[nn.Module, StandIn] = {}
     fused: dict[str, FusedModule] = {}
     runs: dict[nn.Module, list[FusedRun]] = defaultdict(list)

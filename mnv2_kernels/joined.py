@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.nn.modules import module as hooks_of_all
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from .arena import arrange
 from .backends import choose
@@ -55,7 +57,6 @@ class Joined:
     def __init__(self, links: Sequence[Link], around: Sequence[Unchanged] = ()):
         self._links = tuple(links)
         self._around = [*around, *(Unchanged(link.module) for link in links)]
-        self._hooks = [hooks for place in self._around for hooks in place.hooks]
         self._watched = Watched.together([link.watched for link in links])
         self._modal = [module for link in links for module in link.modal]
         self._known: _Known | None = None
@@ -66,8 +67,7 @@ class Joined:
         `may_join(x)` is true.
         """
         if (
-            any(self._hooks)
-            or not all(place.holds() for place in self._around)
+            not all(place.holds() for place in self._around)
             or any(map(_is_training, self._modal))
             or not all(link.may_run() for link in self._links)
             or self._watched.why_changed() is not None
@@ -105,6 +105,8 @@ class Joined:
         kept = [link.kept() for link in self._links]
         if known and state == known.state and not any(map(is_not, kept, known.kept)):
             return known
+        if not all(type(t) in (Tensor, nn.Parameter) for t in self._watched.tensors()):
+            return None  # Subclasses may do more than compute.
         folded = [link.folded() for link in self._links]
         if any(f is None for f in folded):
             return None
@@ -131,7 +133,11 @@ class Joined:
 
 def _fits(program: Program, x: Tensor) -> bool:
     weights = [w for w in program.weights if w is not None]
-    return all(w.device.type == "cpu" and (w.dtype == x.dtype or w.dim() == 1) for w in weights)
+    biases = (x.dtype, torch.float32)
+    return all(
+        w.device.type == "cpu" and (w.dtype == x.dtype or (w.dim() == 1 and w.dtype in biases))
+        for w in weights
+    )
 
 
 def may_join(x: Tensor) -> bool:
@@ -142,6 +148,7 @@ def may_join(x: Tensor) -> bool:
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
+        and x.layout is torch.strided
         and x.dim() == 4
         and x.dtype in _DTYPES
         and missing is None
@@ -150,9 +157,17 @@ def may_join(x: Tensor) -> bool:
         and not profiler._is_profiler_enabled
         and not torch._C._are_functorch_transforms_active()
         and not is_observed()
+        and not _has_function_modes()
         and not _has_global_hooks()
         and choose(None, x) == "cpu"
     )
+
+
+def _has_function_modes() -> bool:
+    """Whether somebody sees every function of torch; a default device does not look."""
+    if torch._C._len_torch_function_stack() == 0:
+        return False
+    return not all(isinstance(m, DeviceContext) for m in _get_current_function_mode_stack())
 
 
 def _has_global_hooks() -> bool:

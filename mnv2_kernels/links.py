@@ -112,9 +112,9 @@ class LinearLink(_FoldedStep):
 
     def fold(self) -> Linear:
         linear = self.module
-        # The weight is used where it is: a change of it needs no other step.
-        bias = None if linear.bias is None else linear.bias.detach().float()
-        return Linear(linear.in_features, linear.out_features, linear.weight.detach(), bias)
+        weight = linear.weight.detach().contiguous()
+        bias = None if linear.bias is None else linear.bias.detach().float().contiguous()
+        return Linear(linear.in_features, linear.out_features, weight, bias)
 
 
 class AverageLink:

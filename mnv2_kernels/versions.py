@@ -17,16 +17,17 @@ def state_of(
     """
     try:
         addresses = [*map(Tensor.data_ptr, tensors)]
+        strides = [*map(Tensor.stride, tensors)]
     except RuntimeError:
         return None
     if 0 in addresses:
         return None
     try:
         versions = [*map(_version_of, tensors), *map(_version_of, counters)]
-        return [_optimizer_steps, *eps, *addresses, *versions]
+        return [_optimizer_steps, *eps, *addresses, *strides, *versions]
     except RuntimeError:
         # Inference tensors count no versions: only that one is replaced can be seen.
-        return [*eps, *addresses]
+        return [*eps, *addresses, *strides]
 
 
 _version_of = Tensor._version.__get__

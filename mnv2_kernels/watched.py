@@ -37,6 +37,7 @@ _FIELDS = (
     "tables",
     "names",
     "means",
+    "shapes",
 )
 
 
@@ -79,6 +80,7 @@ class Watched:
         self.tables = [tensors for tensors, _, _ in self.places]
         self.names = [name for _, name, _ in self.places]
         self.means = [tensors for tensors, name, _ in self.places if name == "running_mean"]
+        self.shapes = self.current_shapes()
 
     def _find_own(self) -> None:
         self.own = [m.__dict__ for m in (*self.fixed, *self.norms)]
@@ -111,6 +113,9 @@ class Watched:
             return "a parameter or buffer has been deleted: unfuse, then fuse again"
         if any(tensors["running_mean"] is None for tensors in self.means):
             return "a batch norm has lost its running statistics"
+        shapes = self.current_shapes()
+        if shapes != self.shapes and any(map(_is_other, shapes, self.shapes)):
+            return "a parameter or buffer has another shape: unfuse, then fuse again"
         return None
 
     def _has_other_forward(self) -> bool:
@@ -139,6 +144,11 @@ class Watched:
     def current_bounds(self) -> list:
         return [*map(_bounds_of, self.activations)]
 
+    def current_shapes(self) -> list[torch.Size | None]:
+        return [
+            None if (t := tensors[name]) is None else t.shape for tensors, name, _ in self.places
+        ]
+
     def tensors(self) -> list[Tensor]:
         """Every parameter and buffer that the folded weights are computed from."""
         return [t for tensors, name, _ in self.places if (t := tensors[name]) is not None]
@@ -154,6 +164,11 @@ class Watched:
         found = (n._buffers.get("num_batches_tracked") for n in self.batch_norms)
         counters = [t for t in found if t is not None]
         return state_of(self.tensors(), [*map(_eps_of, self.norms)], counters)
+
+
+def _is_other(now: torch.Size | None, before: torch.Size | None) -> bool:
+    """Whether a shape has changed; a bias may be taken away."""
+    return now is not None and now != before
 
 
 class Folded(NamedTuple):

@@ -25,23 +25,32 @@ _LIBRARIES = ("mnv2_kernels", "torchvision", "timm", "efficientnet_lite_pytorch"
 
 
 class Whole:
-    """The layers of a network, and what its forward calls, as they were when it was read."""
+    """The layers of a network, and what its forward calls, as they were when it was read.
 
-    def read(self, model: nn.Module) -> None:
-        """Trace the forward of a model, of which this is an attribute already.
+    Raises:
+        Declined: the forward is no chain of such layers, or may do more than compute.
+    """
 
-        Raises:
-            Declined: it is no such chain.
-        """
+    def __init__(self, model: nn.Module):
         # Not while it is traced, when parameters are no tensors.
         parts = {module: module for module in model.modules() if _is_part(module)}
-        read = network.read_network(model, parts.get)
+        read = network.read_network(model, parts.get, _only_computes)
+        self.model = model
         self._layers = list(_with_averages(read.layers))
         self._called = [Unchanged(module, attributes=True) for module in read.called]
+        for place in self._called:
+            if replaced := place.replaced_methods():
+                raise Declined(f"{', '.join(replaced)} of a module has been replaced")
+        self._called[0].kind = _class_for(type(model))
+        self._called[0].names.add("_whole")
         self._parts = [layer.layers for layer in self._layers if isinstance(layer, network.Block)]
         self._joined: tuple[list[int], Joined | None] | None = None
         if self._join() is None:
             raise Declined("a part of it cannot run together with the others")
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether this is the network of that very model, with the modules that it had."""
+        return model is self.model and all(place.has_its_children() for place in self._called)
 
     def run(self, x: Tensor) -> Tensor | None:
         """What the model makes of x (N, C, H, W); None where its own forward has to run."""
@@ -133,7 +142,11 @@ class WholeNetwork(nn.Module):
             or not may_join(x)
         ):
             return None
-        return self._whole.run(x)
+        whole = self._whole  # Read once: another thread may drop it.
+        if whole is None or not whole.is_of(self):
+            self.__dict__["_whole"] = None  # It would keep what has been replaced.
+            return None
+        return whole.run(x)
 
     def train(self, mode: bool = True) -> nn.Module:
         self._forget()
@@ -144,8 +157,9 @@ class WholeNetwork(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def _forget(self) -> None:
-        if self._whole is not None:
-            self._whole.forget()
+        whole = self._whole
+        if whole is not None:
+            whole.forget()
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         """A replica that runs the layers: the links are those of the first device."""
@@ -154,16 +168,17 @@ class WholeNetwork(nn.Module):
         return replica
 
     def __reduce_ex__(self, protocol):
-        # The class has no name that pickle could import it by.
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _rebuild, (_class_before(self),), *state
+        new, arguments, *state = super().__reduce_ex__(protocol)
+        kind = _class_before(type(self))
+        # The class has no name that pickle could import it by; one derived from it may have.
+        return (new, arguments, *state) if kind is None else (_rebuild, (kind,), *state)
 
 
 def make_whole(model: nn.Module) -> None:
     """Make every network inside a fused model that is one chain run as a whole, in place."""
     if isinstance(model, FusedModule | FusedChain | WholeNetwork):
         return
-    if type(model).__module__.partition(".")[0] in _LIBRARIES and _becomes_whole(model):
+    if _is_of_a_library(model) and _becomes_whole(model):
         return
     for child in model.children():
         make_whole(child)
@@ -173,23 +188,30 @@ def make_parts(model: nn.Module) -> None:
     """Give every whole network inside a model its own class again, in place."""
     for module in model.modules():
         if isinstance(module, WholeNetwork):
-            module.__class__ = _class_before(module)
-            del module.__dict__["_whole"]
+            module.__dict__.pop("_whole", None)
+            kind = _class_before(type(module))
+            if kind is not None:
+                module.__class__ = kind
+
+
+def _is_of_a_library(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] in _LIBRARIES
+
+
+def _only_computes(module: nn.Module) -> bool:
+    return _is_of_a_library(module) or type(module).__module__.startswith("torch.nn.")
 
 
 def _becomes_whole(model: nn.Module) -> bool:
     if not any(isinstance(m, FusedModule | FusedSequential) for m in model.modules()):
         return False
-    kind = type(model)
-    model.__class__ = _class_for(kind)
-    model.__dict__["_whole"] = whole = Whole()
     try:
         with _evaluation_mode(model):
-            whole.read(model)
+            whole = Whole(model)
     except Declined:
-        model.__class__ = kind
-        del model.__dict__["_whole"]
         return False
+    model.__dict__["_whole"] = whole
+    model.__class__ = _class_for(type(model))
     return True
 
 
@@ -206,8 +228,9 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _class_before(network: WholeNetwork) -> type[nn.Module]:
-    return type(network).__mro__[2]
+def _class_before(kind: type[WholeNetwork]) -> type[nn.Module] | None:
+    """The class that a whole network had; None for classes that others have derived from it."""
+    return vars(kind).get("_class_before")
 
 
 @cache
@@ -220,7 +243,8 @@ def _class_for(kind: type[nn.Module]) -> type[nn.Module]:
         return kind.forward(self, *args, **kwargs) if y is None else y
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (WholeNetwork, kind), {"forward": forward, **names})
+    members = {"forward": forward, "_class_before": kind, **names}
+    return type(kind.__name__, (WholeNetwork, kind), members)
 
 
 def _rebuild(kind: type[nn.Module]) -> nn.Module:

@@ -6,6 +6,7 @@ called: torchvision's, timm's and this package's MobileNetV2 are all the same ch
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -81,17 +82,32 @@ class Network(NamedTuple):
     called: list[nn.Module]
 
 
-def read_network(model: nn.Module, recognize: Callable[[nn.Module], Any]) -> Network:
+def read_network(
+    model: nn.Module,
+    recognize: Callable[[nn.Module], Any],
+    may_call: Callable[[nn.Module], bool] = lambda module: True,
+) -> Network:
     """The layers of a model; `recognize` tells what is a block, None for other modules.
+
+    Modules that `may_call` does not allow are not called.
 
     Raises:
         Declined: the model is no such chain; the sentence names what does not fit.
     """
     blocks: dict[nn.Module, Any] = {}
     called = [model]
+    thread = get_ident()
 
     class Tracer(fx.Tracer):
+        # While fx traces, all modules of the process call these two.
+        def getattr(self, name, value, cache):
+            return super().getattr(name, value, cache) if get_ident() == thread else value
+
         def call_module(self, module, forward, args, kwargs):
+            if get_ident() != thread:
+                return forward(*args, **kwargs)
+            if module not in blocks and not may_call(module):
+                raise Declined(f"{describe(module)} may do more than compute")
             result = super().call_module(module, forward, args, kwargs)
             if module not in blocks:
                 called.append(module)
