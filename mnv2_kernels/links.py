@@ -113,7 +113,9 @@ class LinearLink(_FoldedStep):
     def fold(self) -> Linear:
         linear = self.module
         weight = linear.weight.detach().contiguous()
-        bias = None if linear.bias is None else linear.bias.detach().float().contiguous()
+        bias = None if linear.bias is None else linear.bias.detach().contiguous()
+        if bias is not None and bias.dtype == weight.dtype:
+            bias = bias.float()
         return Linear(linear.in_features, linear.out_features, weight, bias)
 
 
