@@ -32,10 +32,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list[int]:
-    """How many results every call that ran several layers has dimensions of."""
-    seen = []
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The dimensions of the result of every call from now on that runs several layers."""
+    seen: list[int] = []
     run_plan = joined.run_plan
 
     def counted(x, *args):
@@ -45,6 +44,11 @@ def calls(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(joined, "run_plan", counted)
     return seen
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    return count_calls(monkeypatch)
 
 
 def ready(model: nn.Module) -> nn.Module:

@@ -11,8 +11,8 @@ import pytest
 import timm
 import torch
 import torchvision
-from test_whole import assert_same, calls, expect, model, original, ready, x  # noqa: F401
-from torch import nn
+from test_whole import assert_same, count_calls, expect, ready
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import mnv2_kernels as mk
@@ -23,6 +23,26 @@ pytestmark = [
     pytest.mark.skipif(missing is not None, reason=f"no compiled kernels: {missing}"),
     pytest.mark.usefixtures("one_thread"),
 ]
+
+
+@pytest.fixture(scope="module")
+def original() -> nn.Module:
+    return ready(timm.create_model("mobilenetv2_050", num_classes=10))
+
+
+@pytest.fixture
+def model(original) -> nn.Module:
+    return mk.fuse(original)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 64, 64)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    return count_calls(monkeypatch)
 
 
 def test_other_threads_go_on_while_a_model_is_read(original):
