@@ -70,7 +70,7 @@ class Joined:
             not all(place.holds() for place in self._around)
             or any(map(_is_training, self._modal))
             or not all(link.may_run() for link in self._links)
-            or self._watched.why_changed() is not None
+            or self._watched.why_touched() is not None
         ):
             return None
         if torch.is_grad_enabled() and any(t.requires_grad for t in self._watched.tensors()):
@@ -105,8 +105,12 @@ class Joined:
         kept = [link.kept() for link in self._links]
         if known and state == known.state and not any(map(is_not, kept, known.kept)):
             return known
-        if not all(type(t) in (Tensor, nn.Parameter) for t in self._watched.tensors()):
-            return None  # Subclasses may do more than compute.
+        tensors = self._watched.tensors()
+        # Subclasses may do more than compute.
+        if not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
+            return None
+        if self._watched.has_other_shapes():
+            return None
         folded = [link.folded() for link in self._links]
         if any(f is None for f in folded):
             return None

@@ -17,17 +17,19 @@ def state_of(
     """
     try:
         addresses = [*map(Tensor.data_ptr, tensors)]
-        strides = [*map(Tensor.stride, tensors)]
+        sizes = [*map(Tensor.numel, tensors)]
+        # Of vectors, sizes say enough.
+        sizes += [t.stride() for t in tensors if t.dim() > 1]
     except RuntimeError:
         return None
     if 0 in addresses:
         return None
     try:
         versions = [*map(_version_of, tensors), *map(_version_of, counters)]
-        return [_optimizer_steps, *eps, *addresses, *strides, *versions]
+        return [_optimizer_steps, *eps, *addresses, *sizes, *versions]
     except RuntimeError:
         # Inference tensors count no versions: only that one is replaced can be seen.
-        return [*eps, *addresses, *strides]
+        return [*eps, *addresses, *sizes]
 
 
 _version_of = Tensor._version.__get__

@@ -101,6 +101,17 @@ class Watched:
 
     def why_changed(self) -> str | None:
         """What happened to the inner layers that only the plain layers follow."""
+        touched = self.why_touched()
+        if touched is None and self.has_other_shapes():
+            return "a parameter or buffer has another shape: unfuse, then fuse again"
+        return touched
+
+    def has_other_shapes(self) -> bool:
+        shapes = self.current_shapes()
+        return shapes != self.shapes and any(map(_is_other, shapes, self.shapes))
+
+    def why_touched(self) -> str | None:
+        """The same but for shapes, which change together with `state`."""
         if any(self.hooks):
             return "an inner module has hooks"
         if self.current_children() != self.children or any(self.childless):
@@ -113,9 +124,6 @@ class Watched:
             return "a parameter or buffer has been deleted: unfuse, then fuse again"
         if any(tensors["running_mean"] is None for tensors in self.means):
             return "a batch norm has lost its running statistics"
-        shapes = self.current_shapes()
-        if shapes != self.shapes and any(map(_is_other, shapes, self.shapes)):
-            return "a parameter or buffer has another shape: unfuse, then fuse again"
         return None
 
     def _has_other_forward(self) -> bool:
