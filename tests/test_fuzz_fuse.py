@@ -31,7 +31,7 @@ from test_fuzz import layouts, on_threads
 from torch import Tensor, nn
 
 import mnv2_kernels as mk
-from mnv2_kernels import fused, joined
+from mnv2_kernels import fused, joined, whole
 from mnv2_kernels.links import BlockLink
 from mnv2_kernels.variants import plain
 
@@ -74,6 +74,8 @@ class Calls:
 
 @pytest.fixture
 def calls(monkeypatch) -> Calls:
+    # So that the networks that are chains run as a whole too.
+    monkeypatch.setattr(whole, "_LIBRARIES", (*whole._LIBRARIES, "random_networks"))
     return Calls(monkeypatch)
 
 
