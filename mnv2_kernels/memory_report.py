@@ -18,7 +18,7 @@ from . import cost, step_memory
 from .figures import Panel, Timeline, draw
 from .memory import live_bytes
 from .plan import Plan, why_not_on_cpu
-from .variants import variants
+from .variants import fold_around_blocks, variants
 
 EXECUTIONS = (*cost.EXECUTIONS, "planned")
 
@@ -214,7 +214,9 @@ def executions(model: nn.Module) -> dict[str, nn.Module]:
     """Copies of a model, by execution: all in evaluation mode with channels_last weights."""
     copies = variants(model)
     eager = copies["plain"].to(memory_format=torch.channels_last)
-    return {"eager": eager, "folded": copies["folded"], "fused": copies["fused"]}
+    # A profiler sees the layers one by one.
+    fused = fold_around_blocks(copies["fused"]).to(memory_format=torch.channels_last)
+    return {"eager": eager, "folded": copies["folded"], "fused": fused}
 
 
 def timeline(model: nn.Module, names: tuple[str, ...], x: Tensor) -> list[list[int] | None]:

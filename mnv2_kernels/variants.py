@@ -13,6 +13,7 @@ from .found import find
 from .fuse import fuse
 from .fused import FusedModule
 from .recognizers.layers import batch_norm_activation
+from .whole import WholeNetwork
 
 
 def variants(model: nn.Module) -> dict[str, nn.Module]:
@@ -20,10 +21,13 @@ def variants(model: nn.Module) -> dict[str, nn.Module]:
 
     "plain" runs layer by layer as written. "folded" does so too, with batch norm folded into the
     convolutions and channels_last weights: what PyTorch does best without a compiler. "fused" is
-    the network after `fuse`, with the layers around its blocks folded and channels_last too.
+    the network after `fuse`, channels_last; where it does not run as a whole, with the layers
+    around its blocks folded too.
     """
-    folded = _fold_batch_norm(plain(model))
-    fused = _fold_batch_norm(fuse(model))
+    folded = fold_around_blocks(plain(model))
+    fused = fuse(model)
+    if not isinstance(fused, WholeNetwork):
+        fold_around_blocks(fused)
     for copy in (folded, fused):
         copy.to(memory_format=torch.channels_last)
     return {"plain": plain(model), "folded": folded, "fused": fused}
@@ -67,7 +71,7 @@ def block_calls(
     return calls
 
 
-def _fold_batch_norm(model: nn.Module) -> nn.Module:
+def fold_around_blocks(model: nn.Module) -> nn.Module:
     """Fold every batch norm into the convolution registered right before it, in place.
 
     What runs fused folds its own and is left alone.
