@@ -17,6 +17,7 @@
 #include "cuda_build.h"
 #include "host.h"
 #include "program.h"
+#include "snapshot.h"
 #include "source_hash.h"
 
 namespace {
@@ -153,6 +154,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("describe_program", &describe_program, pybind11::arg("program"), pybind11::arg("bounds"),
           pybind11::arg("dtype"), pybind11::arg("threads"),
           "Bytes of line buffers of a program, and which steps go row by row.");
+    pybind11::class_<mnv2::Snapshot>(m, "Snapshot", "What objects and dicts were at one moment.")
+        .def_static(
+            "take", &mnv2::Snapshot::take, arg("objects"), arg("dicts"),
+            "Of the objects their classes, of the dicts their values; None: cannot be seen.")
+        .def("matches", &mnv2::Snapshot::matches, arg("objects"), arg("dicts"),
+             "Whether a snapshot of the same objects would be equal.");
     m.def("fma_peak", &fma_peak, arg("kernel"), arg("threads"), arg("seconds"),
           pybind11::call_guard<pybind11::gil_scoped_release>(),
           "GFLOP/s of multiply-adds in registers: the bound that benchmarks divide by.");

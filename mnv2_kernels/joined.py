@@ -26,6 +26,7 @@ from .links import Link
 from .plan_op import run_plan
 from .program import Layer, Pointwise, Pool, Program, Shape, encode
 from .recognizers import Declined
+from .snapshot import Snapshot
 from .tracing import is_observed
 from .unchanged import Unchanged
 from .watched import Folded, Watched
@@ -47,6 +48,14 @@ class _Known(NamedTuple):
     programs: OrderedDict[tuple, Program | None]
 
 
+class _Seen(NamedTuple):
+    """What a look at all modules has come to, as long as the snapshot holds."""
+
+    snapshot: Snapshot
+    known: _Known
+    requires_grad: bool
+
+
 class Joined:
     """Links that follow one another, two at least, run as one program wherever that is exact.
 
@@ -60,12 +69,30 @@ class Joined:
         self._watched = Watched.together([link.watched for link in links])
         self._modal = [module for link in links for module in link.modal]
         self._known: _Known | None = None
+        self._seen: _Seen | None = None
 
     def run(self, x: Tensor) -> Tensor | None:
         """What the layers make of x (N, C, H, W); None where they have to run one by one.
 
         `may_join(x)` is true.
         """
+        seen = self._seen  # Read once: another thread may see something else.
+        if seen is not None and seen.snapshot.holds():
+            known = None if seen.requires_grad and torch.is_grad_enabled() else seen.known
+        else:
+            known = self._look()
+        program = None if known is None else self._program_for(x, known)
+        if program is None:
+            return None
+        with torch._C._AutoDispatchBelowAutograd():
+            return run_plan(x, program.weights, program.integers, program.bounds)
+
+    def _look(self) -> _Known | None:
+        """The weights as they are now; None where the layers have to run one by one."""
+        before = self._known
+        # First of all: what changes meanwhile is seen by the next call. Not before there are
+        # weights that a snapshot could be of.
+        snapshot = None if before is None else Snapshot(self._modules())
         if (
             not all(place.holds() for place in self._around)
             or any(map(_is_training, self._modal))
@@ -73,18 +100,19 @@ class Joined:
             or self._watched.why_touched() is not None
         ):
             return None
-        if torch.is_grad_enabled() and any(t.requires_grad for t in self._watched.tensors()):
+        requires_grad = any(t.requires_grad for t in self._watched.tensors())
+        if requires_grad and torch.is_grad_enabled():
             return None
-        program = self._program_for(x)
-        if program is None:
-            return None
-        with torch._C._AutoDispatchBelowAutograd():
-            return run_plan(x, program.weights, program.integers, program.bounds)
-
-    def _program_for(self, x: Tensor) -> Program | None:
         known = self._current()
-        if known is None:
-            return None
+        if known is not None and known is before:
+            self._seen = _Seen(snapshot, known, requires_grad)
+        return known
+
+    def _modules(self) -> set[nn.Module]:
+        """All that is looked at."""
+        return {module for place in self._around for module in place.module.modules()}
+
+    def _program_for(self, x: Tensor, known: _Known) -> Program | None:
         programs = known.programs
         key = x.shape[1:], x.dtype
         with suppress(KeyError):

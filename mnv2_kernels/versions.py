@@ -43,4 +43,9 @@ def _count_step(optimizer, args, kwargs) -> None:
     _optimizer_steps += 1
 
 
+def optimizer_steps() -> int:
+    """How many steps all optimizers of the process have made."""
+    return _optimizer_steps
+
+
 register_optimizer_step_post_hook(_count_step)

@@ -72,6 +72,22 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def settled(monkeypatch):
+    """Layers that ran as one call stand as after many calls: a snapshot says what has changed."""
+    from mnv2_kernels.joined import Joined
+
+    run = Joined.run
+
+    def run_and_look(self, x):
+        y = run(self, x)
+        if y is not None:
+            self._look()
+        return y
+
+    monkeypatch.setattr(Joined, "run", run_and_look)
+
+
 @pytest.fixture(params=["own", "torchvision", "timm", "mnasnet", "lukemelas"])
 def pair(request):
     """(a plain block, the same block fused) of one family."""

@@ -307,6 +307,7 @@ ROWS = (
             "test_hostile_models.py::test_changes_after_fusing",
             "test_whole.py",
             "test_whole_guards.py",
+            "test_snapshot.py",
             "test_freeze.py::test_checkpoints_go_both_ways",
             "test_fuse.py::test_unfused_is_bitwise_the_original",
             "test_fuse.py::test_unfuse_gives_the_original_back_with_the_weights_of_now",

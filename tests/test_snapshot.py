@@ -1,0 +1,258 @@
+"""One look at modules: whatever changes is seen, and nothing is kept alive that should not be."""
+
+import copy
+import gc
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import mnv2_kernels as mk
+from mnv2_kernels import extension, joined
+from mnv2_kernels.extension import missing
+from mnv2_kernels.snapshot import Snapshot
+
+pytestmark = pytest.mark.skipif(missing is not None, reason=f"no compiled kernels: {missing}")
+
+
+class Layer(nn.Conv2d):
+    def __init__(self):
+        super().__init__(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.sizes, self.named, self.scale = [1, 2], {"a": 1}, torch.ones(2)
+
+
+class Other(Layer):
+    pass
+
+
+def attribute(name: str, value) -> Callable[[Layer], None]:
+    return lambda layer: setattr(layer, name, value)
+
+
+def into(place: str, key: str, value) -> Callable[[Layer], None]:
+    return lambda layer: getattr(layer, place).__setitem__(key, value)
+
+
+def data(change: Callable[[Tensor], Tensor]) -> Callable[[Layer], None]:
+    def changed(layer: Layer) -> None:
+        layer.weight.data = change(layer.weight.data)
+
+    return changed
+
+
+@torch.no_grad()
+def in_place(layer: Layer) -> None:
+    layer.weight.mul_(2)
+
+
+@torch.no_grad()
+def smaller(layer: Layer) -> None:
+    layer.norm.running_var.resize_(2)
+
+
+def reordered(layer: Layer) -> None:
+    layer.bias, weight = nn.Parameter(torch.ones(4)), layer.weight
+    del layer.weight
+    layer.weight = weight
+
+
+def renamed(layer: Layer) -> None:
+    norm = layer.norm
+    del layer.norm
+    layer.other = norm
+
+
+CHANGES = {
+    "attribute": attribute("stride", (2, 2)),
+    "equal attribute of another identity": attribute("padding", tuple([0, 0][:])),
+    "new attribute": attribute("forward", lambda x: x),
+    "deleted attribute": lambda layer: delattr(layer, "named"),
+    "training": lambda layer: layer.train(),
+    "item of a list": lambda layer: layer.sizes.__setitem__(0, 3),
+    "longer list": lambda layer: layer.sizes.append(3),
+    "class": attribute("__class__", Other),
+    "child": attribute("norm", nn.BatchNorm2d(4)),
+    "new child": attribute("further", nn.Identity()),
+    "child renamed": renamed,
+    "attribute of a child": lambda layer: setattr(layer.norm, "eps", 0.5),
+    "parameter": attribute("weight", nn.Parameter(torch.ones(4, 3, 3, 3))),
+    "no parameter": attribute("bias", None),
+    "order of parameters": reordered,
+    "parameter in place": in_place,
+    "size in place": smaller,
+    "other data": data(torch.clone),
+    "part of the data": data(lambda t: t[:2]),
+    "the same data in another layout": data(lambda t: t.transpose(2, 3)),
+    "the same data as another type": data(
+        lambda t: t.view(torch.float16).view(t.shape[0], 3, 3, -1)
+    ),
+    "freed memory": lambda layer: layer.weight.untyped_storage().resize_(0),
+    "gradients": lambda layer: layer.weight.requires_grad_(False),
+    "buffer in place": lambda layer: layer.norm.running_mean.add_(1),
+    "tensor among the attributes": lambda layer: layer.scale.add_(1),
+    "hook": lambda layer: layer.register_forward_hook(print),
+    "hook before": lambda layer: layer.norm.register_forward_pre_hook(print),
+    "hook of gradients": lambda layer: layer.register_full_backward_hook(print),
+    "hooks in a new dictionary": attribute("_forward_hooks", OrderedDict(a=print)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes(name):
+    layer = Layer().eval()
+    taken = Snapshot(layer.modules())
+    assert taken.holds() and taken.holds()
+    kept = layer.weight.detach()  # Nothing new gets its address.
+    CHANGES[name](layer)
+    assert not taken.holds()
+    assert kept.dim() == 4
+
+
+def test_steps_of_optimizers():
+    """Fused ones change parameters without a trace in these."""
+    layer = Layer()
+    taken = Snapshot([layer])
+    torch.optim.SGD([nn.Parameter(torch.ones(1))]).step()
+    assert not taken.holds()
+
+
+def test_the_least_differences():
+    """Every tensor and attribute of many modules, one at a time and back again."""
+    model = nn.ModuleList(Layer().eval() for _ in range(40))
+    taken = Snapshot(model.modules())
+    for layer in model:
+        before = layer.scale
+        layer.scale = torch.ones(2)
+        assert not taken.holds()
+        layer.scale = before
+        assert taken.holds()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.add_(1)
+            assert not taken.holds()
+            taken = Snapshot(model.modules())
+            assert taken.holds()
+
+
+class Ordered(dict):
+    pass
+
+
+CANNOT_BE_SEEN = {
+    "a list in a list": attribute("sizes", [[1], 2]),
+    "a list in a tuple": attribute("sizes", (1, ([2],))),
+    "a tensor without memory": lambda layer: layer.to("meta"),
+    "a sparse tensor": attribute("scale", torch.ones(2, 2).to_sparse()),
+    "an empty tensor": attribute("scale", torch.ones(0)),
+    "parameters in a subclass of dict": attribute("_parameters", Ordered(weight=None)),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT_BE_SEEN)
+def test_what_cannot_be_seen_never_holds(name):
+    layer = Layer()
+    CANNOT_BE_SEEN[name](layer)
+    assert not Snapshot(layer.modules()).holds()
+
+
+def test_inference_tensors():
+    with torch.inference_mode():
+        layer = Layer()
+    taken = Snapshot(layer.modules())
+    assert taken.holds()
+    layer.bias = None
+    assert not taken.holds()
+
+
+def test_a_change_while_it_is_taken(monkeypatch):
+    layer = Layer()
+
+    def then_change(*lists, take=extension.module.Snapshot.take):
+        seen = take(*lists)
+        layer.stride = (2, 2)
+        return seen
+
+    class Taking:
+        take = staticmethod(then_change)
+
+    monkeypatch.setattr(extension.module, "Snapshot", Taking)
+    assert not Snapshot([layer]).holds()
+
+
+def chain() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(*(mk.InvertedResidual(8, 8) for _ in range(3))).eval()
+
+
+@pytest.fixture
+def looks(monkeypatch) -> list[joined.Joined]:
+    """Whoever has looked closer."""
+    seen = []
+
+    def look(self, own=joined.Joined._look):
+        seen.append(self)
+        return own(self)
+
+    monkeypatch.setattr(joined.Joined, "_look", look)
+    return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "build",
+    [
+        torchvision.models.mobilenet_v2,
+        torchvision.models.mnasnet0_5,
+        lambda: timm.create_model("mobilenetv2_050"),
+        lambda: timm.create_model("tf_efficientnet_lite0"),
+    ],
+)
+def test_networks_look_closer_twice(build, looks, one_thread):
+    model = mk.fuse(build().eval())
+    for _ in range(6):
+        model(torch.randn(1, 3, 32, 32))
+    assert len(looks) == 2
+
+
+@torch.no_grad()
+def test_a_chain_looks_closer_only_after_changes(looks, one_thread):
+    model, x = mk.fuse(chain()), torch.randn(1, 8, 9, 7)
+    for _ in range(6):
+        model(x)
+    assert len(looks) == 2
+    for size in (5, 6):
+        model(torch.randn(2, 8, size, size))
+    assert len(looks) == 2
+    changed = copy.deepcopy(chain())
+    for part in (model, changed):
+        next(part.parameters()).mul_(1.5)
+    for _ in range(4):
+        torch.testing.assert_close(model(x), changed(x), rtol=1e-4, atol=1e-4)
+    assert len(looks) == 4
+
+
+def test_gradients_wanted_now_and_then(one_thread):
+    model, x = mk.fuse(chain()), torch.randn(1, 8, 9, 7)
+    for _ in range(3):
+        with torch.no_grad():
+            assert not model(x).requires_grad
+    assert model(x).requires_grad
+    with torch.inference_mode():
+        assert not model(x).requires_grad
+
+
+@torch.no_grad()
+def test_models_that_were_called_are_collected(one_thread):
+    model = mk.fuse(chain())
+    for _ in range(4):
+        model(torch.randn(1, 8, 9, 7))
+    gone = [weakref.ref(module) for module in model.modules()]
+    del model
+    gc.collect()
+    assert not any(module() for module in gone)
