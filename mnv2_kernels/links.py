@@ -154,9 +154,17 @@ def link_of(module: nn.Module) -> Link | None:
     try:
         check_untouched(module)
         stages, paddings = read_stages(flatten(module), by_size=True)
-        if len(stages) != 1:
-            return None
-        link = ConvolutionLink(module, stages[0], paddings[0])
+    except Declined:
+        return None
+    return convolution_link(module, stages[0], paddings[0]) if len(stages) == 1 else None
+
+
+def convolution_link(
+    module: nn.Module, stage: ConvNorm, padding: Padding | None
+) -> ConvolutionLink | None:
+    """The link of a convolution; None where it is no stem and no 1x1 one."""
+    link = ConvolutionLink(module, stage, padding)
+    try:
         link.fold()
     except Declined:
         return None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .chained import FusedChain, FusedSequential, links_of
 from .fused import FusedModule
 from .joined import Joined, may_join
-from .links import AverageLink, BlockLink, ConvolutionLink, LinearLink, Link
+from .links import AverageLink, BlockLink, LinearLink, Link, convolution_link
 from .recognizers import Declined, network
 from .recognizers.layers import check_untouched
 from .unchanged import Unchanged
@@ -76,7 +76,10 @@ class Whole:
                     links += found.links
                     around += map(Unchanged, found.inside)
                 case network.Convolution(_, stage, padding, modules):
-                    links.append(ConvolutionLink(nn.Sequential(*modules), stage, padding))
+                    link = convolution_link(nn.Sequential(*modules), stage, padding)
+                    if link is None:
+                        return None
+                    links.append(link)
                 case network.Pool():
                     links.append(AverageLink())
                 case network.Classifier(_, linear):
@@ -143,10 +146,10 @@ class WholeNetwork(nn.Module):
         ):
             return None
         whole = self._whole  # Read once: another thread may drop it.
-        if whole is None or not whole.is_of(self):
+        y = whole.run(x) if whole is not None and whole.model is self else None
+        if y is None and not (whole is not None and whole.is_of(self)):
             self.__dict__["_whole"] = None  # It would keep what has been replaced.
-            return None
-        return whole.run(x)
+        return y
 
     def train(self, mode: bool = True) -> nn.Module:
         self._forget()

@@ -12,7 +12,7 @@ import cases
 import pytest
 import torch
 from cases import FLOOR, Expected, why_wrong
-from fuzzing import in_parts, search, searched
+from fuzzing import at_least, in_parts, search, searched
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from model_edits import EDITS
@@ -35,9 +35,10 @@ from mnv2_kernels import fused, joined, whole
 from mnv2_kernels.links import BlockLink
 from mnv2_kernels.variants import plain
 
-pytestmark = pytest.mark.skipif(
-    "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
-)
+pytestmark = [
+    pytest.mark.skipif("cpu" not in cases.kernel_backends(), reason="needs the compiled extension"),
+    pytest.mark.usefixtures("settled"),
+]
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def found(*pieces: Piece, **settings):
 )
 # A declined block between fused ones was not told of once they were fused.
 @found(Piece("layers", 4, change=("act", "leaky", 0)), Piece("layers", 6), Piece("pair", 5))
-@searched(250, 500)
+@searched(250, 600)
 @given(
     network=networks(),
     image=st.builds(Image, st.integers(0, 3), st.integers(1, 22), st.integers(1, 22)),
@@ -239,8 +240,10 @@ def check_network(covered, calls, network, image, layout, threads, frozen, verif
     try:
         original = settle(build(network), torch.randn(4, *size)).to(dtype)
     except (ValueError, RuntimeError) as error:
-        # A norm that needs more values of a channel, an image too small to be reflected.
-        assert re.search("Expected more than 1|Padding size should be less", str(error)), error
+        # A norm that needs more values of a channel, an image too small to be reflected or for a
+        # kernel whose padding is that of another size.
+        known = "Expected more than 1|Padding size should be less|Kernel size can't be greater"
+        assert re.search(known, str(error)), error
         assume(False)
     if frozen and "batch statistics" not in str(network):
         original = mk.freeze_bn(original)
@@ -342,8 +345,9 @@ def test_every_edit(edit, cases_checked):
 def test_random_networks(calls, part, cases_checked):
     covered = search(check_network, part, calls)
     seen = [n for n in (*BLOCKS, *CHAINS, *RELATIVES, *BESIDE, *EDITS) if covered[n]]
-    assert len(seen) >= 45, covered
+    assert len(seen) >= at_least(45), covered
     for name in ("frozen", "verified", "gradients", "bfloat16", "blocks declined"):
-        assert covered[name] >= 8, covered
-    assert covered["blocks fused"] >= covered["cases"] >= 200, covered
+        assert covered[name] >= at_least(8), covered
+    assert covered["blocks fused"] >= at_least(covered["cases"]), covered
+    assert covered["cases"] >= 200, covered
     cases_checked(covered["cases"])

@@ -10,7 +10,7 @@ import cases
 import pytest
 import torch
 from cases import Expected, why_wrong
-from fuzzing import in_parts, search, searched
+from fuzzing import at_least, in_parts, search, searched
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from random_blocks import BLOCKS, CHAINS, HARMLESS, RELATIVES, SPOILING, Piece, is_spoiled
@@ -85,7 +85,7 @@ def chains(draw) -> Network:
     dtype=torch.float16,
     layout=as_it_is,
 )
-@searched(150, 300)
+@searched(150, 330)
 @given(
     network=chains(),
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
@@ -130,7 +130,8 @@ def set_threads():
 @in_parts(10)
 def test_random_plans(set_threads, part, cases_checked):
     covered = search(check_plan, part, set_threads)
-    assert covered["planned"] >= covered["cases"] / 4 and covered["refused"] >= 20, covered
-    assert covered["streams"] >= 20 and covered["steps"] >= 3 * covered["planned"], covered
-    assert min(covered[str(dtype)] for dtype in cases.DTYPES) >= 8, covered
+    assert covered["planned"] >= at_least(covered["cases"] // 4), covered
+    assert min(covered["streams"], covered["refused"]) >= at_least(20), covered
+    assert covered["steps"] >= at_least(3 * covered["planned"]), covered
+    assert min(covered[str(dtype)] for dtype in cases.DTYPES) >= at_least(8), covered
     cases_checked(covered["cases"])

@@ -17,7 +17,10 @@ from mnv2_kernels import joined
 from mnv2_kernels.chained import FusedSequential
 from mnv2_kernels.extension import missing
 
-pytestmark = pytest.mark.skipif(missing is not None, reason=f"no compiled kernels: {missing}")
+pytestmark = [
+    pytest.mark.skipif(missing is not None, reason=f"no compiled kernels: {missing}"),
+    pytest.mark.usefixtures("settled"),
+]
 
 
 @pytest.fixture

@@ -19,7 +19,10 @@ from mnv2_kernels import joined
 from mnv2_kernels.extension import missing
 from mnv2_kernels.whole import WholeNetwork
 
-pytestmark = pytest.mark.skipif(missing is not None, reason=f"no compiled kernels: {missing}")
+pytestmark = [
+    pytest.mark.skipif(missing is not None, reason=f"no compiled kernels: {missing}"),
+    pytest.mark.usefixtures("settled"),
+]
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "torchvision": lambda: torchvision.models.mobilenet_v2(width_mult=0.35, num_classes=10),
@@ -393,6 +396,19 @@ def test_other_ends(calls):
         calls.clear()
         assert_same(mk.fuse(original)(x), expect(original, x))
         assert calls and set(calls) == {4}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel, stride, padding", [(3, 1, 1), (3, 1, "same"), (5, 2, 0)])
+def test_other_beginnings(kernel, stride, padding, calls):
+    """As for small images: no stem that the kernels have, but blocks that run together."""
+    original = ready(timm.create_model("mobilenetv2_050", num_classes=10))
+    original.conv_stem = nn.Conv2d(3, 16, kernel, stride, padding)
+    x = torch.randn(2, 3, 40, 36)
+    model = mk.fuse(original)
+    for _ in range(3):
+        assert_same(model(x), expect(original, x))
+    assert calls and set(calls) == {4}
 
 
 @torch.no_grad()

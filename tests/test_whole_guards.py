@@ -21,7 +21,7 @@ from mnv2_kernels.whole import WholeNetwork
 
 pytestmark = [
     pytest.mark.skipif(missing is not None, reason=f"no compiled kernels: {missing}"),
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "settled"),
 ]
 
 
