@@ -24,7 +24,11 @@ CHANNELS = st.one_of(st.integers(1, 40), st.sampled_from((48, 64, 80, 96, 144, 2
 SIZES = st.integers(1, 23)
 CLIPS = st.one_of(
     st.sampled_from((NO_CLIP, RELU, RELU6)),
-    st.tuples(st.floats(-2, 0, width=32), st.floats(0, 3, width=32)),
+    st.tuples(
+        # Between bounds that are nearly equal, the least error of a sum is as large as a result.
+        st.one_of(st.just(0.0), st.floats(-2, -1 / 64, width=32)),
+        st.one_of(st.just(0.0), st.floats(1 / 64, 3, width=32)),
+    ),
 )
 # (channels, sizes): now and then many channels of small images, or large images of few channels.
 EXTENTS = (
