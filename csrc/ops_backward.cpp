@@ -71,7 +71,7 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor&
     const BackwardSchedule schedule = choose_backward_schedule(args, isa.lanes);
     const BackwardSplit split = choose_backward_split(args, schedule);
 
-    // parts[i] of range i of images, x_parts[i] of range i of chunks.
+    // parts[i] of range i of images, x_parts[i] of range i of groups.
     std::vector<Tensors> parts(split.images);
     std::vector<at::Tensor> x_parts(split.hidden);
     for (size_t i = 1; i < kTensors; i++)
@@ -85,8 +85,11 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor&
                              : x_parts[0];
 
     const int64_t floats = backward_scratch(args, schedule);
-    const at::Tensor scratch =
-        at::empty({at::get_num_threads() * floats}, at::TensorOptions().dtype(at::kFloat));
+    const bool sums_x = needs_grad[0] && args.expansion && split.hidden < schedule.groups;
+    const int64_t most_images = (args.N + split.images - 1) / split.images;
+    const int64_t x_floats = sums_x ? most_images * args.H * args.W * args.in_channels : 0;
+    const at::Tensor scratch = at::empty({at::get_num_threads() * (floats + x_floats)},
+                                         at::TensorOptions().dtype(at::kFloat));
     auto* const scratch_begin = scratch.mutable_data_ptr<float>();
     const BackwardFn run = select_backward_kernel(isa.name).run;
     at::parallel_for(0, split.images * split.hidden, 1, [&](int64_t begin, int64_t end) {
@@ -94,10 +97,10 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor&
             const int64_t images = task / split.hidden, hidden = task % split.hidden;
             Tensors own = parts[images];
             own[0] = x_parts[hidden];
+            float* const mine = scratch_begin + at::get_thread_num() * (floats + x_floats);
             run(args, schedule, pointers(own), images * args.N / split.images,
-                (images + 1) * args.N / split.images, hidden * schedule.chunks / split.hidden,
-                (hidden + 1) * schedule.chunks / split.hidden,
-                scratch_begin + at::get_thread_num() * floats);
+                (images + 1) * args.N / split.images, hidden * schedule.groups / split.hidden,
+                (hidden + 1) * schedule.groups / split.hidden, mine + floats, mine);
         }
     });
 

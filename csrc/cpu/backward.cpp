@@ -39,6 +39,7 @@ BackwardSchedule choose_backward_schedule(const BlockSizes& sizes, int64_t lanes
     const int64_t chunks = (sizes.hidden_channels + most - 1) / most;
     schedule.chunk = round_up((sizes.hidden_channels + chunks - 1) / chunks, lanes);
     schedule.chunks = (sizes.hidden_channels + schedule.chunk - 1) / schedule.chunk;
+    schedule.groups = std::min(schedule.chunks, kTasks);
     schedule.rows = 1;
     while (schedule.rows < sizes.H_out &&
            band_floats(sizes, schedule.chunk, schedule.rows + 1) <= kBandFloats)
@@ -64,7 +65,7 @@ BackwardSplit choose_backward_split(const BlockSizes& sizes, const BackwardSched
                                  sizes.out_channels + 2);
     BackwardSplit best{1, 1};
     int64_t best_floats = 0;
-    for (int64_t hidden = 1; hidden <= std::min(schedule.chunks, kTasks); hidden++) {
+    for (const int64_t hidden : {int64_t{1}, schedule.groups}) {
         const int64_t images =
             std::clamp<int64_t>(kTasks / hidden, 1, std::max<int64_t>(sizes.N, 1));
         const int64_t floats = (images - 1) * weights + (hidden - 1) * x;

@@ -22,12 +22,13 @@ struct Gradients {
     float *x, *w_expand, *b_expand, *w_dw, *b_dw, *w_project;
 };
 
-// How a call is cut: chunks of hidden channels, and bands of output rows. Depends on the block's
-// sizes alone, as every sum's order does.
+// How a call is cut: chunks of hidden channels, and bands of output rows. Depends on the sizes of
+// one image alone, as the order of every sum over one does.
 struct BackwardSchedule {
     int64_t chunk;  // hidden channels, a multiple of the lanes
     int64_t chunks;
-    int64_t rows;  // output rows of a band
+    int64_t groups;  // of chunks: each has a sum for grad_x, and these are added up in order
+    int64_t rows;    // output rows of a band
     // Of the scratch: input rows (expansion and its gradient), output rows of the gradient.
     int64_t in_rows, grad_rows;
 };
@@ -37,19 +38,21 @@ BackwardSchedule choose_backward_schedule(const BlockSizes& sizes, int64_t lanes
 // Floats of one thread's scratch.
 int64_t backward_scratch(const BlockSizes& sizes, const BackwardSchedule& schedule);
 
-// Tasks of one call that share nothing but what they read: `images` ranges of images times `hidden`
-// ranges of chunks. All but the first range of images have weight gradients of their own, all but
-// the first range of chunks a gradient of x, which are added up in order.
+// Tasks of one call that share nothing but what they read: `images` ranges of images, and of each
+// `hidden` ranges of groups, that is one or all groups apart. All but the first range of images
+// have weight gradients of their own, all but the first range of groups a gradient of x, which are
+// added up in order.
 struct BackwardSplit {
     int64_t images, hidden;
 };
 
 BackwardSplit choose_backward_split(const BlockSizes& sizes, const BackwardSchedule& schedule);
 
-// Images [image_begin, image_end) of chunks [chunk_begin, chunk_end).
+// Images [image_begin, image_end) of groups [group_begin, group_end). `sum_of_x` has room for the
+// gradient of these images' x; it is only used for more than one group of a block with expansion.
 using BackwardFn = void (*)(const BackwardArgs&, const BackwardSchedule&, const Gradients&,
-                            int64_t image_begin, int64_t image_end, int64_t chunk_begin,
-                            int64_t chunk_end, float* scratch);
+                            int64_t image_begin, int64_t image_end, int64_t group_begin,
+                            int64_t group_end, float* sum_of_x, float* scratch);
 
 // The same for every instruction set; the name is that of the row in kernels.h.
 struct BackwardKernel {

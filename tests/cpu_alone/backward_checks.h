@@ -89,8 +89,9 @@ inline void check_backward(std::mt19937& engine, const BlockSizes& s, const Bloc
     const BackwardSchedule schedule = choose_backward_schedule(s, kernel().lanes);
     const int64_t floats = backward_scratch(s, schedule);
     auto* const scratch = static_cast<float*>(memory.allocate(floats * 4, true));
+    auto* const sum_of_x = static_cast<float*>(memory.allocate(right_x.size() * 4, true));
     select_backward_kernel(kernel().name)
-        .run(in.args, schedule, out, 0, s.N, 0, schedule.chunks, scratch);
+        .run(in.args, schedule, out, 0, s.N, 0, schedule.groups, sum_of_x, scratch);
     counts().calls++, counts().chunks += schedule.chunks > 1;
     counts().strips += schedule.rows < s.H_out;
     const auto compare_to = [&](const Numbers& numbers, const float* given) {
