@@ -11,7 +11,7 @@ using Word = uint64_t;
 
 constexpr size_t kLine = 64;
 // Dicts whose memory is asked for before it is read: it comes from L3 where layers ran in between.
-constexpr size_t kAhead = 12;
+constexpr size_t kAhead = 24;
 
 Word word(const void* address) { return reinterpret_cast<Word>(address); }
 

@@ -8,6 +8,7 @@ library.
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from .compiled import folds_when_run, forget, run_layers
 from .fold import BlockLayers, ConvNorm, fold_layers, unfold_gradients
 from .freeze import is_frozen, why_mode_matters
 from .ops import op_arguments, run
+from .snapshot import Snapshot
 from .stand_in import StandIn
 from .tracing import is_observed, trace_symbolically
 from .watched import Folded, Watched, fold_once
@@ -61,20 +63,23 @@ class FusedModule(nn.Module):
         return self._eager_forward(x, *args, **kwargs)
 
     def _eager_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        backend = self._backend_for(x)
+        settled = self._watched.settled  # Read once: another thread may see something else.
+        if settled is not None and not (settled.block is self and settled.snapshot.holds()):
+            settled = None
+        backend = self._backend_for(x) if settled is None else self._chosen_for(x)
         if backend is None or torch._C._are_functorch_transforms_active():
             return self.plain_forward(x, *args, **kwargs)
         if is_observed():
             if torch.onnx.is_in_onnx_export():
                 return self.plain_forward(x, *args, **kwargs)
             return run(backend, x, self._fold_arguments())
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (settled is None or settled.requires_grad):
             tensors = self._watched.tensors()
             if any(t.requires_grad for t in tensors):
                 if backend == "reference":
                     return run(backend, x, self._fold_arguments())
                 return _FromParameters.apply(self, backend, x, *tensors)
-        return run(backend, x, self.folded_arguments())
+        return run(backend, x, self._look() if settled is None else settled.arguments)
 
     @property
     def config(self) -> BlockConfig:
@@ -114,9 +119,24 @@ class FusedModule(nn.Module):
         """What a forward of x runs on; None for the plain layers."""
         if self._why_layers_needed() is not None:
             return None
+        return self._chosen_for(x)
+
+    def _chosen_for(self, x: Tensor) -> str | None:
         backend = choose(self.backend, x, self._watched.block)
         # The layers themselves are as good as the reference, which has to be asked for.
         return None if backend == "reference" != self.backend else backend
+
+    def _look(self) -> tuple:
+        """The folded arguments; where they are those of the last call, the next ones need not look
+        at every layer.
+        """
+        before, arguments = self._folded, self.folded_arguments()
+        if before is not None and before is self._folded:
+            settled = _Settled.of(self, arguments)
+            # Once more: something may have changed before the snapshot.
+            if self._why_layers_needed() is None and self.folded_arguments() is arguments:
+                self._watched.settled = settled
+        return arguments
 
     def folded_arguments(self) -> tuple:
         """The op's arguments behind x for the parameters as they are now, without a graph to them.
@@ -169,6 +189,21 @@ class FusedModule(nn.Module):
             f"torch.jit.script: {type(self).__name__} cannot be scripted; use torch.export or"
             " torch.jit.trace, or script the model that `unfuse` returns"
         )
+
+
+class _Settled(NamedTuple):
+    """What a look at a block and all inside has come to, as long as the snapshot holds."""
+
+    block: FusedModule
+    snapshot: Snapshot
+    arguments: tuple
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, block: FusedModule, arguments: tuple) -> "_Settled":
+        snapshot = Snapshot(block.modules())
+        requires_grad = any(t.requires_grad for t in block._watched.tensors())
+        return cls(block, snapshot, arguments, requires_grad)
 
 
 def why_overridden(

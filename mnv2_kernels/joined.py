@@ -88,11 +88,20 @@ class Joined:
             return run_plan(x, program.weights, program.integers, program.bounds)
 
     def _look(self) -> _Known | None:
-        """The weights as they are now; None where the layers have to run one by one."""
-        before = self._known
-        # First of all: what changes meanwhile is seen by the next call. Not before there are
-        # weights that a snapshot could be of.
-        snapshot = None if before is None else Snapshot(self._modules())
+        """The weights as they are now; None where the layers have to run one by one.
+
+        Where they are those of the last call, the next ones need not look at every layer.
+        """
+        before, known = self._known, self._look_closely()
+        if known is not None and known is before:
+            snapshot = Snapshot(self._modules())
+            requires_grad = any(t.requires_grad for t in self._watched.tensors())
+            # Once more: something may have changed before the snapshot.
+            if self._look_closely() is known:
+                self._seen = _Seen(snapshot, known, requires_grad)
+        return known
+
+    def _look_closely(self) -> _Known | None:
         if (
             not all(place.holds() for place in self._around)
             or any(map(_is_training, self._modal))
@@ -100,13 +109,9 @@ class Joined:
             or self._watched.why_touched() is not None
         ):
             return None
-        requires_grad = any(t.requires_grad for t in self._watched.tensors())
-        if requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(t.requires_grad for t in self._watched.tensors()):
             return None
-        known = self._current()
-        if known is not None and known is before:
-            self._seen = _Seen(snapshot, known, requires_grad)
-        return known
+        return self._current()
 
     def _modules(self) -> set[nn.Module]:
         """All that is looked at."""

@@ -25,8 +25,8 @@ _dicts_of = itemgetter(
 class Snapshot:
     """Modules as they are now: their classes, attributes, children, hooks and tensors.
 
-    Needs the compiled extension. The memory that tensors have now has to be kept by the caller, for
-    no other to get the same address.
+    The memory that tensors have now has to be kept by the caller, for no other to get the same
+    address. Without the compiled extension no snapshot ever holds.
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
@@ -34,7 +34,8 @@ class Snapshot:
         owns = [vars(module) for module in self._modules]
         self._dicts = [*owns, *chain.from_iterable(map(_dicts_of, owns))]
         self._steps = optimizer_steps()
-        seen = extension.module.Snapshot.take(self._modules, self._dicts)
+        taking = None if extension.module is None else extension.module.Snapshot.take
+        seen = taking and taking(self._modules, self._dicts)
         # No other object gets the address of one of these.
         values = [[*held, *held.values()] for held in self._dicts]
         lists = [value[:] for held in values for value in held if isinstance(value, list)]

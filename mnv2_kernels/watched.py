@@ -46,6 +46,9 @@ class Watched:
     looking is cheap.
     """
 
+    # What is known as long as a snapshot holds: it cannot be among what the snapshot is of.
+    settled: Any = None
+
     def __init__(
         self, module: nn.Module, stages: Sequence[ConvNorm] = (), further: Sequence[nn.Module] = ()
     ):
@@ -85,6 +88,9 @@ class Watched:
     def _find_own(self) -> None:
         self.own = [m.__dict__ for m in (*self.fixed, *self.norms)]
         self.own_of_convs = [conv.__dict__ for conv in self.convs]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "settled": None}
 
     def __setstate__(self, state: dict) -> None:
         """A copy of a module has another `__dict__` than the copy of its `__dict__`."""

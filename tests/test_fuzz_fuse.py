@@ -193,7 +193,8 @@ def act(kind: str, original: nn.Module, model: nn.Module, x: Tensor) -> str | No
     if kind == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             y, eager = model(x), plain(original)(x)
-        if y.dtype != eager.dtype:
+        # An x that torchvision's newer blocks add in place is rounded to 16 bits by them alone.
+        if y.dtype not in (eager.dtype, x.dtype):
             return f"{y.dtype} in autocast, not {eager.dtype}"
         truth = plain(original).double()(x.double())
         error, eager_error = ((z.double() - truth).abs().max() for z in (y, eager))

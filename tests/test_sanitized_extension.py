@@ -25,7 +25,8 @@ pytestmark = [
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
     pytest.mark.timeout(3000),
 ]
-HOST = ("bindings", "host", "ops_backward", "ops_cpu", "ops_plan", "program", "cuda/choose")
+HOST = [*(p for p in (ROOT / "csrc").glob("*.cpp") if "cuda" not in p.name)]
+HOST.append(ROOT / "csrc/cuda/choose.cpp")
 PARTS = {
     "values": ["test_inverted_residual.py", "-k", "cpu and (S2 or S3 or S4)"],
     "canaries": ["test_memory_safety.py", "-k", "neighbours and cpu"],
@@ -49,9 +50,8 @@ def package(tmp_path_factory) -> Path:
         "-DTORCH_API_INCLUDE_EXTENSION_H",
     ]
     objects = list(map(str, cpu_driver.objects(best, ADDRESS)))
-    for name in HOST:
-        objects.append(str(folder / f"{Path(name).stem}.o"))
-        source = ROOT / "csrc" / f"{name}.cpp"
+    for source in HOST:
+        objects.append(str(folder / f"{source.stem}.o"))
         subprocess.run(["g++", *flags, "-c", source, "-o", objects[-1]], check=True)
     libraries = Path(torch.__file__).parent / "lib"
     (folder / "mnv2_kernels").mkdir()

@@ -10,11 +10,15 @@ import pytest
 import timm
 import torch
 import torchvision
+from random_networks import BLOCKS, CHAINS, Network, Piece, build, settle
 from torch import Tensor, nn
+from torchvision.models.mobilenetv2 import InvertedResidual
 
 import mnv2_kernels as mk
 from mnv2_kernels import extension, joined
+from mnv2_kernels.chained import FusedChain
 from mnv2_kernels.extension import missing
+from mnv2_kernels.fused import FusedModule
 from mnv2_kernels.snapshot import Snapshot
 
 pytestmark = pytest.mark.skipif(missing is not None, reason=f"no compiled kernels: {missing}")
@@ -237,8 +241,45 @@ def test_a_chain_looks_closer_only_after_changes(looks, one_thread):
     assert len(looks) == 4
 
 
-def test_gradients_wanted_now_and_then(one_thread):
-    model, x = mk.fuse(chain()), torch.randn(1, 8, 9, 7)
+@torch.no_grad()
+def test_a_block_looks_closer_only_after_changes(monkeypatch, one_thread):
+    looks = []
+
+    def look(self, own=FusedModule._look):
+        looks.append(self)
+        return own(self)
+
+    monkeypatch.setattr(FusedModule, "_look", look)
+    original, x = InvertedResidual(8, 8, 1, 6).eval(), torch.randn(1, 8, 9, 7)
+    model = mk.fuse(original)
+    for _ in range(6):
+        model(x)
+    assert len(looks) == 2
+    for part in (model, original):
+        part.conv[1][1].running_var.mul_(4)
+    for _ in range(4):
+        torch.testing.assert_close(model(x), original(x), rtol=1e-4, atol=1e-4)
+    assert len(looks) == 4
+    shallow = copy.copy(model)
+    shallow(x)
+    assert len(looks) == 5, "a copy of the module is another module"
+
+
+@pytest.mark.parametrize("kind", [*BLOCKS, *CHAINS])
+def test_blocks_rest_on_nothing_else_than_their_modules(kind):
+    piece = Piece(kind, 4)
+    model = mk.fuse(settle(build(Network(1, 4, (piece,))), torch.randn(4, 4, 7, 6)))
+    found = [m for m in model.modules() if isinstance(m, FusedModule)]
+    found += [run.block for m in model.modules() if isinstance(m, FusedChain) for run in m.runs]
+    for block in found:
+        watched = block._watched
+        rested_on = {*watched.norms, *watched.fixed, *watched.drops}
+        assert rested_on | {module for *_, module in watched.places} <= {*block.modules()}
+
+
+@pytest.mark.parametrize("build_model", [lambda: chain()[0], chain], ids=["block", "chain"])
+def test_gradients_wanted_now_and_then(build_model, one_thread):
+    model, x = mk.fuse(build_model()), torch.randn(1, 8, 9, 7)
     for _ in range(3):
         with torch.no_grad():
             assert not model(x).requires_grad
@@ -248,8 +289,9 @@ def test_gradients_wanted_now_and_then(one_thread):
 
 
 @torch.no_grad()
-def test_models_that_were_called_are_collected(one_thread):
-    model = mk.fuse(chain())
+@pytest.mark.parametrize("build_model", [lambda: chain()[0], chain], ids=["block", "chain"])
+def test_models_that_were_called_are_collected(build_model, one_thread):
+    model = mk.fuse(build_model())
     for _ in range(4):
         model(torch.randn(1, 8, 9, 7))
     gone = [weakref.ref(module) for module in model.modules()]
