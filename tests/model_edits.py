@@ -207,8 +207,9 @@ def copied(models: Models, which: int) -> Models:
 
 
 def pickled(models: Models, which: int) -> Models:
-    if any(parametrize.is_parametrized(m) for m in models[0].modules()):
-        return models  # PyTorch pickles none of these.
+    parts = list(models[0].modules())
+    if any(parametrize.is_parametrized(m) or "forward" in vars(m) for m in parts):
+        return models  # Neither PyTorch nor pickle takes these.
     return pickle.loads(pickle.dumps(models))
 
 

@@ -6,7 +6,7 @@ call. Failures ever found are examples of `check_network`.
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cases
 import pytest
@@ -104,6 +104,9 @@ def why_other(original: nn.Module, model: nn.Module, x: Tensor) -> str | None:
     if x.dtype == torch.float64 or not finite.all():
         near = torch.allclose(y.double(), truth.truth, equal_nan=True)
         return None if near else "other values"
+    if y.numel() < 100:
+        # The mean of a few errors says no more than the largest of them.
+        truth = replace(truth, eager_mean=truth.eager_max)
     return why_wrong(y, truth)
 
 
@@ -193,8 +196,9 @@ def act(kind: str, original: nn.Module, model: nn.Module, x: Tensor) -> str | No
     if kind == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             y, eager = model(x), plain(original)(x)
-        # An x that torchvision's newer blocks add in place is rounded to 16 bits by them alone.
-        if y.dtype not in (eager.dtype, x.dtype):
+        # What torchvision's newer blocks add in place, they alone round to 16 bits; and its frozen
+        # norms are in float32, whatever they stand behind.
+        if y.dtype not in (eager.dtype, x.dtype, torch.bfloat16):
             return f"{y.dtype} in autocast, not {eager.dtype}"
         truth = plain(original).double()(x.double())
         error, eager_error = ((z.double() - truth).abs().max() for z in (y, eager))
