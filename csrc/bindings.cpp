@@ -138,6 +138,12 @@ pybind11::dict describe_program(const std::vector<int64_t>& integers,
     return description;
 }
 
+pybind11::object take_snapshot(const pybind11::list& objects, const pybind11::list& names) {
+    auto taken = mnv2::Snapshot::take(objects, names);
+    if (!taken) return pybind11::none();
+    return pybind11::make_tuple(std::move(taken->snapshot), taken->dicts, taken->alive);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -154,10 +160,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("describe_program", &describe_program, pybind11::arg("program"), pybind11::arg("bounds"),
           pybind11::arg("dtype"), pybind11::arg("threads"),
           "Bytes of line buffers of a program, and which steps go row by row.");
-    pybind11::class_<mnv2::Snapshot>(m, "Snapshot", "What objects and dicts were at one moment.")
+    pybind11::class_<mnv2::Snapshot>(m, "Snapshot", "What objects and their dicts were.")
         .def_static(
-            "take", &mnv2::Snapshot::take, arg("objects"), arg("dicts"),
-            "Of the objects their classes, of the dicts their values; None: cannot be seen.")
+            "take", &take_snapshot, arg("objects"), arg("names"),
+            "The snapshot of objects, their dicts and those under names in them, and what to"
+            " keep alive for it; None: cannot be seen.")
         .def("matches", &mnv2::Snapshot::matches, arg("objects"), arg("dicts"),
              "Whether a snapshot of the same objects would be equal.");
     m.def("fma_peak", &fma_peak, arg("kernel"), arg("threads"), arg("seconds"),

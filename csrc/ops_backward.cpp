@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <vector>
@@ -87,9 +88,12 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor&
     const int64_t floats = backward_scratch(args, schedule);
     const bool sums_x = needs_grad[0] && args.expansion && split.hidden < schedule.groups;
     const int64_t most_images = (args.N + split.images - 1) / split.images;
-    const int64_t x_floats = sums_x ? most_images * args.H * args.W * args.in_channels : 0;
-    const at::Tensor scratch = at::empty({at::get_num_threads() * (floats + x_floats)},
-                                         at::TensorOptions().dtype(at::kFloat));
+    // Every thread's begins at a multiple of a cache line.
+    const int64_t x_floats =
+        sums_x ? (most_images * args.H * args.W * args.in_channels + 15) / 16 * 16 : 0;
+    const int64_t threads = std::min<int64_t>(at::get_num_threads(), split.images * split.hidden);
+    const at::Tensor scratch =
+        at::empty({threads * (floats + x_floats)}, at::TensorOptions().dtype(at::kFloat));
     auto* const scratch_begin = scratch.mutable_data_ptr<float>();
     const BackwardFn run = select_backward_kernel(isa.name).run;
     at::parallel_for(0, split.images * split.hidden, 1, [&](int64_t begin, int64_t end) {

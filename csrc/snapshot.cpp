@@ -12,35 +12,50 @@ using Word = uint64_t;
 constexpr size_t kLine = 64;
 // Dicts whose memory is asked for before it is read: it comes from L3 where layers ran in between.
 constexpr size_t kAhead = 24;
+// Sequences in sequences; a list may have itself inside.
+constexpr int kDeepest = 8;
+// Items of one that are still cheap to look at.
+constexpr Py_ssize_t kLongest = 1000;
 
 Word word(const void* address) { return reinterpret_cast<Word>(address); }
 
 // What is looked at behind a value, in the low bits of its address.
-enum Kind : Word { kPlain, kTensor, kList, kKindBits = 3 };
+enum Kind : Word { kPlain, kTensor, kSequence, kKindBits = 3 };
 
-// A tuple of lists or a list of lists: items that may change while all that is seen stays.
-bool holds_a_list(PyObject* sequence) {
-    const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence);
-    PyObject** items = PySequence_Fast_ITEMS(sequence);
-    return std::any_of(items, items + count, [](PyObject* item) {
-        return PyList_Check(item) || (PyTuple_CheckExact(item) && holds_a_list(item));
-    });
+// Items that may change while the sequence stays: of a list, of a tuple that has one inside.
+bool has_a_list(PyObject* value, int depth = 0) {
+    if (!PyTuple_Check(value) || depth == kDeepest) return PyList_Check(value) || depth == kDeepest;
+    PyObject** items = PySequence_Fast_ITEMS(value);
+    return std::any_of(items, items + PyTuple_GET_SIZE(value),
+                       [depth](PyObject* item) { return has_a_list(item, depth + 1); });
 }
 
-// Two ways to walk over the same objects. Both answer false to end the walk.
+// By its real class: what an object says of its class may run Python, and need not be true.
+bool is_tensor(PyObject* value) {
+    return PyObject_TypeCheck(value, reinterpret_cast<PyTypeObject*>(THPVariableClass));
+}
+
+// Two ways to walk over the same objects. Both answer false to end the walk. Neither runs Python,
+// which could change what is walked over.
 struct Recorder {
     std::vector<Word> words;
     std::vector<const void*> lines;
+    std::vector<pybind11::object> alive;
 
     bool see(Word word) {
         words.push_back(word);
         return true;
     }
 
+    bool see_object(PyObject* object) {
+        alive.push_back(pybind11::reinterpret_borrow<pybind11::object>(object));
+        return see(word(object));
+    }
+
     std::optional<Kind> see_value(PyObject* value) {
-        if ((PyList_Check(value) || PyTuple_CheckExact(value)) && holds_a_list(value)) return {};
-        const Kind kind = THPVariable_Check(value) ? kTensor : PyList_Check(value) ? kList : kPlain;
-        see(word(value) | kind);
+        const Kind kind = is_tensor(value) ? kTensor : has_a_list(value) ? kSequence : kPlain;
+        see_object(value);
+        words.back() |= kind;
         return kind;
     }
 
@@ -57,6 +72,8 @@ struct Comparer {
 
     bool see(Word word) { return at != end && *at++ == word; }
 
+    bool see_object(PyObject* object) { return see(word(object)); }
+
     std::optional<Kind> see_value(PyObject* value) {
         if (at == end || (*at & ~kKindBits) != word(value)) return {};
         return static_cast<Kind>(*at++ & kKindBits);
@@ -71,7 +88,7 @@ bool see_tensor(PyObject* object, Walk& walk) {
     c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
     walk.will_read(&tensor, sizeof tensor);
     walk.will_read(impl, sizeof *impl);
-    if (!impl->has_storage() || impl->has_symbolic_sizes_strides() ||
+    if (!impl->has_storage() || impl->has_symbolic_sizes_strides() || tensor.is_nested() ||
         impl->layout() != at::kStrided)
         return false;
     const c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
@@ -89,11 +106,16 @@ bool see_tensor(PyObject* object, Walk& walk) {
 }
 
 template <class Walk>
-bool see_items(PyObject* list, Walk& walk) {
-    const Py_ssize_t count = PyList_GET_SIZE(list);
-    bool same = walk.see(count);
-    for (Py_ssize_t i = 0; same && i < count; i++) same = walk.see(word(PyList_GET_ITEM(list, i)));
-    return same;
+bool see_value(PyObject* value, Walk& walk, int depth = 0) {
+    const std::optional<Kind> kind = walk.see_value(value);
+    if (!kind) return false;
+    if (*kind == kTensor) return see_tensor(value, walk);
+    if (*kind == kPlain) return true;
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(value);
+    if (depth == kDeepest || count > kLongest || !walk.see(count)) return false;
+    PyObject** items = PySequence_Fast_ITEMS(value);
+    return std::all_of(items, items + count,
+                       [&](PyObject* item) { return see_value(item, walk, depth + 1); });
 }
 
 template <class Walk>
@@ -114,35 +136,55 @@ bool see_dict(PyObject* dict, Walk& walk) {
     Py_ssize_t position = 0;
     PyObject *key, *value;
     while (PyDict_Next(dict, &position, &key, &value)) {
-        if (!walk.see(word(key))) return false;
-        const std::optional<Kind> kind = walk.see_value(value);
-        if (!kind || (*kind == kTensor && !see_tensor(value, walk)) ||
-            (*kind == kList && !see_items(value, walk)))
-            return false;
+        if (!walk.see_object(key)) return false;
+        if (!see_value(value, walk)) return false;
     }
     return true;
 }
 
+// Its `__dict__`; nothing where it has none.
+pybind11::object dict_of(pybind11::handle object) {
+    PyObject* const dict = PyObject_GenericGetDict(object.ptr(), nullptr);
+    if (dict == nullptr) PyErr_Clear();
+    return pybind11::reinterpret_steal<pybind11::object>(dict);
+}
+
 template <class Walk>
-bool see_classes(const pybind11::list& objects, Walk& walk) {
-    return std::all_of(objects.begin(), objects.end(), [&](pybind11::handle object) {
-        return walk.see(word(Py_TYPE(object.ptr())));
-    });
+bool see_classes_and_dicts(const pybind11::list& objects, Walk& walk) {
+    for (const pybind11::handle object : objects) {
+        const pybind11::object dict = dict_of(object);
+        auto* const kind = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+        if (!dict || !walk.see_object(kind) || !walk.see_object(dict.ptr())) return false;
+    }
+    return true;
 }
 
 }  // namespace
 
-std::optional<Snapshot> Snapshot::take(const pybind11::list& objects, const pybind11::list& dicts) {
+std::optional<Snapshot::Taken> Snapshot::take(const pybind11::list& objects,
+                                              const pybind11::list& names) {
+    Taken taken;
+    for (const pybind11::handle object : objects) {
+        const pybind11::object own = dict_of(object);
+        if (!own || !PyDict_Check(own.ptr())) return {};
+        taken.dicts.append(own);
+        for (const pybind11::handle name : names) {
+            PyObject* const inside = PyDict_GetItem(own.ptr(), name.ptr());
+            if (inside == nullptr) return {};
+            taken.dicts.append(pybind11::handle(inside));
+        }
+    }
     Recorder recorder;
-    Snapshot taken;
-    if (!see_classes(objects, recorder)) return {};
-    for (const auto& dict : dicts) {
+    Snapshot& snapshot = taken.snapshot;
+    if (!see_classes_and_dicts(objects, recorder)) return {};
+    for (const pybind11::handle dict : taken.dicts) {
         const size_t before = recorder.lines.size();
         if (!see_dict(dict.ptr(), recorder)) return {};
-        taken.lines_of_dicts_.push_back(recorder.lines.size() - before);
+        snapshot.lines_of_dicts_.push_back(recorder.lines.size() - before);
     }
-    taken.words_ = std::move(recorder.words);
-    taken.lines_ = std::move(recorder.lines);
+    snapshot.words_ = std::move(recorder.words);
+    snapshot.lines_ = std::move(recorder.lines);
+    for (const pybind11::object& object : recorder.alive) taken.alive.append(object);
     return taken;
 }
 
@@ -157,8 +199,8 @@ bool Snapshot::matches(const pybind11::list& objects, const pybind11::list& dict
         asked_for++;
     };
     while (asked_for < std::min(kAhead, lines_of_dicts_.size())) ask_for_next();
-    if (!see_classes(objects, comparer)) return false;
-    for (const auto& dict : dicts) {
+    if (!see_classes_and_dicts(objects, comparer)) return false;
+    for (const pybind11::handle dict : dicts) {
         ask_for_next();
         if (!see_dict(dict.ptr(), comparer)) return false;
     }

@@ -9,17 +9,20 @@
 
 namespace mnv2 {
 
-// What is seen of some objects: the class of each of `objects`; of each of `dicts` its keys and
-// values, by identity and in order; and of these values the items of lists, and the memory, layout
-// and version of tensors. Identities mean something while their objects are alive, which is the
-// caller's task: nothing is held here, so that garbage collection need not know of it.
+// What is seen of some objects: the class and the `__dict__` of each; of each of their dicts the
+// keys and values, by identity and in order; and of these values the items of lists, and the
+// memory, layout and version of tensors. Nothing is held here, so that garbage collection need not
+// know of it: identities mean something while `Taken::alive` is.
 class Snapshot {
  public:
-    // Nothing where that would not say enough: a tensor without memory of its own, a list in a
-    // list.
-    static std::optional<Snapshot> take(const pybind11::list& objects, const pybind11::list& dicts);
+    struct Taken;
 
-    // Whether a snapshot of the same objects would be equal.
+    // Of every object's `__dict__`, and of the dicts that it has under `names`. Nothing where that
+    // would not say enough: where one is no plain dict (an empty one of another kind will do),
+    // where tensors have no memory of their own, or sequences are too long or too deep.
+    static std::optional<Taken> take(const pybind11::list& objects, const pybind11::list& names);
+
+    // Whether a snapshot of the same objects would be equal; `dicts` are those that were taken.
     bool matches(const pybind11::list& objects, const pybind11::list& dicts) const;
 
  private:
@@ -27,6 +30,12 @@ class Snapshot {
     // What `matches` is going to read, in that order, and how much of it for each dict.
     std::vector<const void*> lines_;
     std::vector<uint32_t> lines_of_dicts_;
+};
+
+struct Snapshot::Taken {
+    Snapshot snapshot;
+    pybind11::list dicts;
+    pybind11::list alive;  // all whose identity was seen
 };
 
 }  // namespace mnv2

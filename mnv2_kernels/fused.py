@@ -20,7 +20,7 @@ from .compiled import folds_when_run, forget, run_layers
 from .fold import BlockLayers, ConvNorm, fold_layers, unfold_gradients
 from .freeze import is_frozen, why_mode_matters
 from .ops import op_arguments, run
-from .snapshot import Snapshot
+from .snapshot import Remembered
 from .stand_in import StandIn
 from .tracing import is_observed, trace_symbolically
 from .watched import Folded, Watched, fold_once
@@ -63,9 +63,7 @@ class FusedModule(nn.Module):
         return self._eager_forward(x, *args, **kwargs)
 
     def _eager_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        settled = self._watched.settled  # Read once: another thread may see something else.
-        if settled is not None and not (settled.block is self and settled.snapshot.holds()):
-            settled = None
+        settled = self._remembered.get()
         backend = self._backend_for(x) if settled is None else self._chosen_for(x)
         if backend is None or torch._C._are_functorch_transforms_active():
             return self.plain_forward(x, *args, **kwargs)
@@ -131,12 +129,15 @@ class FusedModule(nn.Module):
         at every layer.
         """
         before, arguments = self._folded, self.folded_arguments()
-        if before is not None and before is self._folded:
-            settled = _Settled.of(self, arguments)
-            # Once more: something may have changed before the snapshot.
-            if self._why_layers_needed() is None and self.folded_arguments() is arguments:
-                self._watched.settled = settled
+        if before is not None and arguments is before.value:
+            self._remembered.offer(self.modules, self._settled)
         return arguments
+
+    def _settled(self) -> "_Settled | None":
+        if self._why_layers_needed() is not None:
+            return None
+        requires_grad = any(t.requires_grad for t in self._watched.tensors())
+        return _Settled(self.folded_arguments(), requires_grad)
 
     def folded_arguments(self) -> tuple:
         """The op's arguments behind x for the parameters as they are now, without a graph to them.
@@ -160,10 +161,12 @@ class FusedModule(nn.Module):
     def _watch(self) -> None:
         """Remember what the fused forward takes for granted; the end of every constructor."""
         self.__dict__["_watched"] = _WatchedBlock(self, self.block_layers)
+        self.__dict__["_remembered"] = Remembered()
 
     def forget_folded(self) -> None:
         """Drop the cached folded weights: the next forward folds again."""
         self.__dict__["_folded"] = None
+        self._remembered.forget()
         forget(self.block_layers)
 
     def train(self, mode: bool = True) -> "FusedModule":
@@ -181,7 +184,7 @@ class FusedModule(nn.Module):
         return replica
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_folded": None}
+        return {**self.__dict__, "_folded": None, "_remembered": Remembered()}
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script asks for; it would put a replacement into the caller's model."""
@@ -192,18 +195,10 @@ class FusedModule(nn.Module):
 
 
 class _Settled(NamedTuple):
-    """What a look at a block and all inside has come to, as long as the snapshot holds."""
+    """Of a block that its layers are not needed for."""
 
-    block: FusedModule
-    snapshot: Snapshot
     arguments: tuple
     requires_grad: bool
-
-    @classmethod
-    def of(cls, block: FusedModule, arguments: tuple) -> "_Settled":
-        snapshot = Snapshot(block.modules())
-        requires_grad = any(t.requires_grad for t in block._watched.tensors())
-        return cls(block, snapshot, arguments, requires_grad)
 
 
 def why_overridden(

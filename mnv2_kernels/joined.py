@@ -26,7 +26,7 @@ from .links import Link
 from .plan_op import run_plan
 from .program import Layer, Pointwise, Pool, Program, Shape, encode
 from .recognizers import Declined
-from .snapshot import Snapshot
+from .snapshot import Remembered
 from .tracing import is_observed
 from .unchanged import Unchanged
 from .watched import Folded, Watched
@@ -49,9 +49,6 @@ class _Known(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What a look at all modules has come to, as long as the snapshot holds."""
-
-    snapshot: Snapshot
     known: _Known
     requires_grad: bool
 
@@ -69,18 +66,18 @@ class Joined:
         self._watched = Watched.together([link.watched for link in links])
         self._modal = [module for link in links for module in link.modal]
         self._known: _Known | None = None
-        self._seen: _Seen | None = None
+        self._remembered = Remembered()
 
     def run(self, x: Tensor) -> Tensor | None:
         """What the layers make of x (N, C, H, W); None where they have to run one by one.
 
         `may_join(x)` is true.
         """
-        seen = self._seen  # Read once: another thread may see something else.
-        if seen is not None and seen.snapshot.holds():
-            known = None if seen.requires_grad and torch.is_grad_enabled() else seen.known
-        else:
+        seen = self._remembered.get()
+        if seen is None:
             known = self._look()
+        else:
+            known = None if seen.requires_grad and torch.is_grad_enabled() else seen.known
         program = None if known is None else self._program_for(x, known)
         if program is None:
             return None
@@ -88,18 +85,16 @@ class Joined:
             return run_plan(x, program.weights, program.integers, program.bounds)
 
     def _look(self) -> _Known | None:
-        """The weights as they are now; None where the layers have to run one by one.
-
-        Where they are those of the last call, the next ones need not look at every layer.
-        """
+        """The weights as they are now; None where the layers have to run one by one."""
         before, known = self._known, self._look_closely()
         if known is not None and known is before:
-            snapshot = Snapshot(self._modules())
-            requires_grad = any(t.requires_grad for t in self._watched.tensors())
-            # Once more: something may have changed before the snapshot.
-            if self._look_closely() is known:
-                self._seen = _Seen(snapshot, known, requires_grad)
+            self._remembered.offer(self._all_modules, self._seen)
         return known
+
+    def _seen(self) -> _Seen | None:
+        known = self._look_closely()
+        requires_grad = any(t.requires_grad for t in self._watched.tensors())
+        return None if known is None else _Seen(known, requires_grad)
 
     def _look_closely(self) -> _Known | None:
         if (
@@ -113,7 +108,7 @@ class Joined:
             return None
         return self._current()
 
-    def _modules(self) -> set[nn.Module]:
+    def _all_modules(self) -> set[nn.Module]:
         """All that is looked at."""
         return {module for place in self._around for module in place.module.modules()}
 

@@ -1,9 +1,10 @@
 """What a fused forward takes for granted of the layers it stands for, and how it sees a change."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, contains
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +47,6 @@ class Watched:
     looking is cheap.
     """
 
-    # What is known as long as a snapshot holds: it cannot be among what the snapshot is of.
-    settled: Any = None
-
     def __init__(
         self, module: nn.Module, stages: Sequence[ConvNorm] = (), further: Sequence[nn.Module] = ()
     ):
@@ -88,9 +86,6 @@ class Watched:
     def _find_own(self) -> None:
         self.own = [m.__dict__ for m in (*self.fixed, *self.norms)]
         self.own_of_convs = [conv.__dict__ for conv in self.convs]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "settled": None}
 
     def __setstate__(self, state: dict) -> None:
         """A copy of a module has another `__dict__` than the copy of its `__dict__`."""
@@ -185,7 +180,8 @@ def _is_other(now: torch.Size | None, before: torch.Size | None) -> bool:
     return now is not None and now != before
 
 
-class Folded(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Folded:
     """What was computed from the tensors that a `Watched` watches, and their state then.
 
     The aliases keep the old storages alive, so that no new tensor gets their address.

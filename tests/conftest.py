@@ -77,6 +77,7 @@ def settled(monkeypatch):
     """Blocks and chains that ran stand as after many calls: a snapshot says what has changed."""
     from mnv2_kernels.fused import FusedModule
     from mnv2_kernels.joined import Joined
+    from mnv2_kernels.snapshot import Remembered
 
     run, look = Joined.run, FusedModule._look
 
@@ -86,6 +87,7 @@ def settled(monkeypatch):
             self._look()
         return y
 
+    monkeypatch.setattr(Remembered, "_LONGEST", 0)
     monkeypatch.setattr(Joined, "run", run_and_look)
     monkeypatch.setattr(FusedModule, "_look", lambda self: (look(self), look(self))[1])
 

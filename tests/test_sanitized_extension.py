@@ -34,6 +34,7 @@ PARTS = {
     "gradients": ["test_backward.py"],
     "programs": ["test_plan_op.py"],
     "bad calls": ["test_bad_calls.py"],
+    "snapshots": ["test_snapshot.py"],
 }
 
 

@@ -5,6 +5,8 @@ import gc
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -15,13 +17,18 @@ from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 import mnv2_kernels as mk
-from mnv2_kernels import extension, joined
+from mnv2_kernels import joined, snapshot
 from mnv2_kernels.chained import FusedChain
 from mnv2_kernels.extension import missing
 from mnv2_kernels.fused import FusedModule
 from mnv2_kernels.snapshot import Snapshot
+from mnv2_kernels.variants import plain
 
 pytestmark = pytest.mark.skipif(missing is not None, reason=f"no compiled kernels: {missing}")
+
+
+class Settings(NamedTuple):
+    sizes: list[int]
 
 
 class Layer(nn.Conv2d):
@@ -29,6 +36,7 @@ class Layer(nn.Conv2d):
         super().__init__(3, 4, 3)
         self.norm = nn.BatchNorm2d(4)
         self.sizes, self.named, self.scale = [1, 2], {"a": 1}, torch.ones(2)
+        self.nested, self.settings = [[1], (2, [3])], Settings([4])
 
 
 class Other(Layer):
@@ -80,6 +88,10 @@ CHANGES = {
     "training": lambda layer: layer.train(),
     "item of a list": lambda layer: layer.sizes.__setitem__(0, 3),
     "longer list": lambda layer: layer.sizes.append(3),
+    "list in a list": lambda layer: layer.nested[0].append(2),
+    "list in a tuple in a list": lambda layer: layer.nested[1][1].append(2),
+    "list in a named tuple": lambda layer: layer.settings.sizes.append(2),
+    "dictionary of the object": lambda layer: setattr(layer, "__dict__", {**vars(layer)}),
     "class": attribute("__class__", Other),
     "child": attribute("norm", nn.BatchNorm2d(4)),
     "new child": attribute("further", nn.Identity()),
@@ -148,9 +160,20 @@ class Ordered(dict):
     pass
 
 
+class Computed(nn.BatchNorm2d):
+    eps = property(lambda self: 0.5, lambda self, value: None)
+
+
+def add_itself(layer: Layer) -> None:
+    layer.sizes.append(layer.sizes)
+
+
 CANNOT_BE_SEEN = {
-    "a list in a list": attribute("sizes", [[1], 2]),
-    "a list in a tuple": attribute("sizes", (1, ([2],))),
+    "a list in itself": add_itself,
+    "a long list": attribute("sizes", [0] * 5000),
+    "a nested tensor": attribute("scale", torch.nested.nested_tensor([torch.ones(2)])),
+    "a scripted child": lambda layer: setattr(layer, "child", torch.jit.script(nn.Linear(2, 2))),
+    "an attribute that the class computes": attribute("norm", Computed(4)),
     "a tensor without memory": lambda layer: layer.to("meta"),
     "a sparse tensor": attribute("scale", torch.ones(2, 2).to_sparse()),
     "an empty tensor": attribute("scale", torch.ones(0)),
@@ -165,6 +188,34 @@ def test_what_cannot_be_seen_never_holds(name):
     assert not Snapshot(layer.modules()).holds()
 
 
+class Counting(list):
+    def __getitem__(self, index):
+        raise IndexError("not to be called")
+
+
+def dead() -> object:
+    return weakref.proxy(Layer())
+
+
+STRANGE = {
+    "a reference to a tensor": lambda layer: weakref.proxy(layer.weight),
+    "a reference to what is gone": lambda layer: dead(),
+    "what says it is a tensor": lambda layer: Mock(spec=Tensor),
+    "a list of its own kind": lambda layer: Counting([1, 2]),
+    "a list of references": lambda layer: [weakref.proxy(layer.weight), dead()],
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_attributes_are_only_looked_at(name):
+    layer = Layer()
+    vars(layer)["strange"] = STRANGE[name](layer)  # nn.Module asks what it is.
+    taken = Snapshot(layer.modules())
+    assert taken.holds()
+    layer.strange = None
+    assert not taken.holds()
+
+
 def test_inference_tensors():
     with torch.inference_mode():
         layer = Layer()
@@ -172,21 +223,6 @@ def test_inference_tensors():
     assert taken.holds()
     layer.bias = None
     assert not taken.holds()
-
-
-def test_a_change_while_it_is_taken(monkeypatch):
-    layer = Layer()
-
-    def then_change(*lists, take=extension.module.Snapshot.take):
-        seen = take(*lists)
-        layer.stride = (2, 2)
-        return seen
-
-    class Taking:
-        take = staticmethod(then_change)
-
-    monkeypatch.setattr(extension.module, "Snapshot", Taking)
-    assert not Snapshot([layer]).holds()
 
 
 def chain() -> nn.Sequential:
@@ -227,7 +263,7 @@ def test_networks_look_closer_twice(build, looks, one_thread):
 @torch.no_grad()
 def test_a_chain_looks_closer_only_after_changes(looks, one_thread):
     model, x = mk.fuse(chain()), torch.randn(1, 8, 9, 7)
-    for _ in range(6):
+    for _ in range(12):
         model(x)
     assert len(looks) == 2
     for size in (5, 6):
@@ -252,7 +288,7 @@ def test_a_block_looks_closer_only_after_changes(monkeypatch, one_thread):
     monkeypatch.setattr(FusedModule, "_look", look)
     original, x = InvertedResidual(8, 8, 1, 6).eval(), torch.randn(1, 8, 9, 7)
     model = mk.fuse(original)
-    for _ in range(6):
+    for _ in range(12):
         model(x)
     assert len(looks) == 2
     for part in (model, original):
@@ -263,6 +299,51 @@ def test_a_block_looks_closer_only_after_changes(monkeypatch, one_thread):
     shallow = copy.copy(model)
     shallow(x)
     assert len(looks) == 5, "a copy of the module is another module"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build_model", [lambda: chain()[0], chain], ids=["block", "chain"])
+def test_models_that_change_all_the_time_take_few_snapshots(build_model, monkeypatch, one_thread):
+    taken = []
+    monkeypatch.setattr(snapshot, "Snapshot", lambda m: taken.append(1) or Snapshot(m))
+    model, x = mk.fuse(build_model()), torch.randn(1, 8, 9, 7)
+    part = next(m for m in model.modules() if isinstance(m, FusedModule))
+    for number in range(300):
+        part.number = number
+        model(x)
+    assert len(taken) <= 8
+    for _ in range(300):
+        model(x)
+    assert len(taken) <= 9
+
+
+@torch.no_grad()
+def test_weights_and_back_again(one_thread):
+    """The memory of the first weights has others by then."""
+    original, x = chain(), torch.randn(1, 8, 9, 7)
+    model = mk.fuse(original)
+    weights = [part.conv[0][0].weight for part in (model[0], original[0])]
+    first, second = weights[0].data.clone(), weights[0].data.flip(0)
+    for data, calls in ((first, 12), (second, 1), (first, 3)):
+        for weight in weights:
+            weight.data = data
+        for _ in range(calls):
+            torch.testing.assert_close(model(x), plain(original)(x), rtol=1e-4, atol=1e-4)
+        if data is second:
+            first.mul_(1.5)
+
+
+@torch.no_grad()
+def test_what_was_dropped_is_not_kept(one_thread):
+    model, x = mk.fuse(chain()[0]), torch.randn(1, 8, 9, 7)
+    model.note = torch.ones(3)
+    for _ in range(3):
+        model(x)
+    gone = weakref.ref(model.note), weakref.ref(model._folded)
+    model.note = None
+    model.train()
+    gc.collect()
+    assert not any(thing() is not None for thing in gone)
 
 
 @pytest.mark.parametrize("kind", [*BLOCKS, *CHAINS])

@@ -38,10 +38,10 @@ BackwardSchedule choose_backward_schedule(const BlockSizes& sizes, int64_t lanes
 // Floats of one thread's scratch.
 int64_t backward_scratch(const BlockSizes& sizes, const BackwardSchedule& schedule);
 
-// Tasks of one call that share nothing but what they read: `images` ranges of images, and of each
-// `hidden` ranges of groups, that is one or all groups apart. All but the first range of images
-// have weight gradients of their own, all but the first range of groups a gradient of x, which are
-// added up in order.
+// Tasks of one call that share nothing but what they read: `images` ranges of images, and for each
+// either one task of all groups (`hidden` is 1) or one of every group. All but the first range of
+// images have weight gradients of their own, all but the first range of groups a gradient of x,
+// which are added up in order.
 struct BackwardSplit {
     int64_t images, hidden;
 };
