@@ -4,6 +4,7 @@ The truth is the network before `fuse`, in float64; after every edit of the mode
 call. Failures ever found are examples of `check_network`.
 """
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -106,7 +107,7 @@ def why_other(original: nn.Module, model: nn.Module, x: Tensor) -> str | None:
         return None if near else "other values"
     if y.numel() < 100:
         # The mean of a few errors says no more than the largest of them.
-        truth = replace(truth, eager_mean=truth.eager_max)
+        truth = replace(truth, eager_mean=math.inf)
     return why_wrong(y, truth)
 
 
@@ -291,8 +292,10 @@ def check_network(covered, calls, network, image, layout, threads, frozen, verif
 def check_gradients(covered, action, network, original, model, x) -> None:
     if action != "gradients" or x.dtype != torch.float32 or not len(x) or drops_values(original):
         return
-    if "max-pool" in str(network):
-        return  # Whose derivative jumps where two values are nearly the same.
+    if "max-pool" in str(network) or "instance" in str(network):
+        # The derivative of the one jumps where two values are nearly the same; that of the other is
+        # rounding alone where it sees two pixels, and not the same in two layouts of a gradient.
+        return
     near = nearest_to_a_bound(plain(original).double(), x.double())
     if near < 2e-5:
         return
