@@ -49,9 +49,12 @@ def at_least(count: int) -> int:
 
 
 def of_few(expected: Expected) -> Expected:
-    """Without its mean error where that is one of a few: it says no more than the largest."""
-    few = expected.truth.numel() < 100
-    return replace(expected, eager_mean=math.inf) if few else expected
+    """Wider where there are few errors: the largest of those of PyTorch's layers is then small by
+    luck, and the mean says no more than the largest.
+    """
+    if expected.truth.numel() >= 100:
+        return expected
+    return replace(expected, eager_max=4 * expected.eager_max, eager_mean=math.inf)
 
 
 def search(check: Callable, part: int, *arguments) -> Counter:
