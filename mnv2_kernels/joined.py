@@ -49,6 +49,8 @@ class _Known(NamedTuple):
 
 
 class _Seen(NamedTuple):
+    """Of layers that need not run one by one."""
+
     known: _Known
     requires_grad: bool
 

@@ -89,7 +89,10 @@ class Remembered:
         return None
 
     def offer(self, modules: Callable[[], Iterable[nn.Module]], look: Callable[[], Any]) -> None:
-        """Remember what `look` gives, which has just seen no change; None is not remembered."""
+        """Remember what `look` gives; None is not remembered.
+
+        To be called by who has just looked and seen no change.
+        """
         self._quiet += 1
         if self._quiet <= self._waits:
             return
