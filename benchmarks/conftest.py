@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mnv2_kernels.extension import module as _C
+from mnv2_kernels.ops.extension import module as _C
 
-from . import harness, summary
+from . import harness
+from .report import summary
 
 ROWS = pytest.StashKey[list[harness.Row]]()
 

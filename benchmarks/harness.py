@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mnv2_kernels import InvertedResidual, cost, mobilenet_v2
-from mnv2_kernels.block import BlockConfig, mobilenet_v2_block_inputs
-from mnv2_kernels.memory import peak_bytes
-from mnv2_kernels.named_models import import_torchvision
-from mnv2_kernels.timing import fma_peak, interleave, num_threads, quartiles, speedup
-from mnv2_kernels.variants import plain, variants
+from mnv2_kernels import InvertedResidual, mobilenet_v2
+from mnv2_kernels.block import cost
+from mnv2_kernels.block.config import BlockConfig, mobilenet_v2_block_inputs
+from mnv2_kernels.cli.named_models import import_torchvision
+from mnv2_kernels.profiling.memory import peak_bytes
+from mnv2_kernels.profiling.timing import fma_peak, interleave, num_threads, quartiles, speedup
+from mnv2_kernels.profiling.variants import plain, variants
 
 from .machine import facts
 

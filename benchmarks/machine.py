@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mnv2_kernels import timing
+from mnv2_kernels.profiling import timing
 
 ROOT = Path(__file__).resolve().parents[1]
 

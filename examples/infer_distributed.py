@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import mnv2_kernels as mk
-from mnv2_kernels import pretrained
+from mnv2_kernels.cli import pretrained
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 

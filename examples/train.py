@@ -31,9 +31,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import mnv2_kernels as mk
-from mnv2_kernels import memory, pretrained
-from mnv2_kernels.named_models import import_torchvision
-from mnv2_kernels.variants import plain
+from mnv2_kernels.cli import pretrained
+from mnv2_kernels.cli.named_models import import_torchvision
+from mnv2_kernels.profiling import memory
+from mnv2_kernels.profiling.variants import plain
 
 datasets = import_torchvision("torchvision.datasets")
 v2 = import_torchvision("torchvision.transforms.v2")

@@ -4,14 +4,14 @@
 >>> model = mk.fuse(model)
 """
 
-from .backends import backends
-from .fold import FoldedWeights
-from .freeze import freeze_bn
-from .fuse import fold, fuse, unfuse
-from .modules import InvertedResidual, mobilenet_v2
-from .ops import inverted_residual
-from .plan import plan
-from .report import explain
+from .block.fold import FoldedWeights
+from .fuse.explain import explain
+from .fuse.fuse import fold, fuse, unfuse
+from .modules.freeze import freeze_bn
+from .modules.mobilenet_v2 import InvertedResidual, mobilenet_v2
+from .network.plan import plan
+from .ops.backends import backends
+from .ops.inverted_residual import inverted_residual
 
 __all__ = [
     "FoldedWeights",

@@ -21,9 +21,8 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
-from mnv2_kernels import FoldedWeights, inverted_residual, reference
-from mnv2_kernels.backends import BACKENDS, last_backend
-from mnv2_kernels.block import (
+from mnv2_kernels import FoldedWeights, inverted_residual
+from mnv2_kernels.block.config import (
     NO_CLIP,
     RELU,
     RELU6,
@@ -34,6 +33,8 @@ from mnv2_kernels.block import (
     mobilenet_v2_block_inputs,
     same_padding,
 )
+from mnv2_kernels.ops import reference
+from mnv2_kernels.ops.backends import BACKENDS, last_backend
 
 FLOOR = 8
 # Whether tests that have a short and a long form take the long one: `make test-long` asks for it.

@@ -75,9 +75,9 @@ def one_thread():
 @pytest.fixture
 def settled(monkeypatch):
     """Blocks and chains that ran stand as after many calls: a snapshot says what has changed."""
-    from mnv2_kernels.fused import FusedModule
-    from mnv2_kernels.joined import Joined
-    from mnv2_kernels.snapshot import Remembered
+    from mnv2_kernels.fuse.live_network import Joined
+    from mnv2_kernels.modules.fused_module import FusedModule
+    from mnv2_kernels.modules.snapshot import Remembered
 
     run, look = Joined.run, FusedModule._look
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton_cases import with_biases_in_float
 
 from mnv2_kernels import FoldedWeights
-from mnv2_kernels.block import NO_CLIP, RELU, RELU6, BlockConfig, same_padding
+from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig, same_padding
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What each kernel computes in: only one has no tensor cores.

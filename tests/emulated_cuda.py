@@ -23,8 +23,9 @@ import cases
 import torch
 from torch import Tensor
 
-from mnv2_kernels import FoldedWeights, contract
-from mnv2_kernels.block import Padding
+from mnv2_kernels import FoldedWeights
+from mnv2_kernels.block.config import Padding
+from mnv2_kernels.ops import contract
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ("patch", "tile", "generic")

@@ -11,8 +11,9 @@ import torch
 from cases import Case
 from torch import Tensor
 
-from mnv2_kernels import FoldedWeights, reference
-from mnv2_kernels.block import NO_CLIP
+from mnv2_kernels import FoldedWeights
+from mnv2_kernels.block.config import NO_CLIP
+from mnv2_kernels.ops import reference
 
 NAMES = ("x", "w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
 

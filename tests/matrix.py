@@ -13,7 +13,7 @@ class Row:
     """One kind of check.
 
     asked: cases of an ordinary run without a GPU; long: of a long run, where that asks for more;
-    gpu: of `benchmarks.gpu_suite` on a GPU.
+    gpu: of `benchmarks.gpu.suite` on a GPU.
     """
 
     id: str

@@ -23,8 +23,8 @@ from xml.etree import ElementTree
 from matrix import BACKENDS, ON_DEVICE, ROWS, Row, rows_of
 
 from benchmarks import harness, machine
-from benchmarks.report import fill
-from benchmarks.tables import markdown
+from benchmarks.report.markdown import markdown
+from benchmarks.report.report import fill
 
 PAGE = Path(__file__).parents[1] / "docs" / "testing.md"
 # What pytest says where nothing was given.

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import mnv2_kernels as mk
-from mnv2_kernels.fold import BlockLayers, fold_conv_norm
-from mnv2_kernels.found import Found, find
+from mnv2_kernels.block.fold import BlockLayers, fold_conv_norm
+from mnv2_kernels.fuse.find import Found, find
 from mnv2_kernels.recognizers.chains import chain
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import mnv2_kernels as mk
 from benchmarks.harness import randomise_norms
-from mnv2_kernels.plan import Plan
-from mnv2_kernels.program import Block
-from mnv2_kernels.variants import plain
+from mnv2_kernels.network.plan import Plan
+from mnv2_kernels.network.program import Block
+from mnv2_kernels.profiling.variants import plain
 
 WIDTHS = (0.35, 0.5, 0.75, 1.0, 1.4)
 

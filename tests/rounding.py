@@ -11,9 +11,10 @@ import torch
 from cases import Case, Expected
 from torch import Tensor
 
-from mnv2_kernels import FoldedWeights, reference
-from mnv2_kernels.block import NO_CLIP
-from mnv2_kernels.extension import module as _C
+from mnv2_kernels import FoldedWeights
+from mnv2_kernels.block.config import NO_CLIP
+from mnv2_kernels.ops import reference
+from mnv2_kernels.ops.extension import module as _C
 
 # What sums in float32 may differ by, of the largest exact value or of 1.
 SLACK = 1e-6

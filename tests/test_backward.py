@@ -10,8 +10,9 @@ import torch
 from cases import Case, make_inputs
 from exact_gradients import NAMES, found_gradients, make_call, true_gradients, wrong
 
-from mnv2_kernels import backward, memory
-from mnv2_kernels.block import NO_CLIP, RELU, RELU6, BlockConfig, mobilenet_v2_block_inputs
+from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig, mobilenet_v2_block_inputs
+from mnv2_kernels.ops import gradients as backward
+from mnv2_kernels.profiling import memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 compiled = pytest.mark.skipif(

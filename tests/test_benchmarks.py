@@ -8,10 +8,14 @@ import sys
 import pytest
 import torch
 
-from benchmarks import bench_widths, harness, machine, plot, report, summary
+from benchmarks import harness, machine
+from benchmarks.cpu import bench_widths
 from benchmarks.peers import turns
-from mnv2_kernels import cost, plan, timing
-from mnv2_kernels.block import inverted_residual_config
+from benchmarks.report import plot, report, summary
+from mnv2_kernels import plan
+from mnv2_kernels.block import cost
+from mnv2_kernels.block.config import inverted_residual_config
+from mnv2_kernels.profiling import timing
 
 TINY = inverted_residual_config(8, 8, 1, 6)
 needs_extension = pytest.mark.skipif(timing._C is None, reason="needs the compiled extension")

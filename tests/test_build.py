@@ -25,7 +25,7 @@ from builds import (
 )
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
-from mnv2_kernels.extension import module as _C
+from mnv2_kernels.ops.extension import module as _C
 
 pytestmark = pytest.mark.serial
 
@@ -34,8 +34,8 @@ BROKEN = {"CC": "/bin/false", "CXX": "/bin/false"}
 FORCE = {"MNV2_KERNELS_FORCE_BUILD": "1"}
 WITHOUT_EXTENSION = """
 import torch, mnv2_kernels as mk
-from mnv2_kernels.backends import last_backend
-from mnv2_kernels.block import RELU6, NO_CLIP
+from mnv2_kernels.ops.backends import last_backend
+from mnv2_kernels.block.config import RELU6, NO_CLIP
 why = mk.backends()["cpu"]
 assert why.startswith("cannot run: the compiled extension is not available"), why
 weights = mk.FoldedWeights(
@@ -48,8 +48,9 @@ assert y.shape == (1, 8, 7, 7) and last_backend() == "reference"
 IN_A_CLEAN_ENVIRONMENT = """
 import runpy, torch
 import mnv2_kernels as mk
-from mnv2_kernels import _C, reference
-from mnv2_kernels.backends import last_backend
+from mnv2_kernels.ops import reference
+from mnv2_kernels import _C
+from mnv2_kernels.ops.backends import last_backend
 
 assert _C.__file__.startswith(sys.prefix), _C.__file__
 torch.manual_seed(0)

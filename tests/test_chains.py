@@ -10,7 +10,7 @@ from foreign_blocks import conv_norm_act, largest_difference, randomise
 from torch import nn
 
 import mnv2_kernels as mk
-from mnv2_kernels.chained import FusedChain, FusedSequential, FusedSequentialBlock
+from mnv2_kernels.fuse.sequential import FusedChain, FusedSequential, FusedSequentialBlock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,11 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mnv2_kernels import cli, demo, pretrained, verify
-from mnv2_kernels.backends import BACKENDS
-from mnv2_kernels.extension import cuda_missing
-from mnv2_kernels.plan import why_not_on_cpu
-from mnv2_kernels.variants import variants
+from mnv2_kernels.cli import demo, pretrained
+from mnv2_kernels.cli import main as cli
+from mnv2_kernels.network.plan import why_not_on_cpu
+from mnv2_kernels.ops.backends import BACKENDS
+from mnv2_kernels.ops.extension import cuda_missing
+from mnv2_kernels.profiling import verify
+from mnv2_kernels.profiling.variants import variants
 
 needs_cpp = pytest.mark.skipif(
     "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"

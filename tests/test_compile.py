@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 
 import mnv2_kernels as mk
-from mnv2_kernels import compiled as compiled_blocks
-from mnv2_kernels.block import BlockConfig
+from mnv2_kernels.block.config import BlockConfig
+from mnv2_kernels.modules import compiled as compiled_blocks
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -278,7 +278,7 @@ def test_layers_that_are_no_parameters_are_never_kept(kernel_backend, blocks):
 
 @torch.no_grad()
 def test_strict_export_decomposes(kernel_backend, blocks):
-    from mnv2_kernels.decompose import DECOMPOSITIONS
+    from mnv2_kernels.ops.decompositions import DECOMPOSITIONS
 
     x = torch.randn(2, 8, 9, 9)
     program = torch.export.export(blocks, (x,), strict=True)

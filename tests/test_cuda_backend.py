@@ -13,9 +13,11 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import mnv2_kernels as mk
-from mnv2_kernels import FoldedWeights, extension, inverted_residual, ops
-from mnv2_kernels.block import NO_CLIP, RELU, RELU6
-from mnv2_kernels.extension import module as _C
+from mnv2_kernels import FoldedWeights, inverted_residual
+from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6
+from mnv2_kernels.ops import extension
+from mnv2_kernels.ops import inverted_residual as ops
+from mnv2_kernels.ops.extension import module as _C
 
 
 @pytest.fixture
@@ -120,7 +122,7 @@ def test_explain_names_the_kernel(monkeypatch):
     others = [b for b in backends.BACKENDS if b.name not in ("cpu", "cuda")]
     cuda = next(b for b in backends.BACKENDS if b.name == "cuda")
     monkeypatch.setattr(backends, "BACKENDS", [replace(cuda, why_not_asked=None), *others])
-    monkeypatch.setattr(import_module("mnv2_kernels.report"), "BACKENDS", backends.BACKENDS)
+    monkeypatch.setattr(import_module("mnv2_kernels.fuse.explain"), "BACKENDS", backends.BACKENDS)
     model = mk.mobilenet_v2(0.5).eval().half()
     rows = mk.explain(model, input_shape=(1, 3, 224, 224))
     assert [row.backend for row in rows] == ["cuda"] * 17

@@ -1,7 +1,7 @@
 """The CUDA kernels compiled for GPUs that are not here: registers, spills, instructions.
 
 The budget holds what one version of nvcc makes of every instance; it may only fall.
-`python -m benchmarks.cuda_code --budget tests/cuda_budget.json` writes it anew.
+`python -m benchmarks.machine_code.cuda_code --budget tests/cuda_budget.json` writes it anew.
 """
 
 import json
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cuda_code
-from benchmarks.cuda_code import ARCHITECTURES, codes_of, sources
-from benchmarks.machine_code import opcode, read_listing
+from benchmarks.machine_code import cuda_code
+from benchmarks.machine_code.cuda_code import ARCHITECTURES, codes_of, sources
+from benchmarks.machine_code.read import opcode, read_listing
 
 BUDGET = json.loads((Path(__file__).parent / "cuda_budget.json").read_text())
 MOST_SPILL_BYTES = 64

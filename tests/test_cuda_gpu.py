@@ -21,8 +21,8 @@ from torch.library import opcheck
 from triton_cases import DEVICE, DTYPES, HAS_GPU, dtype_name, make_inputs
 
 from mnv2_kernels import InvertedResidual, fuse, inverted_residual
-from mnv2_kernels.block import NO_CLIP, RELU, RELU6, BlockConfig
-from mnv2_kernels.extension import cuda_missing
+from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
+from mnv2_kernels.ops.extension import cuda_missing
 
 WHY_NOT = cuda_missing or (
     None if HAS_GPU else "there is no NVIDIA GPU of compute capability 8.0 or later"
@@ -93,7 +93,7 @@ def test_what_a_gpu_takes_unasked(case, dtype, monkeypatch):
     declines = dtype == SINGLE or kernel_of(case, dtype) == "generic"
     by_itself = {SINGLE: "reference"}.get(dtype, "triton") if declines else "cuda"
     assert unasked(case, dtype) == by_itself
-    backends = import_module("mnv2_kernels.backends")
+    backends = import_module("mnv2_kernels.ops.backends")
     monkeypatch.setattr(backends.triton_kernels, "missing", "left out")
     assert unasked(case, dtype) == "cuda"
 

@@ -27,7 +27,7 @@ from emulated_cuda import A100, H200, KERNELS, SCHEDULES
 from test_numerics import skipping_reference, why_unlike
 
 from mnv2_kernels import FoldedWeights
-from mnv2_kernels.block import NO_CLIP, RELU, RELU6, BlockConfig
+from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
 
 pytestmark = needs_emulator
 # At least so many of the cases of a group must be taken, so that no test is empty.

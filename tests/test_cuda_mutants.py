@@ -16,7 +16,7 @@ from cuda_cases import make_inputs, needs_emulator, why_far_is_wrong
 from emulated_cuda import H200, KERNELS, ROOT, EmulatorError, Library
 from test_numerics import skipping_reference, why_unlike
 
-from mnv2_kernels.block import NO_CLIP, RELU, RELU6, BlockConfig
+from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
 
 pytestmark = needs_emulator
 HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32

@@ -16,11 +16,11 @@ from test_bad_calls import BAD_CALLS, fill, good_call
 from torch import Tensor
 
 from mnv2_kernels import FoldedWeights
-from mnv2_kernels.block import BlockConfig, mobilenet_v2_block_inputs
-from mnv2_kernels.extension import module as _C
+from mnv2_kernels.block.config import BlockConfig, mobilenet_v2_block_inputs
+from mnv2_kernels.ops.extension import module as _C
 
 # The package has a function of that name.
-backends = import_module("mnv2_kernels.backends")
+backends = import_module("mnv2_kernels.ops.backends")
 REASON = emulated_cuda_op.why_not()
 emulates = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 compiles = pytest.mark.skipif(_C is None, reason="needs the compiled extension")

@@ -17,7 +17,8 @@ from plan_cases import image, network
 from torch import Tensor, nn
 
 import mnv2_kernels as mk
-from mnv2_kernels import inverted_residual, joined
+from mnv2_kernels import inverted_residual
+from mnv2_kernels.fuse import live_network as joined
 
 THREADS = (1, 2, 3, 4, 7)
 REPEATS = 100

@@ -14,7 +14,7 @@ from rounding import multiplies_pairs
 from torch import Tensor
 
 from mnv2_kernels import FoldedWeights
-from mnv2_kernels.block import NO_CLIP, RELU6, BlockConfig
+from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
 
 pytestmark = pytest.mark.usefixtures("kernel_backend")
 NARROW = (torch.bfloat16, torch.float16)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 
 import mnv2_kernels as mk
-from mnv2_kernels.memory import live_bytes
+from mnv2_kernels.profiling.memory import live_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

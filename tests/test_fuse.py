@@ -13,8 +13,8 @@ from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 
 import mnv2_kernels as mk
-from mnv2_kernels.backends import last_backend
-from mnv2_kernels.fused import FusedInvertedResidual, FusedModule
+from mnv2_kernels.modules.fused_module import FusedInvertedResidual, FusedModule
+from mnv2_kernels.ops.backends import last_backend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,8 +17,9 @@ from rounding import why_not_rounded_once
 from test_numerics import skipping_reference
 from torch import Tensor
 
-from mnv2_kernels import FoldedWeights, reference
-from mnv2_kernels.block import NO_CLIP, RELU, RELU6, BlockConfig
+from mnv2_kernels import FoldedWeights
+from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
+from mnv2_kernels.ops import reference
 
 CHANNELS = st.one_of(st.integers(1, 40), st.sampled_from((48, 64, 80, 96, 144, 208)))
 SIZES = st.integers(1, 23)

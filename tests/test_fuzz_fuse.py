@@ -31,9 +31,11 @@ from test_fuzz import layouts, on_threads
 from torch import Tensor, nn
 
 import mnv2_kernels as mk
-from mnv2_kernels import fused, joined, whole
-from mnv2_kernels.links import BlockLink
-from mnv2_kernels.variants import plain
+from mnv2_kernels.fuse import live_network as joined
+from mnv2_kernels.fuse import model as whole
+from mnv2_kernels.fuse.links import BlockLink
+from mnv2_kernels.modules import fused_module as fused
+from mnv2_kernels.profiling.variants import plain
 
 pytestmark = [
     pytest.mark.skipif("cpu" not in cases.kernel_backends(), reason="needs the compiled extension"),

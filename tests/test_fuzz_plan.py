@@ -21,7 +21,7 @@ from test_plan import why_bits_differ
 from torch import Tensor, nn
 
 import mnv2_kernels as mk
-from mnv2_kernels.variants import plain
+from mnv2_kernels.profiling.variants import plain
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"

@@ -11,12 +11,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import gpu_checks, harness, sanitized
-from benchmarks.gpu_part import Context, Failed
+from benchmarks import harness
+from benchmarks.gpu import checks as gpu_checks
+from benchmarks.gpu import sanitized
+from benchmarks.gpu.part import Context, Failed
 from benchmarks.machine import ROOT
-from mnv2_kernels import extension
-from mnv2_kernels.backends import Block, cuda_kernel
-from mnv2_kernels.block import NO_CLIP, RELU6
+from mnv2_kernels.block.config import NO_CLIP, RELU6
+from mnv2_kernels.ops import extension
+from mnv2_kernels.ops.backends import Block, cuda_kernel
 
 
 def test_a_child_is_ended_with_its_children():
@@ -53,10 +55,10 @@ def test_tests_that_prove_nothing_are_told(code, counts, launches, words):
 
 TESTS = """
 import pytest
-from benchmarks import sanitized
+from benchmarks.gpu import sanitized
 def test_values(): sanitized.check(13, sanitized.DTYPES[1], 'cpu', 'triton')
 def test_cuda():
-    from mnv2_kernels import ops
+    from mnv2_kernels.ops import inverted_residual as ops
     import torch
     shapes = (1, 4, 3, 3), (4, 8), (8,), (3, 3, 8), (8,), (8, 4)
     tensors = [torch.zeros(shape) for shape in shapes]
@@ -77,7 +79,7 @@ def run_plugin(folder: Path, source: str, seconds: float, *options: str):
     """(exit code, outcome by name, launches by place) of tests run as on the device."""
     (folder / "test_it.py").write_text(source)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null"]
-    command += ["-p", "benchmarks.device_tests", *options, str(folder)]
+    command += ["-p", "benchmarks.gpu.device_tests", *options, str(folder)]
     code, _ = gpu_checks.child(command, seconds, MNV2_DEVICE_TESTS=str(folder))
     tests, launches = gpu_checks.kept(folder)
     return code, {name.rpartition("::")[2]: of for name, of in tests.items()}, launches

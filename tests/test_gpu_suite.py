@@ -9,28 +9,26 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import (
-    gpu_blocks,
-    gpu_build,
-    gpu_machine,
-    gpu_peers,
-    gpu_rows,
-    gpu_suite,
-    gpu_timing,
-    harness,
-)
-from benchmarks.gpu_part import Context, Failed
+from benchmarks import harness
+from benchmarks.gpu import blocks as gpu_blocks
+from benchmarks.gpu import build as gpu_build
+from benchmarks.gpu import machine as gpu_machine
+from benchmarks.gpu import peers as gpu_peers
+from benchmarks.gpu import rows as gpu_rows
+from benchmarks.gpu import suite as gpu_suite
+from benchmarks.gpu import timing as gpu_timing
+from benchmarks.gpu.part import Context, Failed
 from benchmarks.machine import ROOT
-from mnv2_kernels import extension
-from mnv2_kernels.block import inverted_residual_config
-from mnv2_kernels.variants import plain
+from mnv2_kernels.block.config import inverted_residual_config
+from mnv2_kernels.ops import extension
+from mnv2_kernels.profiling.variants import plain
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def suite(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", *arguments]
+    command = [sys.executable, "-m", "benchmarks.gpu.suite", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 

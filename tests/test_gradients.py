@@ -12,7 +12,7 @@ from cases import Case, make_inputs, run
 from torch import Tensor
 
 from mnv2_kernels import FoldedWeights, inverted_residual
-from mnv2_kernels.block import NO_CLIP, RELU6, BlockConfig
+from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
 
 FIELDS = ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
 

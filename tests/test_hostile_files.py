@@ -19,7 +19,8 @@ import torch
 from PIL import Image, ImageCms
 from test_cli import assert_cannot_classify, encoded
 
-from mnv2_kernels import cli, pretrained
+from mnv2_kernels.cli import main as cli
+from mnv2_kernels.cli import pretrained
 
 KINDS = cli.IMAGE_FORMATS
 

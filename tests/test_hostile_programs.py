@@ -19,9 +19,9 @@ from test_plan_arena import MARK, between_marks
 from test_plan_op import HOSTILE, PROGRAMS, one_by_one
 
 import mnv2_kernels as mk
-from mnv2_kernels import memory
-from mnv2_kernels.plan import Plan
-from mnv2_kernels.program import encode
+from mnv2_kernels.network.plan import Plan
+from mnv2_kernels.network.program import encode
+from mnv2_kernels.profiling import memory
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 import mnv2_kernels as mk
-from mnv2_kernels.fused import FusedModule
+from mnv2_kernels.modules.fused_module import FusedModule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mnv2_kernels.block import BlockConfig
+from mnv2_kernels.block.config import BlockConfig
 
 KINDS = {"C++": 0, "tensor": 1}
 

@@ -12,8 +12,8 @@ from cases import LAYOUTS, Case, expect, make_inputs, mean_error, run, why_wrong
 from rounding import why_not_rounded_once
 
 from mnv2_kernels import inverted_residual
-from mnv2_kernels.block import RELU6, BlockConfig
-from mnv2_kernels.timing import num_threads
+from mnv2_kernels.block.config import RELU6, BlockConfig
+from mnv2_kernels.profiling.timing import num_threads
 
 NARROW = (torch.bfloat16, torch.float16)
 

@@ -13,9 +13,9 @@ from torch.nn.modules import module as hooks_of_all
 
 import mnv2_kernels as mk
 from benchmarks.harness import randomise_norms
-from mnv2_kernels import joined
-from mnv2_kernels.chained import FusedSequential
-from mnv2_kernels.extension import missing
+from mnv2_kernels.fuse import live_network as joined
+from mnv2_kernels.fuse.sequential import FusedSequential
+from mnv2_kernels.ops.extension import missing
 
 pytestmark = [
     pytest.mark.skipif(missing is not None, reason=f"no compiled kernels: {missing}"),

@@ -15,7 +15,7 @@ from foreign_blocks import conv_norm_act, largest_difference, randomise
 from torch import Tensor, nn
 
 import mnv2_kernels as mk
-from mnv2_kernels.block import mobilenet_v2_block_inputs
+from mnv2_kernels.block.config import mobilenet_v2_block_inputs
 
 pytestmark = pytest.mark.usefixtures("kernel_backend", "one_thread")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import mnv2_kernels as mk
 from mnv2_kernels import FoldedWeights
-from mnv2_kernels.block import BlockConfig
+from mnv2_kernels.block.config import BlockConfig
 
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="needs anonymous memory maps"),

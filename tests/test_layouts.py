@@ -10,7 +10,7 @@ from cases import LAYOUTS, Case, expect, make_inputs, run, why_wrong
 from torch import Tensor
 
 from mnv2_kernels import FoldedWeights
-from mnv2_kernels.block import BlockConfig
+from mnv2_kernels.block.config import BlockConfig
 
 CASES = [
     Case(BlockConfig(12, 40, 12, residual=True), 6, 9, batch=2),

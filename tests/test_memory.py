@@ -4,8 +4,10 @@ import cases
 import pytest
 import torch
 
-from mnv2_kernels import InvertedResidual, cost, memory, timing
-from mnv2_kernels.block import mobilenet_v2_block_inputs
+from mnv2_kernels import InvertedResidual
+from mnv2_kernels.block import cost
+from mnv2_kernels.block.config import mobilenet_v2_block_inputs
+from mnv2_kernels.profiling import memory, timing
 
 BLOCKS = list(mobilenet_v2_block_inputs())
 SCRATCH = 256 * 1024  # most that a thread of a CPU kernel takes

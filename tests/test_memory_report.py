@@ -13,12 +13,15 @@ from PIL import Image
 from torch import nn
 
 import mnv2_kernels as mk
-from mnv2_kernels import figures, memory_report, pretrained, step_memory, timing
-from mnv2_kernels.block import BlockConfig
-from mnv2_kernels.memory import allocations
-from mnv2_kernels.named_models import UnknownModel, named_model
-from mnv2_kernels.plan import why_not_on_cpu
-from mnv2_kernels.program import Block, Linear, Pool, Stem, Step
+from mnv2_kernels.block.config import BlockConfig
+from mnv2_kernels.cli import pretrained
+from mnv2_kernels.cli.named_models import UnknownModel, named_model
+from mnv2_kernels.network import figures
+from mnv2_kernels.network import memory as step_memory
+from mnv2_kernels.network.plan import why_not_on_cpu
+from mnv2_kernels.network.program import Block, Linear, Pool, Stem, Step
+from mnv2_kernels.profiling import memory_report, timing
+from mnv2_kernels.profiling.memory import allocations
 
 needs_cpu_kernel = pytest.mark.skipif(
     "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
@@ -195,8 +198,9 @@ def test_unfused_networks_hold_at_least_what_is_computed(network):
 SCRATCH_OF_BLOCKS = """
 import sys
 import torch
-from mnv2_kernels import memory_report, plan
-from mnv2_kernels.named_models import named_model
+from mnv2_kernels.profiling import memory_report
+from mnv2_kernels import plan
+from mnv2_kernels.cli.named_models import named_model
 
 name, width, resolution, batch = sys.argv[1:]
 torch.set_num_threads(1)
@@ -380,7 +384,7 @@ def test_a_fresh_process_grows_by_what_the_allocator_says(python):
     """
     grown = {}
     for execution in memory_report.EXECUTIONS:
-        done = python("-m", "benchmarks.resident", execution, "--resolution=224", "--batch=4")
+        done = python("-m", "benchmarks.cpu.resident", execution, "--resolution=224", "--batch=4")
         assert done.returncode == 0, done.stderr
         grown[execution] = int(done.stdout)
     peaks = {

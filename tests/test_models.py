@@ -16,8 +16,8 @@ from model_zoo import MODELS, images
 from torch import nn
 
 import mnv2_kernels as mk
-from benchmarks import report
-from mnv2_kernels.fused import FusedModule
+from benchmarks.report import report
+from mnv2_kernels.modules.fused_module import FusedModule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

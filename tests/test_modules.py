@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 
 import mnv2_kernels as mk
-from mnv2_kernels.fused import FusedInvertedResidual
+from mnv2_kernels.modules.fused_module import FusedInvertedResidual
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,7 @@ from rounding import multiplies_pairs, why_not_rounded_once
 from torch import Tensor
 
 from mnv2_kernels import FoldedWeights
-from mnv2_kernels.block import NO_CLIP, RELU6, BlockConfig
+from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
 
 CASES = [
     Case(BlockConfig(24, 144, 24, residual=True), 14, 11, batch=2),

@@ -12,7 +12,7 @@ from cases import Case, expect, make_inputs, run, why_wrong
 from torch import Tensor
 
 from mnv2_kernels import FoldedWeights
-from mnv2_kernels.block import NO_CLIP, RELU, RELU6, BlockConfig
+from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
 
 
 def special(dtype: torch.dtype) -> tuple[float, ...]:

@@ -13,8 +13,9 @@ from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from mnv2_kernels import inverted_residual, reference
-from mnv2_kernels.block import BlockConfig
+from mnv2_kernels import inverted_residual
+from mnv2_kernels.block.config import BlockConfig
+from mnv2_kernels.ops import reference
 
 pytestmark = pytest.mark.usefixtures("kernel_backend")
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks import harness, machine
-from benchmarks.bench_memory import peer_row
+from benchmarks.cpu.bench_memory import peer_row
 from benchmarks.peers import __main__ as command
 from benchmarks.peers import cases, check, conversion, limits, lost_time, run, turns
 from benchmarks.peers.cases import Case
@@ -21,7 +21,8 @@ from benchmarks.peers.conversion import converted
 from benchmarks.peers.peer import Peer
 from benchmarks.peers.process import WorkerFailed, WorkerProcess
 from benchmarks.peers.registry import PEERS
-from mnv2_kernels import cost, timing
+from mnv2_kernels.block import cost
+from mnv2_kernels.profiling import timing
 
 needs_extension = pytest.mark.skipif(timing._C is None, reason="needs the compiled extension")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

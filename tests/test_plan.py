@@ -12,8 +12,8 @@ from test_layouts import layouts_of
 from torch import Tensor, nn
 
 import mnv2_kernels as mk
-from mnv2_kernels.plan import Plan
-from mnv2_kernels.program import Block, Linear, Pool, Stem
+from mnv2_kernels.network.plan import Plan
+from mnv2_kernels.network.program import Block, Linear, Pool, Stem
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"

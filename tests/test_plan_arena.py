@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.library import opcheck
 
 import mnv2_kernels as mk
-from mnv2_kernels import memory
-from mnv2_kernels.plan import Plan, why_not_on_cpu
+from mnv2_kernels.network.plan import Plan, why_not_on_cpu
+from mnv2_kernels.profiling import memory
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"

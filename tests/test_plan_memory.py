@@ -15,8 +15,8 @@ from plan_cases import WIDTHS, features, image, network
 from test_memory_safety import guarded_heap  # noqa: F401
 
 import mnv2_kernels as mk
-from mnv2_kernels import memory
-from mnv2_kernels.plan import Plan
+from mnv2_kernels.network.plan import Plan
+from mnv2_kernels.profiling import memory
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"

@@ -19,7 +19,7 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 import mnv2_kernels as mk
-from mnv2_kernels.plan import Plan
+from mnv2_kernels.network.plan import Plan
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import mnv2_kernels as mk
-from mnv2_kernels import pretrained
-from mnv2_kernels.fuse import fuse
-from mnv2_kernels.pretrained import MissingPackage, Trained, WrongWeights
-from mnv2_kernels.variants import block_calls, fused_blocks, plain, variants
-from mnv2_kernels.verify import why_wrong
-from mnv2_kernels.whole import WholeNetwork
+from mnv2_kernels.cli import pretrained
+from mnv2_kernels.cli.pretrained import MissingPackage, Trained, WrongWeights
+from mnv2_kernels.fuse.fuse import fuse
+from mnv2_kernels.fuse.model import WholeNetwork
+from mnv2_kernels.profiling.variants import block_calls, fused_blocks, plain, variants
+from mnv2_kernels.profiling.verify import why_wrong
 
 NETWORKS = {
     "lite0": pretrained.efficientnet_lite0,

@@ -38,8 +38,8 @@ from torchvision.models.mnasnet import _InvertedResidual as MnasnetBlock
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 from torchvision.ops import FrozenBatchNorm2d
 
-from mnv2_kernels import reference
-from mnv2_kernels.fold import fold_layers
+from mnv2_kernels.block.fold import fold_layers
+from mnv2_kernels.ops import reference
 from mnv2_kernels.recognizers import recognize
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from benchmarks import harness, machine, roofline
-from mnv2_kernels import cost
-from mnv2_kernels.block import inverted_residual_config
+from benchmarks import harness, machine
+from benchmarks.gpu import roofline
+from mnv2_kernels.block import cost
+from mnv2_kernels.block.config import inverted_residual_config
 
 H200 = roofline.Rates(bandwidth=4.3e12, tensor=790e12, core=134e12)
 
@@ -119,7 +120,7 @@ def test_a_block_without_expansion_has_two_kernels():
 
 
 def test_tables_are_printed():
-    command = [sys.executable, "-m", "benchmarks.roofline", "--batches", "256"]
+    command = [sys.executable, "-m", "benchmarks.gpu.roofline", "--batches", "256"]
     done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| 3 | 24x144x24-s1-k3 | 56x56 | 77.09 | 17.927 |" in done.stdout

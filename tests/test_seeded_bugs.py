@@ -19,7 +19,7 @@ import pytest
 from cases import LONG, Case
 from cpu_driver import ADDRESS, ROOT, line_of
 
-from mnv2_kernels.block import NO_CLIP, RELU6, BlockConfig
+from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
 
 PLAIN = ("-O1", "-g1")
 WHY_NOT = cpu_driver.why_not(ADDRESS)

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 import mnv2_kernels as mk
-from mnv2_kernels import joined, snapshot
-from mnv2_kernels.chained import FusedChain
-from mnv2_kernels.extension import missing
-from mnv2_kernels.fused import FusedModule
-from mnv2_kernels.snapshot import Snapshot
-from mnv2_kernels.variants import plain
+from mnv2_kernels.fuse import live_network as joined
+from mnv2_kernels.fuse.sequential import FusedChain
+from mnv2_kernels.modules import snapshot
+from mnv2_kernels.modules.fused_module import FusedModule
+from mnv2_kernels.modules.snapshot import Snapshot
+from mnv2_kernels.ops.extension import missing
+from mnv2_kernels.profiling.variants import plain
 
 pytestmark = pytest.mark.skipif(missing is not None, reason=f"no compiled kernels: {missing}")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from builds import ROOT, SKIP, build, copy_tracked, environment, python, tracked_files, unpack
 
-from mnv2_kernels import pretrained
-from mnv2_kernels.extension import module as _C
+from mnv2_kernels.cli import pretrained
+from mnv2_kernels.ops.extension import module as _C
 
 pytestmark = pytest.mark.serial
 

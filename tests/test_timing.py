@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from mnv2_kernels import timing
+from mnv2_kernels.profiling import timing
 
 
 def test_calls_take_turns_within_a_round():

@@ -24,8 +24,8 @@ from triton_cases import (
     with_biases_in_float,
 )
 
-from mnv2_kernels.block import NO_CLIP, RELU6, BlockConfig
-from mnv2_kernels.triton_kernels.configs import PatchConfig
+from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
+from mnv2_kernels.ops.triton.configs import PatchConfig
 
 # For weights too large for the interpreter with the configuration that they would get.
 WIDE = replace(QUICK, patches=16, patch_h=1, patch_w=1, chunk=256, out_tiles=8)

@@ -1,7 +1,7 @@
 """The patch kernel compiled for GPUs that are not here: registers, spills, instructions.
 
 The budget holds what the pinned Triton makes of every row of the tables; it may only fall.
-`python -m benchmarks.triton_code --budget tests/triton_budget.json` writes it anew.
+`python -m benchmarks.machine_code.triton_code --budget tests/triton_budget.json` writes it anew.
 """
 
 import json
@@ -12,15 +12,15 @@ import torch
 import triton
 from cases import LONG
 
-from benchmarks.triton_code import (
+from benchmarks.machine_code.triton_code import (
     ARCHITECTURES,
     arithmetic,
     code_of,
     compile_block,
     table_rows,
 )
-from mnv2_kernels.block import BlockConfig, mobilenet_v2_blocks
-from mnv2_kernels.triton_kernels import configs
+from mnv2_kernels.block.config import BlockConfig, mobilenet_v2_blocks
+from mnv2_kernels.ops.triton import configs
 
 BUDGET = json.loads((Path(__file__).parent / "triton_budget.json").read_text())
 ROWS = {row.name: row for row in table_rows()}

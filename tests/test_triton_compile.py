@@ -20,9 +20,9 @@ from torch.fx.experimental.symbolic_shapes import (
 from triton.backends.compiler import GPUTarget
 from triton_cases import DTYPES, HAS_GPU
 
-from mnv2_kernels.block import NO_CLIP, RELU6
-from mnv2_kernels.ops import inverted_residual_triton
-from mnv2_kernels.triton_kernels.patch import inverted_residual_patch
+from mnv2_kernels.block.config import NO_CLIP, RELU6
+from mnv2_kernels.ops.inverted_residual import inverted_residual_triton
+from mnv2_kernels.ops.triton.patch import inverted_residual_patch
 
 # As the package registers it where torch is built for GPUs.
 torch.library.triton_op("traced::inverted_residual_triton", mutates_args=())(

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_fuzz import calls, layouts
 from triton_cases import DEVICE, DTYPES, HAS_GPU, QUICK, make_inputs, run_config, steps
 
-from mnv2_kernels import reference
-from mnv2_kernels.triton_kernels.configs import PatchConfig
+from mnv2_kernels.ops import reference
+from mnv2_kernels.ops.triton.configs import PatchConfig
 
 CHANNELS = st.integers(1, 40)
 SIZES = st.integers(1, 11)

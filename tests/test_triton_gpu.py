@@ -12,7 +12,7 @@ from cases import LAYOUTS, Case, expect, why_wrong
 from triton_cases import DEVICE, DTYPES, dtype_name, each_dtype, make_inputs, needs_gpu, run
 
 from mnv2_kernels import FoldedWeights, inverted_residual
-from mnv2_kernels.block import NO_CLIP, RELU6, BlockConfig
+from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
 
 pytestmark = needs_gpu
 
@@ -70,7 +70,7 @@ def tf32():
 @pytest.fixture
 def no_cuda_kernels(monkeypatch):
     """As if they were not in this build."""
-    monkeypatch.setattr(import_module("mnv2_kernels.backends"), "cuda_missing", "left out")
+    monkeypatch.setattr(import_module("mnv2_kernels.ops.backends"), "cuda_missing", "left out")
 
 
 @each_case

@@ -21,9 +21,9 @@ from torch import Tensor
 from triton_cases import QUICK, launch_into, plan, with_biases_in_float
 
 from mnv2_kernels import FoldedWeights
-from mnv2_kernels.block import NO_CLIP, RELU6, BlockConfig
-from mnv2_kernels.triton_kernels import interpreter, patch
-from mnv2_kernels.triton_kernels.configs import PatchConfig
+from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
+from mnv2_kernels.ops.triton import interpreter, patch
+from mnv2_kernels.ops.triton.configs import PatchConfig
 
 
 def whole_source() -> str:

@@ -10,9 +10,9 @@ import torch
 from cases import Case
 from triton_cases import CONFIGS, DTYPES, chosen, each_config, each_dtype, plan
 
-from mnv2_kernels.block import NO_CLIP, RELU, RELU6, BlockConfig
-from mnv2_kernels.triton_kernels import configs, launch, patch
-from mnv2_kernels.triton_kernels.configs import PatchConfig
+from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
+from mnv2_kernels.ops.triton import configs, launch, patch
+from mnv2_kernels.ops.triton.configs import PatchConfig
 
 ALL = [case for group in cases.groups().values() for case in group if case.batch > 0]
 IDLE = {"num_warps", "num_stages"}

@@ -21,7 +21,7 @@ from triton_cases import (
 )
 
 from mnv2_kernels import FoldedWeights
-from mnv2_kernels.block import BlockConfig
+from mnv2_kernels.block.config import BlockConfig
 
 BAND = 67
 TENSORS = ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")

@@ -13,8 +13,8 @@ from triton_cases import DEVICE, DTYPES, HAS_GPU, QUICK, each_dtype, make_inputs
 
 import mnv2_kernels as mk
 from mnv2_kernels import inverted_residual
-from mnv2_kernels.backends import BACKENDS
-from mnv2_kernels.block import BlockConfig
+from mnv2_kernels.block.config import BlockConfig
+from mnv2_kernels.ops.backends import BACKENDS
 
 OP = torch.ops.mnv2.inverted_residual_triton.default
 BLOCK = Case(BlockConfig(6, 20, 6, residual=True), 3, 4, batch=2)
@@ -198,7 +198,7 @@ CHILD = """
 import sys
 {before}
 import torch, mnv2_kernels as mk
-from mnv2_kernels.backends import last_backend
+from mnv2_kernels.ops.backends import last_backend
 x = torch.randn(1, 8, 5, 5)
 block = mk.InvertedResidual(8, 8, stride=1, expand_ratio=3).eval()
 print(mk.backends()["triton"])

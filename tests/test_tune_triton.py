@@ -9,11 +9,11 @@ from math import nan
 import pytest
 import torch
 
-from benchmarks import tune_triton
+from benchmarks.gpu import tune_triton
+from benchmarks.gpu.tune_triton import Candidate, by_width, candidates, estimate
 from benchmarks.harness import BLOCKS, distinct_blocks
-from benchmarks.triton_code import ARITHMETIC, Code, arithmetic
-from benchmarks.tune_triton import Candidate, by_width, candidates, estimate
-from mnv2_kernels.triton_kernels import configs
+from benchmarks.machine_code.triton_code import ARITHMETIC, Code, arithmetic
+from mnv2_kernels.ops.triton import configs
 
 BLOCK, SIZE = BLOCKS[2]
 LATE_BLOCK, LATE_SIZE = BLOCKS[14]

@@ -9,10 +9,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import unfused_kernels, unfused_triton
+from benchmarks.gpu import unfused_kernels, unfused_triton
 from mnv2_kernels import InvertedResidual, fuse
-from mnv2_kernels.block import NO_CLIP, RELU, RELU6, BlockConfig
-from mnv2_kernels.ops import op_arguments
+from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
+from mnv2_kernels.ops.inverted_residual import op_arguments
 
 SHAPES = [
     cases.Case(BlockConfig(8, 24, 8, residual=True), 5, 9, 2),

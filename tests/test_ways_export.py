@@ -7,7 +7,7 @@ from foreign_blocks import randomise
 from torch import nn
 
 import mnv2_kernels as mk
-from mnv2_kernels.decompose import DECOMPOSITIONS
+from mnv2_kernels.ops.decompositions import DECOMPOSITIONS
 
 pytestmark = pytest.mark.usefixtures("kernel_backend", "one_thread")
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 
 import mnv2_kernels as mk
-from mnv2_kernels.backends import last_backend
+from mnv2_kernels.ops.backends import last_backend
 
 pytestmark = pytest.mark.usefixtures("kernel_backend", "one_thread")
 

@@ -13,7 +13,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 
 import mnv2_kernels as mk
-from mnv2_kernels.fused import FusedInvertedResidual
+from mnv2_kernels.modules.fused_module import FusedInvertedResidual
 
 pytestmark = pytest.mark.usefixtures("kernel_backend", "one_thread")
 

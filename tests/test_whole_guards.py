@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import mnv2_kernels as mk
-from mnv2_kernels.extension import missing
-from mnv2_kernels.whole import WholeNetwork
+from mnv2_kernels.fuse.model import WholeNetwork
+from mnv2_kernels.ops.extension import missing
 
 pytestmark = [
     pytest.mark.skipif(missing is not None, reason=f"no compiled kernels: {missing}"),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from cases import Case, make_inputs, run
 
-from mnv2_kernels import memory
-from mnv2_kernels.block import BlockConfig, mobilenet_v2_block_inputs
+from mnv2_kernels.block.config import BlockConfig, mobilenet_v2_block_inputs
+from mnv2_kernels.profiling import memory
 
 WORKSPACE_PER_THREAD = 256 * 1024
 BLOCKS = [

@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from mnv2_kernels import cost
-from mnv2_kernels.variants import variants
+from mnv2_kernels.block import cost
+from mnv2_kernels.profiling.variants import variants
 
 from .. import harness
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mnv2_kernels import fuse, mobilenet_v2, plan
-from mnv2_kernels.verify import kernels
+from mnv2_kernels.profiling.verify import kernels
 
 from .peer import Loaded, Peer, of_module
 

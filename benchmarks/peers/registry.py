@@ -1,16 +1,6 @@
 """Every peer there is, ours first."""
 
-from . import (
-    executorch,
-    inductor,
-    litert,
-    mnn,
-    ncnn,
-    onnxruntime,
-    openvino,
-    ours,
-    torch_layers,
-)
+from . import executorch, inductor, litert, mnn, ncnn, onnxruntime, openvino, ours, torch_layers
 from .peer import Peer
 
 MODULES = (

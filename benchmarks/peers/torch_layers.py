@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mnv2_kernels.variants import plain
+from mnv2_kernels.profiling.variants import plain
 
 from .peer import Loaded, Peer, of_module
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import sleep
 
-from mnv2_kernels.timing import quartiles
+from mnv2_kernels.profiling.timing import quartiles
 
 # Thread pools spin for some milliseconds after their last task; the next turn begins after that.
 PAUSE = 0.02

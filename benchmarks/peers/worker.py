@@ -16,9 +16,10 @@ from time import perf_counter, process_time
 import torch
 from torch import nn
 
-from mnv2_kernels import timing
+from mnv2_kernels.profiling import timing
 
-from .. import machine, resident
+from .. import machine
+from ..cpu import resident
 from .cases import Case, folded
 from .limits import Avx512Watch
 from .lost_time import LostTime

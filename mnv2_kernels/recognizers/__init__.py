@@ -11,7 +11,7 @@ Blocks that are no module of their own are in `chains`.
 import torch
 from torch import nn
 
-from ..fold import BlockLayers
+from ..block.fold import BlockLayers
 from . import chains, lukemelas, relatives, sequential, stages, timm, transformers
 from .declined import Declined
 from .layers import check_untouched

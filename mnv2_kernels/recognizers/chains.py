@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..fold import BlockLayers, ConvNorm
+from ..block.fold import BlockLayers, ConvNorm
 from . import transformers
 from .convolutions import is_identity, is_zero_pad
 from .declined import Declined

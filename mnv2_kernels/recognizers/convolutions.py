@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..block import Padding
+from ..block.config import Padding
 from .declined import Declined, describe
 
 # Subclasses of Conv2d that pad as TensorFlow's SAME does, at run time: timm, lukemelas.

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from ..block import NO_CLIP, BlockConfig, Clip, Padding
-from ..fold import BlockLayers, ConvNorm, same_padding_by_two
+from ..block.config import NO_CLIP, BlockConfig, Clip, Padding
+from ..block.fold import BlockLayers, ConvNorm, same_padding_by_two
 from .convolutions import is_drop, is_identity, is_zero_pad, read_padding, same_padding, zero_pad
 from .declined import Declined, describe
 from .units import PadsLikeTensorFlow, unit_layers

@@ -8,7 +8,7 @@ keeps its residual flag in `_has_drop_connect` and an Identity where there is no
 
 from torch import nn
 
-from ..fold import BlockLayers
+from ..block.fold import BlockLayers
 from .convolutions import is_identity
 from .declined import Declined
 from .layers import assemble, check_only, children

@@ -10,7 +10,7 @@ where it has neither squeeze-excite nor hard swish; tonylins, d-li14 and their c
 
 from torch import nn
 
-from ..fold import BlockLayers
+from ..block.fold import BlockLayers
 from .convolutions import is_drop
 from .layers import assemble, check_only, children, flatten, read_flag
 

@@ -7,7 +7,7 @@ with the expansion left out at t = 1, and a flag for the residual.
 
 from torch import nn
 
-from ..fold import BlockLayers
+from ..block.fold import BlockLayers
 from .layers import assemble, check_only, children, flatten, read_flag
 from .sequential import FLAGS
 

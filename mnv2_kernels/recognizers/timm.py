@@ -8,7 +8,7 @@ the norms (BatchNormAct2d).
 
 from torch import nn
 
-from ..fold import BlockLayers
+from ..block.fold import BlockLayers
 from .convolutions import is_drop, is_identity
 from .declined import Declined, describe
 from .layers import assemble, check_only, children, flatten, read_flag

@@ -6,7 +6,7 @@ The layers pad as TensorFlow does, by the size of each input, if the model's con
 
 from torch import nn
 
-from ..fold import BlockLayers
+from ..block.fold import BlockLayers
 from .layers import assemble, check_only, children, flatten, read_flag
 
 _LAYERS = ("expand_1x1", "conv_3x3", "reduce_1x1")

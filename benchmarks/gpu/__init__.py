@@ -1,0 +1,1 @@
+"""The GPU suite and its parts."""

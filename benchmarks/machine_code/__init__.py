@@ -1,0 +1,1 @@
+"""Machine code of the GPU kernels, read and counted."""

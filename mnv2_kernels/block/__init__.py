@@ -1,0 +1,1 @@
+"""What a block is, by arithmetic: sizes, folded weights, costs."""

@@ -1,0 +1,185 @@
+"""Batch norm folding, and the one weight layout that every kernel reads.
+
+Activations are channels_last (NHWC in memory); in every weight the output channels are innermost:
+
+    w_expand  (C_in, C_hidden)      w_dw  (k, k, C_hidden)      w_project  (C_hidden, C_out)
+
+all contiguous; biases are 1-D, float32 for half-precision weights. A kernel can then load
+consecutive output channels as one vector.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .config import NO_CLIP, BlockConfig, Clip, Padding
+
+
+@dataclass(frozen=True)
+class FoldedWeights:
+    """The weights of one block with batch norm folded in, and the clips between its layers.
+
+    w_expand (C_in, C_hidden) and b_expand (C_hidden,) are None for a block without expansion
+    (t = 1). w_dw (k, k, C_hidden), b_dw (C_hidden,), w_project (C_hidden, C_out), b_project
+    (C_out,). A clip is (lower, upper): (0, 6) is ReLU6, (0, inf) ReLU, (-inf, inf) none.
+    `clip_project` is applied before the residual is added.
+    """
+
+    w_expand: Tensor | None
+    b_expand: Tensor | None
+    w_dw: Tensor
+    b_dw: Tensor | None
+    w_project: Tensor
+    b_project: Tensor | None
+    clip_expand: Clip = (0.0, 6.0)
+    clip_dw: Clip = (0.0, 6.0)
+    clip_project: Clip = NO_CLIP
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The six tensors in the order of the op's arguments."""
+        return (
+            self.w_expand,
+            self.b_expand,
+            self.w_dw,
+            self.b_dw,
+            self.w_project,
+            self.b_project,
+        )
+
+    def clips(self) -> tuple[Clip, Clip, Clip]:
+        """The three clips in the order of the op's arguments."""
+        return self.clip_expand, self.clip_dw, self.clip_project
+
+    def to(self, *args, **kwargs) -> "FoldedWeights":
+        """A copy whose tensors went through `Tensor.to(*args, **kwargs)`."""
+        names = ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
+        moved = {n: t.to(*args, **kwargs) for n in names if (t := getattr(self, n)) is not None}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class ConvNorm:
+    """A convolution, the batch norm after it (or None), and the clip after that.
+
+    `norm` is anything with running_mean, running_var, eps, weight and bias (the last two may be
+    None): BatchNorm2d and its subclasses, SyncBatchNorm, torchvision's FrozenBatchNorm2d.
+    """
+
+    conv: nn.Conv2d
+    norm: nn.Module | None
+    clip: Clip = NO_CLIP
+
+    def tensors(self) -> list[Tensor]:
+        """What weight and bias are folded from."""
+        names = ("weight", "bias", "running_mean", "running_var")
+        found = [getattr(m, n, None) for m in (self.conv, self.norm) for n in names]
+        return [t for t in found if isinstance(t, Tensor)]
+
+
+@dataclass(frozen=True)
+class BlockLayers:
+    """The layers of one recognised block, in the order they run: what a recogniser returns.
+
+    `padding` (top, left, bottom, right) is what the depthwise really sees, whatever module of the
+    original applies it. `residual` is read from the original, never inferred. With `same_padding`
+    the depthwise pads as TensorFlow's SAME does at stride 2, by the size of its input; `padding`
+    is then that of even sizes. `drops` are modules that drop values in training mode and do nothing
+    in evaluation mode.
+    """
+
+    expand: ConvNorm | None
+    depthwise: ConvNorm
+    project: ConvNorm
+    residual: bool
+    padding: Padding
+    same_padding: bool = False
+    drops: tuple[nn.Module, ...] = ()
+
+    def at(self, height: int, width: int) -> "BlockLayers":
+        """The same layers with the padding that an input of height x width gets."""
+        if not self.same_padding:
+            return self
+        kernel_size = self.depthwise.conv.kernel_size[0]
+        padding = same_padding_by_two(kernel_size, height, width)
+        return replace(self, padding=padding, same_padding=False)
+
+    @property
+    def config(self) -> BlockConfig:
+        conv = self.depthwise.conv
+        in_channels = self.expand.conv.in_channels if self.expand else conv.in_channels
+        return BlockConfig(
+            in_channels=in_channels,
+            hidden_channels=conv.out_channels,
+            out_channels=self.project.conv.out_channels,
+            stride=conv.stride[0],
+            expansion=self.expand is not None,
+            kernel_size=conv.kernel_size[0],
+            dilation=conv.dilation[0],
+            padding=self.padding,
+            residual=self.residual,
+        )
+
+
+def same_padding_by_two(kernel_size: int, height: int, width: int) -> Padding:
+    """What TensorFlow's SAME pads at stride 2, where ceil(size / 2) rows come out.
+
+    See "Notes on padding" of tensorflow.org/api_docs/python/tf/nn.
+    """
+    rows, columns = (kernel_size - (1 if size % 2 else 2) for size in (height, width))
+    return rows // 2, columns // 2, rows - rows // 2, columns - columns // 2
+
+
+def fold_layers(layers: BlockLayers) -> FoldedWeights:
+    """Fold batch norm into the three convolutions (computed in float64, rounded once).
+
+    Differentiable in every parameter, so that gradients of the folded weights reach the layers.
+    """
+    weights: dict[str, Tensor | Clip | None] = {}
+    expand, depthwise, project = layers.expand, layers.depthwise, layers.project
+    if expand is not None:
+        weight, bias = fold_conv_norm(expand)
+        weights |= {"w_expand": weight[:, :, 0, 0].t().contiguous(), "b_expand": bias}
+        weights["clip_expand"] = expand.clip
+    else:
+        weights |= {"w_expand": None, "b_expand": None, "clip_expand": NO_CLIP}
+    weight, bias = fold_conv_norm(depthwise)
+    weights |= {"w_dw": weight[:, 0].permute(1, 2, 0).contiguous(), "b_dw": bias}
+    weight, bias = fold_conv_norm(project)
+    weights |= {"w_project": weight[:, :, 0, 0].t().contiguous(), "b_project": bias}
+    return FoldedWeights(**weights, clip_dw=depthwise.clip, clip_project=project.clip)
+
+
+def fold_conv_norm(stage: ConvNorm) -> tuple[Tensor, Tensor]:
+    """(weight, bias) of the convolution that equals convolution followed by batch norm.
+
+    y = (conv(x) + b - mean) / sqrt(var + eps) * gamma + beta.
+    """
+    conv, norm = stage.conv, stage.norm
+    dtype = conv.weight.dtype
+    weight = conv.weight.double()
+    bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias.double()
+    if norm is not None:
+        scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight.double()
+        weight = weight * scale[:, None, None, None]
+        bias = (bias - norm.running_mean.double()) * scale
+        if norm.bias is not None:
+            bias = bias + norm.bias.double()
+    return weight.to(dtype), bias.to(torch.promote_types(dtype, torch.float32))
+
+
+def unfold_gradients(stage: ConvNorm, grad_weight: Tensor, grad_bias: Tensor) -> None:
+    """Add to `grad` of the stage's tensors, where they need one, what these gradients give.
+
+    grad_weight has the layout of a folded weight, (k, k, C) or (C_in, C_out).
+    """
+    with torch.enable_grad():
+        weight, bias = fold_conv_norm(stage)
+    if grad_weight.dim() == 3:
+        grad_weight = grad_weight.permute(2, 0, 1)[:, None]
+    else:
+        grad_weight = grad_weight.t()[:, :, None, None]
+    pairs = [(weight, grad_weight), (bias, grad_bias)]
+    torch.autograd.backward(*zip(*(p for p in pairs if p[0].requires_grad), strict=True))

@@ -1,0 +1,1 @@
+"""Putting the fused block into models that exist: fuse, unfuse, explain."""

@@ -1,0 +1,1 @@
+"""Modules that run the op where that is exact."""

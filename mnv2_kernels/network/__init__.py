@@ -1,0 +1,1 @@
+"""Whole networks: read, lowered, laid out, encoded, run."""

@@ -1,0 +1,1 @@
+"""The op: contract, reference, gradients, backends, Triton kernels."""

@@ -1,0 +1,276 @@
+"""Which implementation runs a call: an ordered list, and a sentence where one cannot.
+
+A backend is a kernel behind `torch.ops.mnv2.inverted_residual` on one device, or the reference.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..block.config import BlockConfig, Clip, Padding
+from . import triton as triton_kernels
+from .extension import cuda_missing, missing
+from .extension import module as _C
+
+
+class Block(NamedTuple):
+    """What a kernel is chosen by beside x: plain values, which can be hashed and traced."""
+
+    in_channels: int
+    hidden_channels: int
+    out_channels: int
+    expansion: bool
+    kernel_size: int
+    stride: int
+    dilation: int
+    padding: Padding
+    residual: bool
+    clip_expand: Clip
+    clip_dw: Clip
+    clip_project: Clip
+
+    @classmethod
+    def of(cls, config: BlockConfig, clips: tuple[Clip, Clip, Clip]) -> "Block":
+        names = cls._fields[:-3]
+        return cls(*(getattr(config, name) for name in names), *clips)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`why_not(x, block)` is None where the backend runs by itself, otherwise the sentence to show.
+
+    x None asks about the machine alone, block None about x alone. `why_not_asked`, where it
+    differs, is the same for a backend that was asked for by name.
+    """
+
+    name: str
+    why_not: Callable[..., str | None]
+    why_not_asked: Callable[..., str | None] | None = None
+
+    def why_refused(self, x: Tensor | None, block: Block | None = None) -> str | None:
+        """None where the backend can run on x if asked for by name."""
+        return (self.why_not_asked or self.why_not)(x, block)
+
+
+def _why_not_cpu(x: Tensor | None, block: Block | None = None) -> str | None:
+    if missing is not None:
+        return missing
+    if x is None:
+        return None
+    if x.device.type != "cpu":
+        return f"x must be on the CPU, got {x.device}"
+    return _why_not_dtype(x)
+
+
+def _why_not_cuda(x: Tensor | None, block: Block | None = None) -> str | None:
+    reason = _why_not_cuda_asked(x)
+    if reason is not None or x is None:
+        return reason
+    if x.dtype == torch.float32:
+        slow = "float32"
+    elif block is not None and cuda_kernel(x, block) == "generic":
+        slow = "such a block"
+    else:
+        return None
+    if _why_not_triton_asked(x) is not None:
+        return None  # Better than nothing.
+    return f"the kernel for {slow} has no tensor cores; backend='cuda' runs it anyway"
+
+
+def _why_not_cuda_asked(x: Tensor | None, block: Block | None = None) -> str | None:
+    if cuda_missing is not None:
+        return cuda_missing
+    if x is None:
+        return None
+    if not x.is_cuda:
+        return f"x must be on a GPU, got {x.device}"
+    return _why_not_gpu(x.device) or _why_not_dtype(x)
+
+
+def _why_not_triton(x: Tensor | None, block: Block | None = None) -> str | None:
+    if x is not None and x.device.type == "cpu":
+        return (
+            "x must be on a GPU, got cpu; there Triton's slow interpreter runs the kernel if"
+            " backend='triton' asks for it"
+        )
+    reason = _why_not_triton_asked(x)
+    if reason is None and x is not None and x.dtype == torch.float32 and not _tf32_allowed():
+        return (
+            "x is float32, for which the kernel has no tensor cores until"
+            " torch.backends.cuda.matmul.fp32_precision is 'tf32'; backend='triton' runs it anyway"
+        )
+    return reason
+
+
+def _why_not_triton_asked(x: Tensor | None, block: Block | None = None) -> str | None:
+    if triton_kernels.missing is not None:
+        return triton_kernels.missing
+    if x is None:
+        return None
+    if x.device.type not in ("cpu", "cuda"):
+        return f"x must be on a GPU, or on the CPU for Triton's interpreter, got {x.device}"
+    if x.is_cuda and (reason := _why_not_gpu(x.device)) is not None:
+        return reason
+    return _why_not_dtype(x)
+
+
+def _why_not_dtype(x: Tensor) -> str | None:
+    if type(x) is not Tensor and _is_distributed(type(x)):
+        return "x must be a tensor of one process, got a DTensor, which PyTorch cannot split for us"
+    if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return None
+    return f"x must be float32, float16 or bfloat16, got {x.dtype}"
+
+
+def cuda_kernel(x: Tensor, block: Block) -> str | None:
+    """Name of the CUDA kernel that runs the block on x (N, C_in, H, W), whatever N and device.
+
+    None without the compiled extension, and where x has not four dimensions.
+    """
+    if _C is None or x.dim() != 4:
+        return None
+    # Sizes may be symbols for the compiler, which asks about a common one.
+    height, width = (56, 56) if torch.compiler.is_compiling() else x.shape[2:]
+    return _cuda_kernel(block, height, width, x.dtype)
+
+
+def _asked_once_a_graph(question: Callable) -> Callable:
+    """The compiler cannot trace such questions; it takes the answer of the moment it compiles.
+
+    As `torch.compiler.assume_constant_result`, which imports the compiler: that takes a second.
+    """
+    question._dynamo_marked_constant = True
+    return question
+
+
+@_asked_once_a_graph
+def _tf32_allowed() -> bool:
+    return triton_kernels.precision(torch.float32) == "tf32"
+
+
+@_asked_once_a_graph
+def _why_not_gpu(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "x must be on an NVIDIA GPU, got one of AMD"
+    # Traced without a GPU, for another machine.
+    if not torch.cuda.is_available():
+        return None
+    major, minor = _capability(device)
+    if major < 8:
+        return f"x must be on a GPU of compute capability 8.0 or later, got {major}.{minor}"
+    return None
+
+
+@_asked_once_a_graph
+def _is_distributed(kind: type[Tensor]) -> bool:
+    # Without it imported, which takes a second, there is none.
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and issubclass(kind, distributed.DTensor)
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@_asked_once_a_graph
+def _cuda_kernel(block: Block, height: int, width: int, dtype: torch.dtype) -> str:
+    return _known_cuda_kernel(block, height, width, dtype)
+
+
+@lru_cache(4096)
+def _known_cuda_kernel(block: Block, height: int, width: int, dtype: torch.dtype) -> str:
+    return _C.cuda_kernel(*block, height, width, str(dtype).removeprefix("torch."))
+
+
+BACKENDS = (
+    Backend("cpu", _why_not_cpu),
+    Backend("cuda", _why_not_cuda, _why_not_cuda_asked),
+    Backend("triton", _why_not_triton, _why_not_triton_asked),
+    Backend("reference", lambda x, block=None: None),
+)
+
+
+def check_backend(owner: str, name: object) -> None:
+    """ValueError, in the name of a function or class, where its `backend` is no backend's name."""
+    names = [b.name for b in BACKENDS]
+    if name is not None and name not in names:
+        raise ValueError(f"{owner}: backend must be one of {', '.join(names)}, got {name!r}")
+
+
+_last: str | None = None
+
+
+def choose(name: str | None, x: Tensor, block: Block | None = None) -> str:
+    """The name of the backend that will run the block on x; raises where the asked-for one cannot.
+
+    Only the choice among kernels for GPUs looks at the block.
+    """
+    global _last
+    if name is None:
+        for backend in BACKENDS:
+            if backend.why_not(x, block) is None:
+                _last = backend.name
+                return _last
+    check_backend("inverted_residual", name)
+    backend = next(b for b in BACKENDS if b.name == name)
+    reason = backend.why_refused(x, block)
+    if reason is not None:
+        raise RuntimeError(f"inverted_residual: backend {name!r} cannot run here: {reason}")
+    _last = name
+    return name
+
+
+def why_no_kernel(x: Tensor, block: Block | None = None) -> str | None:
+    """None where a backend other than the reference can run on x, otherwise all the reasons."""
+    reasons = [b.why_not(x, block) for b in BACKENDS if b.name != "reference"]
+    return "; ".join(reasons) if all(reasons) else None
+
+
+def last_backend() -> str | None:
+    """Name of the backend that `choose` returned last in this process: for tests and diagnosis."""
+    return _last
+
+
+def backends() -> dict[str, str]:
+    """Every backend by name, with what it runs on here or the reason why it cannot."""
+    report = {}
+    for backend in BACKENDS:
+        reason = backend.why_refused(None)
+        report[backend.name] = f"cannot run: {reason}" if reason else _describe(backend.name)
+    return report
+
+
+def _describe(name: str) -> str:
+    if name == "reference":
+        return "plain PyTorch, any device and floating dtype"
+    if name == "triton":
+        where = "NVIDIA GPUs" if torch.cuda.is_available() else "no GPU here: interpreter alone"
+        return f"float16, bfloat16 and float32, Triton {triton_kernels.version} ({where})"
+    if name == "cuda":
+        where = "NVIDIA GPUs" if torch.cuda.is_available() else "no GPU here"
+        return f"float16, bfloat16 and float32, CUDA {_C.build_info()['cuda']} ({where})"
+    kernels = _C.cpu_kernels()
+    used = next(k["name"] for k in kernels if k["selected"])
+    built = ", ".join(k["name"] for k in kernels)
+    return f"float32, bfloat16 and float16, {used} (built for: {built})"
+
+
+def load(library: torch.library.Library, triton_op: Callable) -> None:
+    """Give the op a kernel on the devices for which there is no compiled one.
+
+    Importing the extension has registered its kernels with the dispatcher already.
+    """
+    if missing is not None:
+
+        def unavailable(*args):
+            raise RuntimeError(f"inverted_residual: {missing}")
+
+        library.impl("inverted_residual", unavailable, "CPU")
+    if cuda_missing is not None:
+        library.impl("inverted_residual", lambda *args: triton_op(*args), "CUDA")

@@ -1,0 +1,246 @@
+"""The op's contract: which arguments it takes, and the sentence for every other."""
+
+from itertools import chain
+from operator import index
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor, nn
+
+from ..block.config import Clip, Padding, output_size
+from ..block.fold import FoldedWeights
+
+TENSOR_NAMES = ("x", "w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
+_CLIP_NAMES = ("clip_expand", "clip_dw", "clip_project")
+_TENSORS = frozenset((Tensor, nn.Parameter, type(None)))
+_NUMBERS = frozenset((int, float))
+_INTEGER = frozenset((int,))
+
+
+def whole(owner: str, name: str, value: object, least: int | None = None) -> int:
+    """The argument `name` of `owner` as an int.
+
+    Raises:
+        TypeError: it is no integer; bools and tensors are none.
+        ValueError: it is below `least`.
+    """
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        if isinstance(value, bool | Tensor) or not isinstance(value, SupportsIndex):
+            raise TypeError(f"{owner}: {name} must be an integer, got {value!r}")
+        value = index(value)
+    if least is not None and value < least:
+        raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
+    return value
+
+
+def check_kinds(
+    x: Tensor,
+    weights: FoldedWeights,
+    stride: int,
+    padding: Padding | None,
+    dilation: int,
+    residual: bool,
+) -> tuple[int, Padding | None, int]:
+    """Stride, padding and dilation of a call as the ints that the op takes.
+
+    Raises:
+        TypeError: an argument is of another kind than the op's schema says; which would be a
+            sentence of PyTorch's dispatcher, or none where no dispatcher comes to see it.
+    """
+    if _is_usual(weights, stride, padding, dilation, residual) and isinstance(x, Tensor):
+        return stride, padding, dilation
+    if not isinstance(x, Tensor):
+        raise TypeError(f"inverted_residual: x must be a tensor, got {_kind(x)}")
+    if not isinstance(weights, FoldedWeights):
+        raise TypeError(f"inverted_residual: weights must be FoldedWeights, got {_kind(weights)}")
+    for name, tensor in zip(TENSOR_NAMES[1:], weights.tensors(), strict=True):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("w_dw", "w_project")):
+            raise TypeError(f"inverted_residual: {name} must be a tensor, got {_kind(tensor)}")
+    for name, clip in zip(_CLIP_NAMES, weights.clips(), strict=True):
+        if not isinstance(clip, tuple | list) or not all(isinstance(b, int | float) for b in clip):
+            raise TypeError(f"inverted_residual: {name} must be two numbers, got {clip!r}")
+    if not isinstance(residual, bool):
+        raise TypeError(f"inverted_residual: residual must be a bool, got {residual!r}")
+    if padding is not None:
+        if isinstance(padding, str | Tensor) or not hasattr(padding, "__iter__"):
+            raise TypeError(f"inverted_residual: padding must be 4 integers, got {padding!r}")
+        padding = tuple(whole("inverted_residual", "padding", p) for p in padding)
+    stride = whole("inverted_residual", "stride", stride)
+    return stride, padding, whole("inverted_residual", "dilation", dilation)
+
+
+def _is_usual(weights: object, stride: object, padding: object, dilation: object, residual) -> bool:
+    """Whether all are of the very kinds that nearly every call has: a look that costs little."""
+    if type(weights) is not FoldedWeights or weights.w_dw is None or weights.w_project is None:
+        return False
+    clips = weights.clips()
+    return (
+        type(stride) is type(dilation) is int
+        and type(residual) is bool
+        and (padding is None or type(padding) is tuple and _INTEGER.issuperset(map(type, padding)))
+        and _TENSORS.issuperset(map(type, weights.tensors()))
+        and all(type(clip) is tuple for clip in clips)
+        and _NUMBERS.issuperset(map(type, chain.from_iterable(clips)))
+    )
+
+
+def check(
+    x: Tensor,
+    w_expand: Tensor | None,
+    b_expand: Tensor | None,
+    w_dw: Tensor,
+    b_dw: Tensor | None,
+    w_project: Tensor,
+    b_project: Tensor | None,
+    stride: int,
+    padding: Padding,
+    dilation: int,
+    residual: bool,
+    clip_expand: Clip,
+    clip_dw: Clip,
+    clip_project: Clip,
+) -> tuple[int, int, int, int]:
+    """The op's contract. Returns the shape of the result; raises with a sentence otherwise.
+
+    csrc/host.cpp makes the same checks in the same sentences, before a kernel gets pointers.
+    """
+    tensors = (x, w_expand, b_expand, w_dw, b_dw, w_project, b_project)
+    _check_dtypes(tensors)
+    _value(x.dim() == 4, lambda: f"x must have shape (N, C_in, H, W), got {_shape(x)}")
+    batch, in_channels, height, width = x.shape
+    _value(
+        w_dw.dim() == 3 and w_dw.shape[0] == w_dw.shape[1] and w_dw.shape[0] in (3, 5),
+        lambda: f"w_dw must have shape (k, k, C_hidden) with k 3 or 5, got {_shape(w_dw)}",
+    )
+    kernel, _, hidden = w_dw.shape
+    if w_expand is None:
+        _value(b_expand is None, lambda: "b_expand must be None where w_expand is None")
+        _value(
+            hidden == in_channels,
+            lambda: (
+                f"w_dw must have shape ({kernel}, {kernel}, C_in={in_channels}) where"
+                f" w_expand is None, got {_shape(w_dw)}"
+            ),
+        )
+    else:
+        _value(
+            w_expand.shape == (in_channels, hidden),
+            lambda: (
+                f"w_expand must have shape (C_in={in_channels}, C_hidden={hidden}),"
+                f" got {_shape(w_expand)}"
+            ),
+        )
+    _value(
+        w_project.dim() == 2 and w_project.shape[0] == hidden,
+        lambda: f"w_project must have shape (C_hidden={hidden}, C_out), got {_shape(w_project)}",
+    )
+    out_channels = w_project.shape[1]
+    _value(
+        in_channels > 0 and hidden > 0 and out_channels > 0,
+        lambda: (
+            f"every channel count must be at least 1, got C_in={in_channels},"
+            f" C_hidden={hidden}, C_out={out_channels}"
+        ),
+    )
+    biases = (
+        ("b_expand", b_expand, "C_hidden", hidden),
+        ("b_dw", b_dw, "C_hidden", hidden),
+        ("b_project", b_project, "C_out", out_channels),
+    )
+    for name, bias, letter, channels in biases:
+        _value(
+            bias is None or bias.shape == (channels,),
+            lambda n=name, b=bias, a=letter, c=channels: (
+                f"{n} must have shape ({a}={c},), got {_shape(b)}"
+            ),
+        )
+    _value(stride in (1, 2), lambda: f"stride must be 1 or 2, got {stride}")
+    _value(dilation in (1, 2), lambda: f"dilation must be 1 or 2, got {dilation}")
+    extent = dilation * (kernel - 1)
+    _value(
+        len(padding) == 4 and all(0 <= p <= extent for p in padding),
+        lambda: (
+            f"padding must be 4 integers (top, left, bottom, right) from 0 to {extent},"
+            f" got {list(padding)}"
+        ),
+    )
+    top, left, bottom, right = padding
+    height_out = output_size(height, kernel, stride, top, bottom, dilation)
+    width_out = output_size(width, kernel, stride, left, right, dilation)
+    _value(
+        height >= 1 and width >= 1 and height_out >= 1 and width_out >= 1,
+        lambda: (
+            f"x must be large enough for one output row and column, got {height}x{width}"
+            f" with padding {list(padding)}"
+        ),
+    )
+    for name, clip in zip(_CLIP_NAMES, (clip_expand, clip_dw, clip_project), strict=True):
+        _value(
+            len(clip) == 2 and bool(clip[0] <= clip[1]),
+            lambda n=name, c=clip: f"{n} must be (lower, upper) with lower <= upper, got {list(c)}",
+        )
+    shape = (batch, out_channels, height_out, width_out)
+    _value(
+        not residual or shape == x.shape,
+        lambda: (
+            f"residual needs x and the result to have one shape, got {_shape(x)} and {tuple(shape)}"
+        ),
+    )
+    return shape
+
+
+_passed: set[tuple] = set()
+
+
+def check_once(*arguments) -> None:
+    """`check`, for arguments of one kind the first time only: it takes longer than a launch."""
+    tensors, settings = arguments[:7], arguments[7:]
+    kinds = [t if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors]
+    values = [tuple(v) if isinstance(v, list) else v for v in settings]
+    try:
+        known = (key := (*kinds, *values)) in _passed
+    except TypeError:  # Sizes that are symbols have no hash.
+        check(*arguments)
+        return
+    if not known:
+        check(*arguments)
+        if len(_passed) == 4096:
+            _passed.clear()
+        _passed.add(key)
+
+
+def _check_dtypes(tensors: tuple[Tensor | None, ...]) -> None:
+    x = tensors[0]
+    for name, tensor in zip(TENSOR_NAMES, tensors, strict=True):
+        if tensor is None:
+            continue
+        torch._check_type(
+            tensor.is_floating_point() and tensor.layout == torch.strided,
+            lambda n=name, t=tensor: (
+                f"inverted_residual: {n} must be a dense floating-point"
+                f" tensor, got {t.dtype} {t.layout}"
+            ),
+        )
+        allowed = {x.dtype, torch.float32} if name.startswith("b_") else {x.dtype}
+        torch._check_type(
+            tensor.dtype in allowed,
+            lambda n=name, t=tensor: (
+                f"inverted_residual: {n} must have the dtype of x, {x.dtype}, got {t.dtype}"
+            ),
+        )
+        _value(
+            tensor.device == x.device,
+            lambda n=name, t=tensor: f"{n} must be on the device of x, {x.device}, got {t.device}",
+        )
+
+
+def _value(condition: bool, sentence) -> None:
+    torch._check_value(condition, lambda: f"inverted_residual: {sentence()}")
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

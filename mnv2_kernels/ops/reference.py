@@ -1,0 +1,54 @@
+"""The block in plain PyTorch: the truth of every test and the fallback on every device.
+
+The expanded tensor is materialised here; any floating dtype, any device, differentiable.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..block.config import NO_CLIP, Clip, Padding
+from ..block.fold import FoldedWeights
+
+
+def inverted_residual(
+    x: Tensor,
+    weights: FoldedWeights,
+    *,
+    stride: int,
+    padding: Padding,
+    dilation: int,
+    residual: bool,
+) -> Tensor:
+    """y = clip(project(clip(depthwise(pad(clip(expand(x))))))) (+ x), paper section 3.3.
+
+    x (N, C_in, H, W) in any layout -> y (N, C_out, H_out, W_out) channels_last, dtype of x.
+    Zero padding belongs to the clipped expansion, not to x.
+    """
+    h = x
+    if weights.w_expand is not None:
+        h = _conv1x1(h, weights.w_expand, weights.b_expand)
+        h = _clip(h, weights.clip_expand)
+    top, left, bottom, right = padding
+    h = F.pad(h, (left, right, top, bottom))
+    w_dw = weights.w_dw.permute(2, 0, 1)[:, None]
+    h = F.conv2d(h, w_dw, _bias(weights.b_dw, h), stride, 0, dilation, groups=w_dw.shape[0])
+    h = _clip(h, weights.clip_dw)
+    y = _conv1x1(h, weights.w_project, weights.b_project)
+    y = _clip(y, weights.clip_project)
+    if residual:
+        y = y + x
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x, weight.t()[:, :, None, None], _bias(bias, x))
+
+
+def _bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(x.dtype)
+
+
+def _clip(x: Tensor, clip: Clip) -> Tensor:
+    # hardtanh, not clamp: its gradient is 0 at the clip points, as that of ReLU and ReLU6.
+    return x if clip == NO_CLIP else F.hardtanh(x, *clip)

@@ -1,0 +1,212 @@
+"""From the op's arguments to a launch of the patch kernel."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import wrap_triton
+
+from ...block.config import NO_CLIP, BlockConfig, Clip, Padding
+from . import configs, interpreter
+from .configs import PatchConfig
+from .geometry import slots
+from .patch import inverted_residual_patch
+
+
+class Launch(NamedTuple):
+    """What the kernel is called with behind its tensors, and how many programs of it run."""
+
+    programs: int
+    sizes: tuple
+    bounds: tuple[float, ...]
+    constants: dict
+
+
+def plan_launch(
+    block: BlockConfig,
+    biases: tuple[bool, bool, bool],
+    clips: tuple[Clip, Clip, Clip],
+    shape: tuple[int, int, int],
+    config: PatchConfig,
+    dtype: torch.dtype,
+) -> Launch:
+    """The launch for x of shape (N, H, W): arithmetic alone, on any machine.
+
+    `biases` says which of the three biases there are.
+    """
+    batch, height, width = shape
+    height_out, width_out = block.output_hw(height, width)
+    patch_rows = -(-height_out // config.patch_h)
+    patch_columns = -(-width_out // config.patch_w)
+    patches = batch * patch_rows * patch_columns
+    top, left, _, _ = block.padding
+    out_groups = -(-block.out_channels // (config.out_tile * config.out_tiles))
+
+    def safe(size, before: int, patch_count, patch: int) -> int:
+        """Slots from the padding up to this one lie inside the image in every patch."""
+        if not isinstance(size, int):
+            return 0  # A symbolic size: none is known to.
+        extent = slots(patch, block.kernel_size, block.stride, block.dilation)
+        return min(extent, size + before - (patch_count - 1) * patch * block.stride)
+
+    constants = {
+        "C_IN": block.in_channels,
+        "C_HIDDEN": block.hidden_channels,
+        "C_OUT": block.out_channels,
+        "KERNEL": block.kernel_size,
+        "STRIDE": block.stride,
+        "DILATION": block.dilation,
+        "PAD_TOP": top,
+        "PAD_LEFT": left,
+        "EXPANSION": block.expansion,
+        "RESIDUAL": block.residual,
+        "B_EXPAND": biases[0],
+        "B_DW": biases[1],
+        "B_PROJECT": biases[2],
+        "ZERO_EXPAND": clips[0][0] == 0,
+        "ZERO_DW": clips[1][0] == 0,
+        "CLIP_PROJECT": clips[2] != NO_CLIP,
+        "SAFE_ROWS": safe(height, top, patch_rows, config.patch_h),
+        "SAFE_COLUMNS": safe(width, left, patch_columns, config.patch_w),
+        "WHOLE_ROW": width if isinstance(width, int) and width_out <= config.patch_w else 0,
+        "WIDE": patches >= 2**31 - config.patches,
+        "PRECISION": configs.precision(dtype),
+        "HALF": config.half,
+        "PATCHES": config.patches,
+        "PATCH_H": config.patch_h,
+        "PATCH_W": config.patch_w,
+        "CHUNK": config.chunk,
+        "IN_TILE": config.in_tile,
+        "OUT_TILE": config.out_tile,
+        "OUT_TILES": config.out_tiles,
+        "KEEP_X": config.keep_x,
+    }
+    return Launch(
+        programs=-(-patches // config.patches) * out_groups,
+        sizes=(patches, height, width, height_out, width_out, patch_rows, patch_columns),
+        bounds=tuple(bound for clip in clips for bound in clip),
+        constants=constants,
+    )
+
+
+def inverted_residual(
+    x: Tensor,
+    w_expand: Tensor | None,
+    b_expand: Tensor | None,
+    w_dw: Tensor,
+    b_dw: Tensor | None,
+    w_project: Tensor,
+    b_project: Tensor | None,
+    stride: int,
+    padding: Padding,
+    dilation: int,
+    residual: bool,
+    clip_expand: Clip,
+    clip_dw: Clip,
+    clip_project: Clip,
+    config: PatchConfig | None = None,
+) -> Tensor:
+    """Launch the kernel for arguments that `contract.check` has passed, on x's device.
+
+    On CUDA tensors it runs on the current stream and can be captured in a CUDA graph; on CPU
+    tensors Triton's interpreter runs it. `config` replaces the one that would be chosen.
+    """
+    clips = (tuple(clip_expand), tuple(clip_dw), tuple(clip_project))
+    settings = (stride, tuple(padding), dilation, residual)
+    present = tuple(t is not None for t in (w_expand, b_expand, b_dw, b_project))
+    # Sizes that are symbols cannot be looked up.
+    prepare = _prepare if all(type(n) is int for n in x.shape) else _prepare.__wrapped__
+    prepared = prepare(
+        tuple(x.shape),
+        (*w_dw.shape, w_project.shape[1]),
+        present,
+        settings,
+        clips,
+        x.dtype,
+        x.device,
+        configs.precision(x.dtype),
+        config,
+    )
+    y = torch.empty(
+        prepared.y_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    if x.shape[0] == 0:
+        return y
+    # A pointer the kernel never follows stands in for a tensor that there is none of.
+    tensors = [
+        (w_dw if t is None else t).contiguous()
+        for t in (w_expand, b_expand, w_dw, b_dw, w_project, b_project)
+    ]
+    x = x.contiguous(memory_format=torch.channels_last)
+    arguments = (x, *tensors, y, *prepared.launch.sizes, *prepared.launch.bounds)
+    grid = (prepared.launch.programs,)
+    if not x.is_cuda:
+        interpreter.run(grid, arguments, prepared.launch.constants)
+        return y
+    # With a configuration of its own, a call is for measuring and never traced.
+    kernel = inverted_residual_patch if config else wrap_triton(inverted_residual_patch)
+    with _on_device(x):
+        kernel[grid](*arguments, **prepared.launch.constants, **prepared.options)
+    return y
+
+
+class _Prepared(NamedTuple):
+    y_shape: tuple[int, ...]
+    launch: Launch
+    options: dict[str, int]
+
+
+@lru_cache(maxsize=4096)
+def _prepare(
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    present: tuple[bool, ...],
+    settings: tuple[int, Padding, int, bool],
+    clips: tuple[Clip, Clip, Clip],
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: str,
+    config: PatchConfig | None,
+) -> _Prepared:
+    """All that does not depend on the tensors themselves: a call is short on a GPU.
+
+    `precision` only tells apart calls before and after a change of PyTorch's switch.
+    """
+    batch, in_channels, height, width = x_shape
+    kernel_size, _, hidden_channels, out_channels = weight_shape
+    expansion, *biases = present
+    stride, padding, dilation, residual = settings
+    block = BlockConfig(
+        in_channels=in_channels,
+        hidden_channels=hidden_channels,
+        out_channels=out_channels,
+        stride=stride,
+        expansion=expansion,
+        kernel_size=kernel_size,
+        dilation=dilation,
+        padding=padding,
+        residual=residual,
+    )
+    height_out, width_out = block.output_hw(height, width)
+    if config is None:
+        known_width = width_out if isinstance(width_out, int) else None
+        config = configs.choose(block, dtype, device, known_width).config
+        # Sums in fp16 of what has no bounds could overflow where the layers' do not.
+        bounded = expansion and all(map(math.isfinite, clips[0]))
+        config = replace(config, half=config.half and bounded)
+    return _Prepared(
+        y_shape=(batch, out_channels, height_out, width_out),
+        launch=plan_launch(block, tuple(biases), clips, (batch, height, width), config, dtype),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+
+
+def _on_device(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, whatever its arguments are on."""
+    if torch.cuda.device_count() > 1 and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()

@@ -1,0 +1,1 @@
+"""Measuring: time, allocations, variants, the paper's Table 3."""

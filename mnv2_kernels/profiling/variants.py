@@ -1,0 +1,90 @@
+"""One network three ways (plain, folded, fused), and calls of its blocks one by one."""
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..fuse.find import find
+from ..fuse.fuse import fuse
+from ..fuse.model import WholeNetwork
+from ..fuse.sequential import FusedChain
+from ..modules.fused_module import FusedModule
+from ..recognizers.layers import batch_norm_activation
+
+
+def variants(model: nn.Module) -> dict[str, nn.Module]:
+    """Copies of a network in evaluation mode, by name; the network itself is left as it is.
+
+    "plain" runs layer by layer as written. "folded" does so too, with batch norm folded into the
+    convolutions and channels_last weights: what PyTorch does best without a compiler. "fused" is
+    the network after `fuse`, channels_last; where it does not run as a whole, with the layers
+    around its blocks folded too.
+    """
+    folded = fold_around_blocks(plain(model))
+    fused = fuse(model)
+    if not isinstance(fused, WholeNetwork):
+        fold_around_blocks(fused)
+    for copy in (folded, fused):
+        copy.to(memory_format=torch.channels_last)
+    return {"plain": plain(model), "folded": folded, "fused": fused}
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A copy that runs its layers one by one, also those of modules that could run fused."""
+    copy = deepcopy(model)
+    for module in copy.modules():
+        if isinstance(module, FusedModule | FusedChain):
+            module.forward = module.plain_forward
+    return copy
+
+
+def fused_blocks(model: nn.Module) -> dict[str, FusedModule]:
+    """The modules of a network that can run in one pass, by their names in it."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, FusedModule)}
+
+
+def block_calls(
+    model: nn.Module, names: Iterable[str], x: Tensor
+) -> dict[str, tuple[Callable[[], Tensor], Tensor]]:
+    """name -> (a call of that submodule alone, its input), as it is called in `model(x)`."""
+    calls = {}
+
+    def remember(name: str) -> Callable:
+        def hook(module, args, kwargs):
+            calls[name] = lambda: module(*args, **kwargs), args[0]
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(remember(name), with_kwargs=True)
+        for name in names
+    ]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def fold_around_blocks(model: nn.Module) -> nn.Module:
+    """Fold every batch norm into the convolution registered right before it, in place.
+
+    What runs fused folds its own and is left alone.
+    """
+    own = [f.fused for f in find(model) if f.fused is not None and "forward" not in vars(f.module)]
+    skipped = {inner for block in own for inner in block.modules()}
+    for parent in model.modules():
+        if parent in skipped:
+            continue
+        for (name, conv), (next_name, norm) in pairwise(list(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and conv not in skipped:
+                after = batch_norm_activation(norm)
+                if after is not None and norm.running_mean is not None:
+                    setattr(parent, name, fuse_conv_bn_eval(conv, norm))
+                    setattr(parent, next_name, after)
+    return model
