@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .config import NO_CLIP, BlockConfig, Clip, Padding
+from .config import NO_CLIP, BlockConfig, Clip
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class FoldedWeights:
 class ConvNorm:
     """A convolution, the batch norm after it (or None), and the clip after that.
 
-    `norm` is anything with running_mean, running_var, eps, weight and bias (the last two may be
-    None): BatchNorm2d and its subclasses, SyncBatchNorm, torchvision's FrozenBatchNorm2d.
+    `conv` is any module with weight and bias, `norm` any with running_mean, running_var, eps,
+    weight and bias; a bias and the norm's weight may be None.
     """
 
-    conv: nn.Conv2d
+    conv: nn.Module
     norm: nn.Module | None
     clip: Clip = NO_CLIP
 
@@ -77,57 +77,30 @@ class ConvNorm:
         return [t for t in found if isinstance(t, Tensor)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockLayers:
-    """The layers of one recognised block, in the order they run: what a recogniser returns.
+    """The layers of one block in the order they run, and the sizes that its forward gives them.
 
-    `padding` (top, left, bottom, right) is what the depthwise really sees, whatever module of the
-    original applies it. `residual` is read from the original, never inferred. With `same_padding`
-    the depthwise pads as TensorFlow's SAME does at stride 2, by the size of its input; `padding`
-    is then that of even sizes. `drops` are modules that drop values in training mode and do nothing
-    in evaluation mode.
+    `config.padding` is what the depthwise really sees, whatever applies it, and `config.residual`
+    what the forward does.
     """
 
     expand: ConvNorm | None
     depthwise: ConvNorm
     project: ConvNorm
-    residual: bool
-    padding: Padding
-    same_padding: bool = False
-    drops: tuple[nn.Module, ...] = ()
-
-    def at(self, height: int, width: int) -> "BlockLayers":
-        """The same layers with the padding that an input of height x width gets."""
-        if not self.same_padding:
-            return self
-        kernel_size = self.depthwise.conv.kernel_size[0]
-        padding = same_padding_by_two(kernel_size, height, width)
-        return replace(self, padding=padding, same_padding=False)
+    config: BlockConfig
 
     @property
-    def config(self) -> BlockConfig:
-        conv = self.depthwise.conv
-        in_channels = self.expand.conv.in_channels if self.expand else conv.in_channels
-        return BlockConfig(
-            in_channels=in_channels,
-            hidden_channels=conv.out_channels,
-            out_channels=self.project.conv.out_channels,
-            stride=conv.stride[0],
-            expansion=self.expand is not None,
-            kernel_size=conv.kernel_size[0],
-            dilation=conv.dilation[0],
-            padding=self.padding,
-            residual=self.residual,
-        )
+    def stages(self) -> tuple[ConvNorm, ...]:
+        """Those that there are."""
+        found = (self.expand, self.depthwise, self.project)
+        return tuple(stage for stage in found if stage is not None)
 
-
-def same_padding_by_two(kernel_size: int, height: int, width: int) -> Padding:
-    """What TensorFlow's SAME pads at stride 2, where ceil(size / 2) rows come out.
-
-    See "Notes on padding" of tensorflow.org/api_docs/python/tf/nn.
-    """
-    rows, columns = (kernel_size - (1 if size % 2 else 2) for size in (height, width))
-    return rows // 2, columns // 2, rows - rows // 2, columns - columns // 2
+    @property
+    def clips(self) -> tuple[Clip, Clip, Clip]:
+        """After expansion, depthwise and projection."""
+        expand = NO_CLIP if self.expand is None else self.expand.clip
+        return expand, self.depthwise.clip, self.project.clip
 
 
 def fold_layers(layers: BlockLayers) -> FoldedWeights:
@@ -168,18 +141,3 @@ def fold_conv_norm(stage: ConvNorm) -> tuple[Tensor, Tensor]:
         if norm.bias is not None:
             bias = bias + norm.bias.double()
     return weight.to(dtype), bias.to(torch.promote_types(dtype, torch.float32))
-
-
-def unfold_gradients(stage: ConvNorm, grad_weight: Tensor, grad_bias: Tensor) -> None:
-    """Add to `grad` of the stage's tensors, where they need one, what these gradients give.
-
-    grad_weight has the layout of a folded weight, (k, k, C) or (C_in, C_out).
-    """
-    with torch.enable_grad():
-        weight, bias = fold_conv_norm(stage)
-    if grad_weight.dim() == 3:
-        grad_weight = grad_weight.permute(2, 0, 1)[:, None]
-    else:
-        grad_weight = grad_weight.t()[:, :, None, None]
-    pairs = [(weight, grad_weight), (bias, grad_bias)]
-    torch.autograd.backward(*zip(*(p for p in pairs if p[0].requires_grad), strict=True))

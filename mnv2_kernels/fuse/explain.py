@@ -12,8 +12,8 @@ from torch import nn
 from ..block.config import BlockConfig
 from ..block.cost import tensor_bytes
 from ..modules.fused_module import FusedModule
-from ..ops.backends import BACKENDS, cuda_kernel
-from ..recognizers import check_module
+from ..ops.backends import BACKENDS, Block, cuda_kernel
+from ..recognizers import check_module, evaluation_mode
 from .find import find
 from .sequential import FusedChain
 
@@ -82,10 +82,12 @@ def explain(model: nn.Module, *, input_shape: tuple[int, ...] | None = None) -> 
 
 
 def _rows(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> Iterator[Row]:
-    for found in find(model):
+    with evaluation_mode(model):
+        blocks = list(find(model))
+    for found in blocks:
         if found.fused is not None:
             yield _row(found.name, "fused", found.fused, sizes.get(found.first))
-        elif found.layers is not None:
+        elif found.reading is not None:
             yield _row(found.name, "fusable", found.make(), sizes.get(found.first))
         else:
             yield Row(found.name, "declined", reason=found.reason)
@@ -95,10 +97,12 @@ def _row(name: str, state: State, block: FusedModule, size: tuple[int, int] | No
     weight = block.block_layers.project.conv.weight
     # Device and dtype of the input are those of the weight.
     x, chosen_by, saved = weight, None, None
+    config = block.config
     if size is not None:
-        x = weight.new_empty(()).expand(1, block.config.in_channels, *size)
-        chosen_by = block.chosen_by
-        config = block.block_layers.at(*size).config
+        x = weight.new_empty(()).expand(1, config.in_channels, *size)
+        layers = block.call_for(x).layers
+        config = config if layers is None else layers.config
+        chosen_by = Block.of(config, block.block_layers.clips)
         sizes = tensor_bytes(config, *size, itemsize=weight.element_size())
         saved = sizes.expanded + sizes.depthwise
     reason, backend, kernel = block.why_plain(x), None, None
@@ -110,7 +114,7 @@ def _row(name: str, state: State, block: FusedModule, size: tuple[int, int] | No
             kernel = cuda_kernel(x, chosen_by)
     elif state == "fused":
         state = "plain"
-    return Row(name, state, block.config, backend, reason, size, saved, kernel)
+    return Row(name, state, config, backend, reason, size, saved, kernel)
 
 
 def _input_sizes(model: nn.Module, input_shape: Iterable[int]) -> dict[str, tuple[int, int]]:

@@ -8,15 +8,28 @@ from torch import nn
 
 from ..block.fold import BlockLayers
 from ..modules.fused_module import FusedInvertedResidual, FusedModule
-from ..recognizers import Declined, recognize
-from ..recognizers.chains import Run, chain, find_runs, part
-from .same_padding import FusedSamePadding
+from ..recognizers import (
+    Declined,
+    Layer,
+    Reading,
+    block_of,
+    follow,
+    guess_channels,
+    has_depthwise,
+    read_unknown,
+    spans_of,
+)
+from ..recognizers.checks import overrides_call
 from .sequential import FusedChain, FusedRun, FusedSequential, FusedSequentialBlock
+
+# A module with more convolutions is a part of a network, and no block that was declined: a block
+# has expansion, depthwise, projection, and up to three more for its shortcut or squeeze-excite.
+_MOST_CONVOLUTIONS = 6
 
 
 @dataclass(frozen=True)
 class Found:
-    """One block of a model: fused already, one that can be (`layers`), or declined (`reason`).
+    """One block of a model: fused already, one that can be (`reading`), or declined (`reason`).
 
     `module` is the block itself, or with `span` the module whose children start:stop it is. The
     input of the module named `first` is that of the block.
@@ -27,34 +40,36 @@ class Found:
     module: nn.Module
     span: tuple[int, int] | None = None
     fused: FusedModule | None = None
-    layers: BlockLayers | None = None
+    reading: Reading | None = None
     reason: str | None = None
 
     def make(self) -> FusedInvertedResidual:
         """The block that can be fused, fused."""
-        original = self.module
         if self.span is not None:
-            original = part(chain(original), *self.span)
+            original = _sequential(self.module, self.span)
             original.training = self.module.training
-        elif isinstance(original, nn.Sequential):
-            return FusedSequentialBlock(original, self.layers)
-        kind = FusedSamePadding if self.layers.same_padding else FusedInvertedResidual
-        return kind(original, self.layers)
+            return FusedInvertedResidual(original, self.reading)
+        if isinstance(self.module, nn.Sequential):
+            return FusedSequentialBlock(self.module, self.reading)
+        return FusedInvertedResidual(self.module, self.reading)
 
 
 def find(model: nn.Module) -> Iterator[Found]:
-    """The blocks of a model in the order of its modules; a shared one once, none inside another."""
-    return _find("", model, set(), False)
+    """The blocks of a model in the order of its modules; a shared one once, none inside another.
+
+    The modules must be in evaluation mode.
+    """
+    return _find("", model, set())
 
 
 def fused_chain(original: nn.Module, runs: list[FusedRun]) -> FusedChain:
     """A module that runs some of its children as blocks, for one that is a chain."""
     if isinstance(original, nn.Sequential):
         return FusedSequential(original, runs)
-    return FusedChain(original, list(chain(original)), runs)
+    return FusedChain(original, list(_children(original)), runs)
 
 
-def _find(name: str, module: nn.Module, seen: set[nn.Module], in_declined: bool) -> Iterator[Found]:
+def _find(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[Found]:
     # Nothing inside a scripted module can be read or replaced.
     if module in seen or isinstance(module, torch.jit.ScriptModule):
         return
@@ -62,58 +77,109 @@ def _find(name: str, module: nn.Module, seen: set[nn.Module], in_declined: bool)
     if isinstance(module, FusedModule):
         yield Found(name, name, module, fused=module)
         return
+    if not has_depthwise(module):
+        return
     if isinstance(module, FusedChain):
-        yield from _fused_runs(name, module, seen)
-    else:
+        for run in module.runs:
+            yield _run(name, module, (run.start, run.stop), fused=run.block)
+            seen.update(run.block.original.children())
+        yield from _inside(name, module, seen)
+        return
+    reading, reason = None, None
+    if type(module).forward is not nn.Module.forward:
         try:
-            layers = recognize(module)
+            reading = read_unknown(module)
+            block_of(reading)
+            yield Found(name, name, module, reading=reading)
+            return
         except Declined as declined:
-            yield Found(name, name, module, reason=str(declined))
-            in_declined = True
-        else:
-            if layers is not None and not (in_declined and isinstance(module, nn.Sequential)):
-                yield Found(name, name, module, layers=layers)
-                return
-            if not in_declined:
-                for run in find_runs(module):
-                    yield from _found_run(name, module, run, seen)
+            reason = str(declined)
+    for span, found in _runs(module, reading):
+        yield _run(name, module, span, reading=found)
+        seen.update(list(_children(module).values())[slice(*span)])
+    empty = True
+    for found in _inside(name, module, seen):
+        yield found
+        empty = False
+    if empty and reason is not None and _looks_like_block(module):
+        yield Found(name, name, module, reason=reason)
+
+
+def _inside(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[Found]:
     for child_name, child in module.named_children():
-        yield from _find(_join(name, child_name), child, seen, in_declined)
+        yield from _find(f"{name}.{child_name}" if name else child_name, child, seen)
 
 
-def _fused_runs(name: str, module: FusedChain, seen: set[nn.Module]) -> Iterator[Found]:
-    """The runs that are fused, and between them those that were declined."""
-    fused = {run.start: run for run in module.runs}
-    inside = {i for run in module.runs for i in range(run.start, run.stop)}
-    declined = {
-        run.start: run
-        for run in find_runs(module.original)
-        if run.layers is None and inside.isdisjoint(range(run.start, run.stop))
-    }
-    for start in sorted([*fused, *declined]):
-        if start in declined:
-            yield from _found_run(name, module, declined[start], seen)
+def _run(name: str, module: nn.Module, span: tuple[int, int], **found) -> Found:
+    first = list(_children(module))[span[0]]
+    full = f"{name}.{first}" if name else first
+    return Found(f"{name}[{span[0]}:{span[1]}]", full, module, span, **found)
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: child for name, child in module._modules.items() if child is not None}
+
+
+def _sequential(module: nn.Module, span: tuple[int, int]) -> nn.Sequential:
+    """A Sequential of some children, under their names."""
+    made = nn.Sequential()
+    made._modules.update(list(_children(module).items())[slice(*span)])
+    return made
+
+
+def _runs(module: nn.Module, reading: Reading | None) -> Iterator[tuple[tuple[int, int], Reading]]:
+    """The blocks that are several children of a module that runs its children in order."""
+    children = list(_children(module).values())
+    is_sequential = isinstance(module, nn.Sequential) and not overrides_call(module)
+    if not (is_sequential and type(module).forward is nn.Sequential.forward) and (
+        reading is None or not _runs_in_order(module, children, reading)
+    ):
+        return
+    first = 0
+    while first < len(children):
+        spans, is_sized = _longest(module, children[first:])
+        stop = first + 1
+        for i, span in enumerate(spans):
+            begin, end = first + span.first_call, first + span.last_call
+            stop = max(stop, end + 1)
+            shared = (i > 0 and spans[i - 1].last_call == span.first_call) or (
+                i + 1 < len(spans) and spans[i + 1].first_call == span.last_call
+            )
+            if isinstance(span.layer, BlockLayers) and end > begin and not shared:
+                yield (begin, end + 1), Reading((span.layer,), is_sized)
+        first = stop
+
+
+def _runs_in_order(module: nn.Module, children: list[nn.Module], reading: Reading) -> bool:
+    if len(reading.layers) < 2:
+        return False
+    spans, _ = _longest(module, children)
+    stop = spans[-1].last_call + 1 if spans else 0
+    layers = [span.layer for span in spans]
+    return stop == len(children) and _same_layers(layers, list(reading.layers))
+
+
+def _same_layers(first: list[Layer], second: list[Layer]) -> bool:
+    return len(first) == len(second) and all(
+        vars(a) == vars(b) and type(a) is type(b) for a, b in zip(first, second, strict=True)
+    )
+
+
+def _longest(module: nn.Module, children: list[nn.Module]) -> tuple[list, bool]:
+    """The layers of as many of the first children as are a chain of layers."""
+    try:
+        shape = (1, guess_channels(children), 224, 224)
+        trace, _ = follow(module, shape, children)
+    except Declined:
+        return [], False
+    for count in range(len(trace.outputs), 0, -1):
+        try:
+            return spans_of(trace, count), trace.is_sized
+        except Declined:
             continue
-        _, stop, block = fused[start]
-        children = list(block.original._modules.items())
-        first = _join(name, children[0][0])
-        yield Found(f"{name}[{start}:{stop}]", first, module, (start, stop), fused=block)
-        seen.update(child for _, child in children)
+    return [], False
 
 
-def _found_run(name: str, module: nn.Module, run: Run, seen: set[nn.Module]) -> Iterator[Found]:
-    """A run that can be fused, or was declined and what is inside it."""
-    span = run.start, run.stop
-    original = module.original if isinstance(module, FusedChain) else module
-    inside = list(chain(original).items())[run.start : run.stop]
-    first = _join(name, inside[0][0])
-    found = f"{name}[{run.start}:{run.stop}]"
-    yield Found(found, first, module, span, layers=run.layers, reason=run.reason)
-    for child_name, child in inside:
-        if run.layers is None:
-            yield from _find(_join(name, child_name), child, seen, True)
-        seen.add(child)
-
-
-def _join(name: str, child: str) -> str:
-    return f"{name}.{child}" if name else child
+def _looks_like_block(module: nn.Module) -> bool:
+    """Whether a declined module is a depthwise convolution with others, and not much more."""
+    return 2 <= sum(p.dim() == 4 for p in module.parameters()) <= _MOST_CONVOLUTIONS

@@ -15,7 +15,7 @@ from ..block.fold import FoldedWeights, fold_layers
 from ..modules.fused_module import FusedModule
 from ..modules.stand_in import StandIn
 from ..ops.backends import check_backend
-from ..recognizers import Declined, check_module, recognize
+from ..recognizers import Declined, block_of, check_module, evaluation_mode, read_unknown
 from .find import find, fused_chain
 from .model import make_parts, make_whole
 from .sequential import FusedRun, join_all
@@ -56,10 +56,12 @@ def fuse(
     replaced: dict[nn.Module, StandIn] = {}
     fused: dict[str, FusedModule] = {}
     runs: dict[nn.Module, list[FusedRun]] = defaultdict(list)
-    for found in find(model):
+    with evaluation_mode(model):
+        blocks = list(find(model))
+    for found in blocks:
         if found.fused is not None:
             fused[found.name] = found.fused
-        elif found.layers is not None:
+        elif found.reading is not None:
             fused[found.name] = block = found.make()
             if found.span is None:
                 replaced[found.module] = block
@@ -108,15 +110,12 @@ def fold(block: nn.Module) -> FoldedWeights:
         ValueError: block is not such a block; the sentence says why.
     """
     check_module("fold", block, "block")
-    if isinstance(block, FusedModule):
-        return fold_layers(block.block_layers)
     kind = type(block).__name__
     try:
-        layers = recognize(block)
+        with evaluation_mode(block):
+            layers = block_of(read_unknown(block))
     except Declined as reason:
         raise ValueError(f"fold: {kind} cannot be folded: {reason}") from None
-    if layers is None:
-        raise ValueError(f"fold: block must be an inverted residual, got {kind}")
     return fold_layers(layers)
 
 

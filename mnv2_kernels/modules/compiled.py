@@ -60,16 +60,16 @@ def _freezes() -> bool:
 _freezes._dynamo_marked_constant = True
 
 
-def run_layers(x: Tensor, block: BlockLayers, clips: tuple, settings: dict) -> Tensor:
+def run_layers(x: Tensor, block: BlockLayers) -> Tensor:
     """The op on x and the layers of a block."""
-    return _op(x, *_flatten(block), *settings.values(), *clips)
+    config = block.config
+    settings = (config.stride, config.padding, config.dilation, config.residual)
+    return _op(x, *_flatten(block), *settings, *block.clips)
 
 
 def _flatten(block: BlockLayers) -> tuple[list[Tensor], list[int], list[float]]:
     layers, present, eps = [], [], []
-    for stage in (block.expand, block.depthwise, block.project):
-        if stage is None:
-            continue
+    for stage in block.stages:
         bits = 0
         for bit, (module, name) in enumerate(_TENSORS):
             owner = getattr(stage, module)
@@ -95,16 +95,11 @@ def fold_flat(
             setattr(owner, name, next(tensors) if bits >> bit & 1 else None)
         stages.append(ConvNorm(conv, None if norm.running_var is None else norm))
     expand = stages.pop(0) if len(stages) == 3 else None
-    return fold_layers(BlockLayers(expand, *stages, residual=False, padding=(0, 0, 0, 0))).tensors()
+    return fold_layers(BlockLayers(expand, *stages, config=None)).tensors()
 
 
 # By the weight of the projection, and dropped with it.
 _cache = WeakTensorKeyDictionary()
-
-
-def forget(block: BlockLayers) -> None:
-    """Drop what is cached for a block."""
-    _cache.pop(block.project.conv.weight, None)
 
 
 def _folded(layers: list[Tensor], present: list[int], eps: list[float]) -> tuple:

@@ -6,8 +6,6 @@ fused in training mode too, forward and backward.
 
 import copy
 from functools import cache
-from itertools import takewhile
-from types import FunctionType
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -54,21 +52,8 @@ def freeze_bn(model: nn.Module, *, train_affine: bool = True, inplace: bool = Fa
     return model
 
 
-def is_frozen(norm: nn.Module) -> bool:
-    """Whether the norm computes the same in training mode as in evaluation mode, always."""
-    return isinstance(norm, _Frozen) or not isinstance(norm, _BatchNorm)
-
-
-def thawed(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that a frozen norm was of; any other class itself."""
-    return _THAWED.get(kind, kind)
-
-
 def _batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
-
-
-_THAWED: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class _Frozen:
@@ -88,30 +73,9 @@ class _Frozen:
 @cache
 def _frozen(kind: type[nn.Module]) -> type[nn.Module]:
     """`kind`, ignoring `train()`; under its own name, by which some code recognises norms."""
-    frozen = type(kind.__name__, (_Frozen, kind), {"__module__": kind.__module__})
-    _THAWED[frozen] = kind
-    return frozen
+    return type(kind.__name__, (_Frozen, kind), {"__module__": kind.__module__})
 
 
 def _rebuild(kind: type[nn.Module]) -> nn.Module:
     frozen = _frozen(kind)
     return frozen.__new__(frozen)
-
-
-def why_mode_matters(block: nn.Module, own_classes: type[nn.Module]) -> str | None:
-    """What in a block computes something else in training mode, beside its batch norms.
-
-    Classes from `own_classes` on do not count for the block itself.
-    """
-    for name, module in block.named_modules():
-        if isinstance(module, _BatchNorm):
-            continue
-        ends = (nn.Module, own_classes)
-        for kind in takewhile(lambda k, ends=ends: k not in ends, type(module).__mro__):
-            if any(map(_reads_mode, vars(kind).values())):
-                return f"{name or 'its forward'} ({kind.__name__}) asks for the training mode"
-    return None
-
-
-def _reads_mode(member: object) -> bool:
-    return isinstance(member, FunctionType) and "training" in member.__code__.co_names

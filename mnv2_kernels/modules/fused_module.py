@@ -1,40 +1,67 @@
 """Modules that run fused where that is exact, and their plain layers where it is not.
 
-`FusedModule` holds what all of them share: when the kernel may run, and the folded weights as a
-cache that follows the parameters. `FusedInvertedResidual` is the drop-in around a block of another
-library.
+`FusedModule` holds what all of them share: what the plain forward computes is read once, its folded
+weights are kept, and before every call a guard says whether both still hold.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from types import SimpleNamespace
-from typing import NamedTuple
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
 
-from ..block.config import NO_CLIP, BlockConfig
-from ..block.fold import BlockLayers, ConvNorm, fold_layers, unfold_gradients
-from ..ops.backends import Block, choose, why_no_kernel
-from ..ops.inverted_residual import op_arguments, run
-from .compiled import folds_when_run, forget, run_layers
-from .freeze import is_frozen, why_mode_matters
-from .snapshot import Remembered
+from ..block.config import BlockConfig
+from ..block.fold import BlockLayers, fold_layers
+from ..ops.backends import Block, asked_once_a_graph, choose, why_no_kernel
+from ..ops.inverted_residual import OpArguments, op_arguments, run
+from ..recognizers import (
+    Declined,
+    Reading,
+    Recorded,
+    block_of,
+    evaluation_mode,
+    read,
+    read_unknown,
+)
+from .autograd import run_with_gradients, tensors_of
+from .compiled import folds_when_run, run_layers
+from .kept import Kept, State
 from .stand_in import StandIn
 from .tracing import is_observed, trace_symbolically
-from .watched import Folded, Watched, fold_once
+
+
+class Call(NamedTuple):
+    """What a call comes to: the block that it computes, or why its layers have to run."""
+
+    layers: BlockLayers | None
+    chosen_by: Block | None
+    reason: str | None
+
+
+@dataclass
+class _Block:
+    """What a plain forward was last read as, and whether that holds for one shape of x alone."""
+
+    layers: BlockLayers
+    is_sized: bool
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        return [stage.norm for stage in self.layers.stages if stage.norm is not None]
 
 
 class FusedModule(nn.Module):
     """A block with plain layers, whose forward runs the fused kernel wherever that is exact.
 
-    Subclasses give `block_layers` (what to fold) and `plain_forward` (the layers one by one).
+    Subclasses give `plain_forward`, the layers one by one, and end their constructor with
+    `_take_over`.
     """
 
-    block_layers: BlockLayers
     backend: str | None = None
-    _folded: Folded | None = None
+    _block: "_Block"
+    _kept: Kept
 
     def plain_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The block layer by layer; any further arguments are those of the original module."""
@@ -50,34 +77,66 @@ class FusedModule(nn.Module):
         if not isinstance(x, Tensor):
             return trace_symbolically(self, x, args, kwargs)
         if torch.compiler.is_compiling():
-            backend = None if torch.onnx.is_in_onnx_export() else self._backend_for(x)
-            if backend is None:
-                return self.plain_forward(x, *args, **kwargs)
-            if backend == "cpu" and folds_when_run(x, self.block_layers):
-                watched = self._watched
-                return run_layers(x, self.block_layers, watched.clips, watched.settings)
-            return run(backend, x, self._fold_arguments())
+            return self._compiled_forward(x, *args, **kwargs)
+        if type(x) is Recorded:
+            return self.plain_forward(x, *args, **kwargs)
         if profiler._is_profiler_enabled:
             with profiler.record_function(f"mnv2_kernels::{self.config.name}"):
                 return self._eager_forward(x, *args, **kwargs)
         return self._eager_forward(x, *args, **kwargs)
 
     def _eager_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        settled = self._remembered.get()
-        backend = self._backend_for(x) if settled is None else self._chosen_for(x)
-        if backend is None or torch._C._are_functorch_transforms_active():
+        # First: where no kernel takes x, nothing has to be looked at.
+        backend = choose(self.backend, x, None)
+        if backend == "reference" != self.backend or torch._C._are_functorch_transforms_active():
             return self.plain_forward(x, *args, **kwargs)
+        state = self._look()
+        layers, chosen_by, _ = self._call_for(state, x, args, kwargs)
+        if layers is None or not _fits(layers, x):
+            return self.plain_forward(x, *args, **kwargs)
+        if x.is_cuda:
+            backend = choose(self.backend, x, chosen_by)
+            if backend == "reference" != self.backend:
+                return self.plain_forward(x, *args, **kwargs)
         if is_observed():
             if torch.onnx.is_in_onnx_export():
                 return self.plain_forward(x, *args, **kwargs)
-            return run(backend, x, self._fold_arguments())
-        if torch.is_grad_enabled() and (settled is None or settled.requires_grad):
-            tensors = self._watched.tensors()
-            if any(t.requires_grad for t in tensors):
-                if backend == "reference":
-                    return run(backend, x, self._fold_arguments())
-                return _FromParameters.apply(self, backend, x, *tensors)
-        return run(backend, x, self._look() if settled is None else settled.arguments)
+            return run(backend, x, _fold(layers))
+        if torch.is_grad_enabled() and state.requires_grad:
+            if backend == "reference":
+                return run(backend, x, _fold(layers))
+            return run_with_gradients(backend, x, _folded(state, layers), tensors_of(layers))
+        return run(backend, x, _folded(state, layers))
+
+    def _compiled_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        backend = None
+        if not (torch.onnx.is_in_onnx_export() or args or kwargs):
+            backend = self._backend_when_compiled(x)
+        if backend is None:
+            return self.plain_forward(x, *args, **kwargs)
+        if backend == "cpu" and folds_when_run(x, self.block_layers):
+            return run_layers(x, self.block_layers)
+        return run(backend, x, _fold(self.block_layers))
+
+    def _backend_when_compiled(self, x: Tensor) -> str | None:
+        """What a compiled call runs on; the modes that the modules have now become a part of it."""
+        if self._block.is_sized or any(norm.training for norm in self._block.norms):
+            return None
+        if not self._reads_the_same():
+            return None
+        backend = choose(self.backend, x, self.chosen_by)
+        return None if backend == "reference" != self.backend else backend
+
+    @asked_once_a_graph
+    def _reads_the_same(self) -> bool:
+        """Whether `block_layers` is what the plain forward computes in the modes of now."""
+        call = self._call_for(self._look(), None, (), {})
+        return call.layers is not None
+
+    @property
+    def block_layers(self) -> BlockLayers:
+        """What the plain forward was last read as."""
+        return self._block.layers
 
     @property
     def config(self) -> BlockConfig:
@@ -87,104 +146,82 @@ class FusedModule(nn.Module):
     @property
     def chosen_by(self) -> Block:
         """What a backend is chosen by, beside x."""
-        return self._watched.block
+        return Block.of(self.config, self.block_layers.clips)
 
     def why_plain(self, x: Tensor | None = None) -> str | None:
         """Why a forward of x would run the plain layers; None where it would run fused."""
-        reason = self._why_layers_needed()
-        if reason is None and self.backend is None and x is not None:
-            return why_no_kernel(x, self.chosen_by)
-        return reason
+        call = self.call_for(x)
+        if call.reason is None and self.backend is None and x is not None:
+            return why_no_kernel(x, call.chosen_by)
+        return call.reason
 
-    def _why_layers_needed(self) -> str | None:
-        watched = self._watched
-        if watched.why_overridden is not None:
-            return watched.why_overridden
-        for norm in watched.batch_norms:
-            if norm.training:
-                return "batch norm is in training mode and needs the statistics of whole tensors"
-        for drop in watched.drops:
-            if drop.training:
-                return f"{type(drop).__name__} is in training mode and drops values"
-        if self.training:
-            if not all(map(is_frozen, watched.batch_norms)):
-                return "the module is in training mode, and its batch norms are not frozen"
-            if watched.why_mode_matters is not None:
-                return f"the module is in training mode, and {watched.why_mode_matters}"
-        return None if torch.compiler.is_compiling() else watched.why_changed()
+    def call_for(self, x: Tensor | None) -> "Call":
+        """What a call with x comes to as far as the layers decide it; None is an x of any size."""
+        return self._call_for(self._look(), x, (), {})
 
-    def _backend_for(self, x: Tensor) -> str | None:
-        """What a forward of x runs on; None for the plain layers."""
-        if self._why_layers_needed() is not None:
-            return None
-        return self._chosen_for(x)
-
-    def _chosen_for(self, x: Tensor) -> str | None:
-        backend = choose(self.backend, x, self._watched.block)
-        # The layers themselves are as good as the reference, which has to be asked for.
-        return None if backend == "reference" != self.backend else backend
-
-    def _look(self) -> tuple:
-        """The folded arguments; where they are those of the last call, the next ones need not look
-        at every layer.
-        """
-        before, arguments = self._folded, self.folded_arguments()
-        if before is not None and arguments is before.value:
-            self._remembered.offer(self.modules, self._settled)
-        return arguments
-
-    def _settled(self) -> "_Settled | None":
-        if self._why_layers_needed() is not None:
-            return None
-        requires_grad = any(t.requires_grad for t in self._watched.tensors())
-        return _Settled(self.folded_arguments(), requires_grad)
-
-    def folded_arguments(self) -> tuple:
+    def folded_arguments(self) -> OpArguments:
         """The op's arguments behind x for the parameters as they are now, without a graph to them.
 
-        Cached until a parameter or buffer changes. PyTorch's version counters see every change but
-        those of fused optimizers, whose steps are counted, and those made through `.data`, for
-        which `train()`, `eval()` and `to()` drop the cache too.
+        The same tensors until a weight, a module, a mode or a hook changes.
         """
-        known = self._folded  # Read once: another thread may drop it.
-        folded = fold_once(self._watched, known, self._fold_arguments)
-        if folded is None:
-            with torch.no_grad():
-                return self._fold_arguments()
-        if folded is not known:
-            self.__dict__["_folded"] = folded
-        return folded.value
+        state = self._look()
+        self._call_for(state, None, (), {})
+        return _folded(state, self.block_layers)
 
-    def _fold_arguments(self) -> tuple:
-        return op_arguments(fold_layers(self.block_layers), **self._watched.settings)
+    def _take_over(self, reading: Reading | None = None) -> None:
+        """Remember what the plain forward computes: as it was read, or read it now."""
+        if reading is None:
+            with evaluation_mode(self):
+                reading = read_unknown(self)
+        # Not to be seen as children. The objects stay the same, for a guard to see no change.
+        self.__dict__["_block"] = _Block(block_of(reading), reading.is_sized)
+        self.__dict__["_kept"] = Kept(self)
 
-    def _watch(self) -> None:
-        """Remember what the fused forward takes for granted; the end of every constructor."""
-        self.__dict__["_watched"] = _WatchedBlock(self, self.block_layers)
-        self.__dict__["_remembered"] = Remembered()
+    def _look(self) -> State:
+        self._pass_on_mode()
+        return self._kept.look()
 
-    def forget_folded(self) -> None:
-        """Drop the cached folded weights: the next forward folds again."""
-        self.__dict__["_folded"] = None
-        self._remembered.forget()
-        forget(self.block_layers)
+    def _pass_on_mode(self) -> None:
+        """Give the module whose forward is read the mode that was set on this one."""
 
-    def train(self, mode: bool = True) -> "FusedModule":
-        self.forget_folded()
-        return super().train(mode)
+    def _call_for(self, state: State, x: Tensor | None, args: tuple, kwargs: dict) -> Call:
+        """What the plain forward computes of such an x: looked up, or read now."""
+        if state.why_blind is not None:
+            return Call(None, None, state.why_blind)
+        key: Any = None
+        if args or kwargs:
+            key = _key_of(args, kwargs)
+            if key is None:
+                return Call(None, None, "it is called with further arguments")
+        is_image = x is not None and x.dim() == 4 and x.shape[1] == self.config.in_channels
+        shape = x.shape if is_image else None
+        call = state.readings.get(key) or state.readings.get((key, shape))
+        return self._read(state, key, shape, args, kwargs) if call is None else call
 
-    def _apply(self, *args, **kwargs) -> "FusedModule":
-        self.forget_folded()
-        return super()._apply(*args, **kwargs)
+    def _read(self, state: State, key: Hashable, shape, args: tuple, kwargs: dict) -> Call:
+        is_sized = True
+        try:
+            if shape is None:
+                reading = read_unknown(self)
+            else:
+                reading = read(self, shape, [lambda x: self.plain_forward(x, *args, **kwargs)])
+            layers = block_of(reading)
+        except Declined as reason:
+            # Another shape may be read.
+            call = Call(None, None, str(reason))
+        else:
+            is_sized = reading.is_sized
+            call = Call(layers, Block.of(layers.config, layers.clips), None)
+            if key is None:
+                self._block.layers, self._block.is_sized = layers, is_sized
+        state.readings.keep((key, shape) if is_sized else key, call)
+        return call
 
     def _replicate_for_data_parallel(self) -> "FusedModule":
         """A replica that runs the layers: what is folded are the weights of the first device."""
         replica = super()._replicate_for_data_parallel()
         replica.__dict__["forward"] = replica.plain_forward
         return replica
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_folded": None, "_remembered": Remembered()}
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script asks for; it would put a replacement into the caller's model."""
@@ -194,125 +231,53 @@ class FusedModule(nn.Module):
         )
 
 
-class _Settled(NamedTuple):
-    """Of a block that its layers are not needed for."""
-
-    arguments: tuple
-    requires_grad: bool
-
-
-def why_overridden(
-    block: FusedModule, methods: Sequence[str] = ("forward", "plain_forward", "__call__")
-) -> str | None:
-    """Which of these methods somebody's own class has in place of those of the package."""
-    kind = type(block)
-    for method in methods:
-        if getattr(kind, method).__module__.partition(".")[0] not in ("mnv2_kernels", "torch"):
-            return f"{kind.__name__} overrides {method}"
-    return None
+def _fits(layers: BlockLayers, x: Tensor) -> bool:
+    """Whether the op takes x: the layers say themselves what is wrong with another one."""
+    if x.dim() != 4 or x.shape[1] != layers.config.in_channels:
+        return False
+    weight = layers.project.conv.weight
+    if x.device != weight.device or min(layers.config.output_hw(*x.shape[2:])) < 1:
+        return False
+    return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
 
 
-class _WatchedBlock(Watched):
-    """The same of a block, and what its layers say of the op's arguments."""
-
-    def __init__(self, block: FusedModule, layers: BlockLayers):
-        stages = [s for s in (layers.expand, layers.depthwise, layers.project) if s is not None]
-        super().__init__(block, stages)
-        config = layers.config
-        self.settings = {
-            "stride": config.stride,
-            "padding": config.padding,
-            "dilation": config.dilation,
-            "residual": config.residual,
-        }
-        expand_clip = layers.expand.clip if layers.expand else NO_CLIP
-        self.clips = (expand_clip, layers.depthwise.clip, layers.project.clip)
-        self.block = Block.of(config, self.clips)
-        self.why_overridden = why_overridden(block, ["plain_forward"])
-        self.drops = layers.drops
-        self.why_mode_matters = why_mode_matters(getattr(block, "original", block), FusedModule)
+def _key_of(args: tuple, kwargs: dict) -> Hashable | None:
+    """Further arguments as a key; None where they are no plain values."""
+    values = (*args, *kwargs.values())
+    if not all(v is None or isinstance(v, bool | int | float | str) for v in values):
+        return None
+    kinds = tuple(map(type, values))
+    return args, tuple(kwargs.items()), kinds
 
 
-class _FromParameters(torch.autograd.Function):
-    """y of x and the unfolded parameters: the forward pass uses the cached folded weights.
-
-    So does the backward pass; it folds a stage again, with a graph and from the very tensors of the
-    forward pass, for the gradients of the folded weights to reach the parameters.
-    """
-
-    @staticmethod
-    def forward(ctx, block: FusedModule, backend: str, x: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.layers, ctx.settings = block.block_layers, block._watched.settings
-        ctx.owners, ctx.backend = block._watched.owners(), backend
-        device = x.device.type
-        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        ctx.arguments = block.folded_arguments()
-        ctx.save_for_backward(x, *tensors)
-        return run(backend, x, ctx.arguments)
-
-    @staticmethod
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        # Not `once_differentiable`: where grad_y needs no gradient that gives zeros in silence.
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "inverted_residual: create_graph=True asks for second derivatives, which are not"
-                " implemented; a model fused with backend='reference' has them"
-            )
-        _, _, *needed = ctx.needs_input_grad
-        tensors = zip(ctx.saved_tensors, needed, strict=True)
-        x, *leaves = (t.detach().requires_grad_(n) for t, n in tensors)
-        layers = _with_tensors(ctx.layers, ctx.owners, leaves)
-        if ctx.autocast[2]:
-            # Autocast is off in a backward pass, and the forward pass has run with its casts.
-            with torch.enable_grad(), torch.autocast(*ctx.autocast, cache_enabled=False):
-                y = run(ctx.backend, x, op_arguments(fold_layers(layers), **ctx.settings))
-            y.backward(grad_y)
-            return None, None, x.grad, *(leaf.grad for leaf in leaves)
-        stages = (layers.expand, layers.depthwise, layers.project)
-        # Weight and bias of every stage that has something to train.
-        trained = [s is not None and any(t.requires_grad for t in s.tensors()) for s in stages]
-        needs_grad = [x.requires_grad, *(t for stage in trained for t in (stage, stage))]
-        op = torch.ops.mnv2.inverted_residual_backward
-        grads = iter(op(grad_y, x, *ctx.arguments, needs_grad))
-        grad_x = next(grads) if x.requires_grad else None
-        for stage, is_trained in zip(stages, trained, strict=True):
-            if is_trained:
-                unfold_gradients(stage, next(grads), next(grads))
-        return None, None, grad_x, *(leaf.grad for leaf in leaves)
+def _folded(state: State, layers: BlockLayers) -> OpArguments:
+    """The op's arguments behind x, kept until a weight changes."""
+    kept = state.of_weights()
+    arguments = kept.get(layers)
+    if arguments is None:
+        # Blocks of several shapes of x have the same weights.
+        weights = kept.get(layers.stages)
+        if weights is None:
+            # Not inference tensors: a later call may need gradients of x through them.
+            with torch.inference_mode(False), torch.no_grad():
+                weights = fold_layers(layers)
+            kept.keep(layers.stages, weights)
+        arguments = op_arguments(weights, layers.config)
+        kept.keep(layers, arguments)
+    return arguments
 
 
-def _with_tensors(
-    layers: BlockLayers, owners: list[tuple[nn.Module, str]], tensors: list[Tensor]
-) -> BlockLayers:
-    """The layers to fold, with these tensors in place of those that the modules hold now."""
-    stand_ins = {
-        module: SimpleNamespace(weight=None, bias=None, eps=getattr(module, "eps", None))
-        for module, _ in owners
-    }
-    for (module, name), tensor in zip(owners, tensors, strict=True):
-        setattr(stand_ins[module], name, tensor)
-
-    def stage(found: ConvNorm | None) -> ConvNorm | None:
-        if found is None:
-            return None
-        return replace(found, conv=stand_ins[found.conv], norm=stand_ins.get(found.norm))
-
-    return replace(
-        layers,
-        expand=stage(layers.expand),
-        depthwise=stage(layers.depthwise),
-        project=stage(layers.project),
-    )
+def _fold(layers: BlockLayers) -> OpArguments:
+    return op_arguments(fold_layers(layers), layers.config)
 
 
 class FusedInvertedResidual(StandIn, FusedModule):
-    """A recognised block of another library, with the same children under the same names."""
+    """A block of another library, with the same children under the same names."""
 
-    def __init__(self, original: nn.Module, layers: BlockLayers, backend: str | None = None):
+    def __init__(self, original: nn.Module, reading: Reading, backend: str | None = None):
         super().__init__(original)
-        self.block_layers = layers
         self.backend = backend
-        self._watch()
+        self._take_over(reading)
 
     def extra_repr(self) -> str:
         return f"fused {self.config.name}, residual={self.config.residual}"

@@ -21,7 +21,7 @@ from ..block.config import (
 from ..block.fold import BlockLayers, ConvNorm
 from ..ops.backends import check_backend
 from ..ops.contract import whole
-from ..recognizers.layers import batch_norm_activation
+from ..recognizers import Reading
 from .fused_module import FusedModule
 
 
@@ -72,14 +72,13 @@ class InvertedResidual(FusedModule):
         self.use_res_connect = config.residual
         self.backend = backend
         clipped = [ConvNorm(stage[0], stage[1], RELU6) for stage in stages]
-        self.block_layers = BlockLayers(
+        layers = BlockLayers(
             expand=clipped[0] if config.expansion else None,
             depthwise=clipped[-1],
             project=ConvNorm(self.conv[-2], self.conv[-1], NO_CLIP),
-            residual=config.residual,
-            padding=config.padding,
+            config=config,
         )
-        self._watch()
+        self._take_over(Reading((layers,), is_sized=False))
 
     def plain_forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
@@ -133,12 +132,18 @@ def _norm(norm_layer: Callable[[int], nn.Module], channels: int) -> nn.Module:
     if not callable(norm_layer) or isinstance(norm_layer, nn.Module):
         raise TypeError(f"norm_layer must be a constructor, got {norm_layer!r}")
     norm = norm_layer(channels)
-    if not isinstance(norm, nn.Module) or batch_norm_activation(norm) is None:
+    if not isinstance(norm, nn.Module) or not _is_batch_norm(norm):
         raise ValueError(f"norm_layer must make batch norms of images, got {type(norm).__name__}")
     mean = norm.running_mean
     if mean is not None and mean.shape != (channels,):
         raise ValueError(f"norm_layer must make norms of {channels} channels, got {len(mean)}")
     return norm
+
+
+def _is_batch_norm(norm: nn.Module) -> bool:
+    if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm3d):
+        return False
+    return all(hasattr(norm, name) for name in ("running_mean", "running_var", "eps"))
 
 
 def _check_padding(config: BlockConfig) -> None:

@@ -32,6 +32,21 @@ class StandIn(nn.Module):
         self.original.training = mode
         return super().train(mode)
 
+    def _pass_on_mode(self) -> None:
+        """Give the original the mode that was set on this module, however it was set."""
+        original = self.__dict__["original"]
+        if original.training is not self.training:
+            original.training = self.training
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Attributes that only the original has are set there, where its forward reads them."""
+        own = self.__dict__
+        original = own.get("original")
+        if original is not None and name not in own and name in original.__dict__:
+            setattr(original, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def _replicate_for_data_parallel(self) -> "StandIn":
         """A replica with an original of its own, which has the replica's children."""
         replica = super()._replicate_for_data_parallel()

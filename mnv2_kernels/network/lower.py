@@ -1,110 +1,147 @@
-"""From the layers of a recognised network to the steps of a program: folded and laid out."""
+"""From the layers of a network, as they were read, to the steps of a program: folded."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ..block.config import NO_CLIP
-from ..block.fold import fold_layers
-from ..fuse.sequential import FusedChain
-from ..modules.fused_module import FusedModule, why_overridden
-from ..recognizers import Declined, recognize
-from . import read as network
-from .convolutions import pointwise, stem
-from .program import Block, Layer, Linear, Pool, Shape
+from ..block.fold import BlockLayers, fold_conv_norm, fold_layers
+from ..recognizers import AverageLayer, ConvLayer, Declined, Layer, LinearLayer
+from .program import Block, Linear, Pointwise, Pool, Stem
+from .program import Layer as Step
 
 
-def read_layers(model: nn.Module, shape: Shape) -> list[tuple[str, Layer]]:
-    """The layers of a model in the order they run on images of `shape` (C, H, W), each with its
-    name; weights are copies.
+def lower(layers: Sequence[Layer], names: Sequence[str] | None = None) -> list[tuple[str, Step]]:
+    """The steps of layers, each with its name; weights are copies, but that of a classifier.
 
     Raises:
-        Declined: the model is no chain that a plan has steps for.
+        Declined: there is no step for a layer, or not where it stands.
     """
-    if isinstance(model, FusedChain):
-        model = model.original  # The same children, in a forward that can be traced.
-    return list(_layers(network.read_network(model, _read_block).layers, shape))
-
-
-def _read_block(module: nn.Module):
-    if not isinstance(module, FusedModule):
-        return recognize(module)
-    if "forward" in vars(module):
-        raise Declined("the forward of this very module has been replaced")
-    changed = why_overridden(module) or module._watched.why_changed()
-    if changed is not None:
-        raise Declined(changed)
-    return module.block_layers
-
-
-def _layers(layers: Sequence[network.Layer], shape: Shape) -> Iterator[tuple[str, Layer]]:
-    layers = list(layers)
     if not layers:
         raise Declined("it has no layers")
-    channels = None
+    check_steps(layers)
+    steps: list[tuple[str, Step]] = []
+    with torch.inference_mode(False), torch.no_grad():
+        for layer, name in zip(layers, names or [""] * len(layers), strict=True):
+            step = _step(layer)
+            if isinstance(step, Pool) and steps:
+                name, before = steps[-1][0] or name, steps[-1][1]
+                if isinstance(before, Pointwise):
+                    # A 1x1 convolution and the mean over its result are one step.
+                    steps.pop()
+                    step = Pool(*vars(before).values())
+                else:
+                    name = "average"
+                    channels = _out_channels(before)
+                    step = replace(step, in_channels=channels, out_channels=channels)
+            steps.append((name, step))
+    return steps
+
+
+def check_steps(layers: Sequence[Layer]) -> None:
+    """Decline layers that have no step, or none where they stand."""
     averaged = False
-    while layers:
-        layer = layers.pop(0)
-        if averaged and not isinstance(layer, network.Classifier):
-            raise Declined(f"{layer.name} must not follow an average over all pixels")
+    for i, layer in enumerate(layers):
         match layer:
-            case network.Block(name, block):
-                block = block.at(*shape[1:])
-                with torch.no_grad():
-                    weights = fold_layers(block)
-                channels = block.config.out_channels
-                step = Block(block.config, weights)
-                shape = step.output_shape(shape)
-                yield name, step
-            case network.Convolution(name, stage) if stage.conv.kernel_size == (3, 3):
-                step = stem(layer.stage, layer.name, layer.padding, shape)
-                shape = step.output_shape(shape)
-                yield name, step
-            case network.Convolution(name):
-                step = pointwise(layer.stage, layer.name, layer.padding)
-                if layers and isinstance(layers[0], network.Pool):
-                    _take_average(layers)
-                    averaged = True
-                    step = Pool(*vars(step).values())
-                channels = step.out_channels
-                shape = step.output_shape(shape)
-                yield name, step
-            case network.Classifier(name, linear):
-                if not averaged:
-                    raise Declined(f"{name} must follow an average over all pixels")
-                bias = None if linear.bias is None else linear.bias.detach().float()
-                weight = linear.weight.detach().clone()
-                yield name, Linear(linear.in_features, linear.out_features, weight, bias)
-            case network.Pool(name):
-                layers.insert(0, layer)
-                _take_average(layers)
-                if channels is None:
-                    raise Declined(f"{name} must follow a block")
+            case LinearLayer() if not averaged:
+                raise Declined("a fully connected layer must follow an average over all pixels")
+            case LinearLayer():
+                averaged = False
+                if i + 1 < len(layers):
+                    raise Declined("nothing may follow a fully connected layer")
+            case AverageLayer() if i == 0 or averaged:
+                raise Declined("an average over all pixels must follow a convolution")
+            case AverageLayer():
                 averaged = True
-                yield name, Pool(channels, channels, None, None, NO_CLIP)
-            case network.Flatten(name):
-                raise Declined(f"{name} must follow an average over all pixels")
+            case _ if averaged:
+                raise Declined("only a fully connected layer may follow an average over all pixels")
+            case ConvLayer() if not layer.is_pointwise:
+                _check_stem(layer)
+                if i > 0:
+                    raise Declined("a 3x3 convolution must be the first layer")
 
 
-def _take_average(layers: list[network.Layer]) -> None:
-    """Remove an average over pixels and its flattening from the front."""
-    pool = layers.pop(0)
-    if pool.keeps_dims:
-        if not (layers and isinstance(layers[0], network.Flatten)):
-            raise Declined(f"{pool.name} must be flattened")
-        layers.pop(0)
+def _check_stem(layer: ConvLayer) -> None:
+    found = (layer.kernel_size, layer.stride, layer.dilation, layer.groups)
+    if found != ((3, 3), (2, 2), (1, 1), 1) or max(layer.padding) > 2:
+        raise Declined(
+            "a convolution outside of blocks must be 1x1 with stride 1, 1 group and no padding, or"
+            " the first layer and 3x3 with stride 2, 1 group and at most 2 zeros around its input,"
+            f" got kernel_size={found[0]}, stride={found[1]}, dilation={found[2]},"
+            f" groups={found[3]}, padding={layer.padding}"
+        )
 
 
-def cast(layer: Layer, dtype: torch.dtype | None) -> Layer:
-    """The layer with weights in a dtype; biases stay in float32 at least."""
+def _step(layer: Layer) -> Step:
+    match layer:
+        case BlockLayers():
+            return Block(layer.config, fold_layers(layer))
+        case ConvLayer():
+            weight, bias = fold_conv_norm(layer.stage)
+            out_channels, in_channels = weight.shape[:2]
+            clip = layer.stage.clip
+            if layer.is_pointwise:
+                weight = weight[:, :, 0, 0].t().contiguous()
+                return Pointwise(in_channels, out_channels, weight, bias, clip)
+            weight = weight.permute(3, 2, 1, 0).contiguous()
+            return Stem(in_channels, out_channels, layer.padding, weight, bias, clip)
+        case AverageLayer():
+            return Pool(0, 0, None, None, NO_CLIP)
+    return _classifier(layer.linear)
+
+
+def _classifier(linear: nn.Module) -> Linear:
+    weight, bias = linear.weight.detach().contiguous(), linear.bias
+    # Where a bias is used in place, its values are those of now too: a guard sees changes.
+    bias = None if bias is None else bias.detach().float().contiguous()
+    return Linear(weight.shape[1], weight.shape[0], weight, bias)
+
+
+def _out_channels(step: Step) -> int:
+    return step.config.out_channels if isinstance(step, Block) else step.out_channels
+
+
+def cast(step: Step, dtype: torch.dtype | None) -> Step:
+    """The step with weights in a dtype; biases stay in float32 at least."""
     if dtype is None:
-        return layer
-    if isinstance(layer, Block):
-        w = layer.weights
+        return step
+    if isinstance(step, Block):
+        w = step.weights
         tensors = {n: getattr(w, n) for n in ("w_expand", "w_dw", "w_project")}
         cast = {n: t if t is None else t.to(dtype) for n, t in tensors.items()}
-        return replace(layer, weights=replace(w, **cast))
-    weight = layer.weight
-    return layer if weight is None else replace(layer, weight=weight.to(dtype))
+        return replace(step, weights=replace(w, **cast))
+    weight = step.weight
+    return step if weight is None else replace(step, weight=weight.to(dtype))
+
+
+def names_of(layers: Sequence[Layer], model: nn.Module) -> list[str]:
+    """Where in the model each layer is: the innermost module that has all of it inside, and
+    nothing but it.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    return [_name_of(layer, names, model) for layer in layers]
+
+
+def _name_of(layer: Layer, names: dict[nn.Module, str], model: nn.Module) -> str:
+    match layer:
+        case BlockLayers():
+            paths = [names[stage.conv].split(".") for stage in layer.stages]
+        case ConvLayer():
+            return names[layer.stage.conv]
+        case LinearLayer():
+            return names[layer.linear]
+        case _:
+            return "average"
+    common = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    while common:
+        parent = model.get_submodule(".".join(common[:-1]))
+        if sum(child is not None for child in parent._modules.values()) > 1:
+            break
+        common.pop()
+    return ".".join(common)

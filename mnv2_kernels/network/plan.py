@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from ..ops.backends import BACKENDS
 from ..ops.extension import missing
 from ..ops.inverted_residual import inverted_residual
-from ..recognizers import Declined, check_module
+from ..recognizers import Declined, check_module, evaluation_mode, read
 from . import figures, program
 from . import memory as step_memory
 from . import run_plan as plan_op
 from .arena import OwnedArena, arrange, describe
-from .lower import cast, read_layers
+from .lower import cast, lower, names_of
 from .program import Block, Layer, Linear, Pointwise, Pool, Shape, Stem, Step
 
 
@@ -319,7 +319,9 @@ def plan(
     if not isinstance(dtype, torch.dtype | None):
         raise TypeError(f"plan: dtype must be a torch.dtype, got {dtype!r}")
     try:
-        named = read_layers(model, shape)
+        with evaluation_mode(model):
+            layers = read(model, (1, *shape)).layers
+        named = lower(layers, names_of(layers, model))
     except Declined as reason:
         kind = type(model).__name__
         raise ValueError(f"plan: {kind} cannot be run as a plan: {reason}") from None

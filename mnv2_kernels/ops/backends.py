@@ -139,7 +139,7 @@ def cuda_kernel(x: Tensor, block: Block) -> str | None:
     return _cuda_kernel(block, height, width, x.dtype)
 
 
-def _asked_once_a_graph(question: Callable) -> Callable:
+def asked_once_a_graph(question: Callable) -> Callable:
     """The compiler cannot trace such questions; it takes the answer of the moment it compiles.
 
     As `torch.compiler.assume_constant_result`, which imports the compiler: that takes a second.
@@ -148,12 +148,12 @@ def _asked_once_a_graph(question: Callable) -> Callable:
     return question
 
 
-@_asked_once_a_graph
+@asked_once_a_graph
 def _tf32_allowed() -> bool:
     return triton_kernels.precision(torch.float32) == "tf32"
 
 
-@_asked_once_a_graph
+@asked_once_a_graph
 def _why_not_gpu(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "x must be on an NVIDIA GPU, got one of AMD"
@@ -166,7 +166,7 @@ def _why_not_gpu(device: torch.device) -> str | None:
     return None
 
 
-@_asked_once_a_graph
+@asked_once_a_graph
 def _is_distributed(kind: type[Tensor]) -> bool:
     # Without it imported, which takes a second, there is none.
     distributed = sys.modules.get("torch.distributed.tensor")
@@ -178,7 +178,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-@_asked_once_a_graph
+@asked_once_a_graph
 def _cuda_kernel(block: Block, height: int, width: int, dtype: torch.dtype) -> str:
     return _known_cuda_kernel(block, height, width, dtype)
 

@@ -8,13 +8,14 @@ of the op, `inverted_residual_triton`, into which torch.compile can look.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from ..block.config import Padding, same_padding
+from ..block.config import BlockConfig, Clip, Padding, same_padding
 from ..block.fold import FoldedWeights
 from . import gradients as backward
 from . import reference
@@ -130,21 +131,40 @@ def inverted_residual(
     stride, padding, dilation = check_kinds(x, weights, stride, padding, dilation, residual)
     if padding is None:
         padding = same_padding(weights.w_dw.shape[0] if weights.w_dw.dim() else 0, dilation)
-    arguments = op_arguments(weights, stride, padding, dilation, residual)
+    settings = (stride, padding, dilation, residual)
+    arguments = OpArguments(*weights.tensors(), *settings, *weights.clips())
     block = _block(arguments) if x.is_cuda else None
     return run(choose(backend, x, block), x, arguments)
 
 
-def op_arguments(
-    weights: FoldedWeights, stride: int, padding: Padding, dilation: int, residual: bool
-) -> tuple:
+class OpArguments(NamedTuple):
     """All arguments of the op but x."""
-    return (*weights.tensors(), stride, padding, dilation, residual, *weights.clips())
+
+    w_expand: Tensor | None
+    b_expand: Tensor | None
+    w_dw: Tensor
+    b_dw: Tensor | None
+    w_project: Tensor
+    b_project: Tensor | None
+    stride: int
+    padding: Padding
+    dilation: int
+    residual: bool
+    clip_expand: Clip
+    clip_dw: Clip
+    clip_project: Clip
 
 
-def _block(arguments: tuple) -> Block | None:
+def op_arguments(weights: FoldedWeights, config: BlockConfig) -> OpArguments:
+    """The arguments for a block of these sizes."""
+    sizes = (config.stride, config.padding, config.dilation, config.residual)
+    return OpArguments(*weights.tensors(), *sizes, *weights.clips())
+
+
+def _block(arguments: OpArguments) -> Block | None:
     """What a choice looks at of the op's arguments; None where these break the contract."""
-    w_expand, _, w_dw, _, w_project, _, stride, padding, dilation, residual, *clips = arguments
+    w_expand, w_dw, w_project = arguments.w_expand, arguments.w_dw, arguments.w_project
+    clips = (arguments.clip_expand, arguments.clip_dw, arguments.clip_project)
     if w_dw.dim() != 3 or w_project.dim() != 2 or (w_expand is not None and w_expand.dim() != 2):
         return None
     kernel, _, hidden = w_dw.shape
@@ -154,16 +174,17 @@ def _block(arguments: tuple) -> Block | None:
         out_channels=w_project.shape[1],
         expansion=w_expand is not None,
         kernel_size=kernel,
-        stride=stride,
-        dilation=dilation,
-        padding=tuple(padding),
-        residual=residual,
+        stride=arguments.stride,
+        dilation=arguments.dilation,
+        padding=tuple(arguments.padding),
+        residual=arguments.residual,
         clip_expand=tuple(clips[0]),
         clip_dw=tuple(clips[1]),
         clip_project=tuple(clips[2]),
     )
-    keeps_it = kernel in (3, 5) and stride in (1, 2) and dilation in (1, 2) and min(block[:3]) > 0
-    return block if keeps_it and [len(t) for t in (padding, *clips)] == [4, 2, 2, 2] else None
+    allowed = block.stride in (1, 2) and block.dilation in (1, 2) and min(block[:3]) > 0
+    lengths = [len(t) for t in (block.padding, *clips)]
+    return block if kernel in (3, 5) and allowed and lengths == [4, 2, 2, 2] else None
 
 
 def run(backend: str, x: Tensor, arguments: tuple) -> Tensor:
@@ -187,7 +208,10 @@ def run(backend: str, x: Tensor, arguments: tuple) -> Tensor:
 def _reference(*args) -> Tensor:
     device = args[0].device.type
     autocast = device in _AUTOCAST_KEYS and torch.is_autocast_enabled(device)
-    check(*(_cast_for_autocast(device, args) if autocast else args))
+    cast = args
+    if autocast:
+        cast, _ = cast_for_autocast(device, args, torch.get_autocast_dtype(device))
+    check(*cast)
     x, *weights, stride, padding, dilation, residual = args[:11]
     return reference.inverted_residual(
         x,
@@ -252,34 +276,34 @@ for _name in ("mnv2::inverted_residual", "mnv2::inverted_residual_triton"):
     torch.library.register_vmap(_name, _no_vmap, lib=_library)
 
 
-def _cast_for_autocast(device: str, arguments: tuple) -> list:
-    """The op's arguments in the dtype of autocast, with biases in float32 as `fold` has them."""
+def cast_for_autocast(device: str, arguments: tuple, dtype: torch.dtype) -> tuple[list, bool]:
+    """The op's arguments in the dtype of autocast, with biases in float32 as `fold` has them.
+
+    What the layers of a block add to a float32 x is float32: if so, the result of these arguments
+    is without the residual, and x is still to be added.
+    """
 
     def cast(argument, dtype: torch.dtype):
         is_cast = isinstance(argument, Tensor) and argument.device.type == device
         return argument.to(dtype) if is_cast and argument.dtype in _AUTOCAST_FROM else argument
 
-    chosen = torch.get_autocast_dtype(device)
-    return [cast(a, torch.float32 if i in _BIASES else chosen) for i, a in enumerate(arguments)]
+    found = [cast(a, torch.float32 if i in _BIASES else dtype) for i, a in enumerate(arguments)]
+    kept = torch.promote_types(arguments[0].dtype, found[0].dtype) == found[0].dtype
+    adds = arguments[10] and not kept
+    if adds:
+        check(*found)
+        found[10] = False
+    return found, adds
 
 
 def _autocast(op: torch._ops.OpOverload, device: str, key: torch._C.DispatchKey) -> Callable:
-    """As `torch.library.register_autocast`, but in the dtype that the user has chosen.
-
-    What the layers of a block add to a float32 x is float32.
-    """
+    """As `torch.library.register_autocast`, but in the dtype that the user has chosen."""
     keys = torch._C.DispatchKeySet(key)
 
     def cast_and_call(*arguments):
-        cast = _cast_for_autocast(device, arguments)
-        x, residual = arguments[0], arguments[10]
-        adds = residual and torch.promote_types(x.dtype, cast[0].dtype) != cast[0].dtype
+        cast, adds = cast_for_autocast(device, arguments, torch.get_autocast_dtype(device))
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            if not adds:
-                return op(*cast)
-            check(*cast)
-            cast[10] = False
-            return op(*cast) + x
+            return op(*cast) + arguments[0] if adds else op(*cast)
 
     return cast_and_call
 

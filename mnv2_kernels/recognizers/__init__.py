@@ -1,54 +1,49 @@
-"""Which modules of other libraries are inverted residual blocks: one file per family.
+"""Reading what a forward computes, and saying it in the words of `block`.
 
-A recogniser takes a module and returns its layers (`fold.BlockLayers`), None where the module is
-something else, or raises `Declined` where it is such a block but cannot be fused exactly. It looks
-at children and their sizes, never at class names alone, and reads the residual flag instead of
-inferring it. To add a family, write a file with a `recognize(module)` that hands its layers in
-the order they run to `layers.assemble`, and add it to RECOGNIZERS; docs/recognizers.md says how.
-Blocks that are no module of their own are in `chains`.
+A forward runs once on a stand-in of a tensor (`trace`), which records the operations that it
+understands (`operations`); these are put together to layers and blocks (`read`). Nothing is known
+of any class or library: what counts is what runs. docs/recognizers.md says more.
 """
 
-import torch
-from torch import nn
-
-from ..block.fold import BlockLayers
-from . import chains, lukemelas, relatives, sequential, stages, timm, transformers
+from .checks import check_module, evaluation_mode
 from .declined import Declined
-from .layers import check_untouched
-
-# The first that does not answer None decides.
-RECOGNIZERS = (
-    sequential.recognize,
-    timm.recognize,
-    transformers.recognize,
-    lukemelas.recognize,
-    stages.recognize,
-    relatives.recognize,
-    chains.recognize,
+from .read import (
+    AverageLayer,
+    BlockLayers,
+    ConvLayer,
+    Layer,
+    LinearLayer,
+    Reading,
+    block_of,
+    follow,
+    guess_channels,
+    has_depthwise,
+    is_depthwise_weight,
+    layers_of,
+    read,
+    read_unknown,
+    spans_of,
 )
+from .trace import Recorded
 
-__all__ = ["RECOGNIZERS", "Declined", "chains", "check_module", "recognize"]
-
-
-def recognize(module: nn.Module) -> BlockLayers | None:
-    """The layers of an inverted residual block, or None where `module` is something else.
-
-    Raises:
-        Declined: the module is such a block but cannot be fused exactly; the sentence says why.
-    """
-    if isinstance(module, torch.jit.ScriptModule) or type(module).forward is nn.Module.forward:
-        return None  # A container: its children are called one by one by somebody else.
-    for recognizer in RECOGNIZERS:
-        layers = recognizer(module)
-        if layers is not None:
-            check_untouched(module)
-            return layers
-    return None
-
-
-def check_module(function: str, module: object, argument: str = "model") -> None:
-    """TypeError, in the name of a public function, where its argument is not a module."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(
-            f"{function}: {argument} must be a torch.nn.Module, got {type(module).__name__}"
-        )
+__all__ = [
+    "AverageLayer",
+    "BlockLayers",
+    "ConvLayer",
+    "Declined",
+    "Layer",
+    "LinearLayer",
+    "Reading",
+    "Recorded",
+    "block_of",
+    "check_module",
+    "evaluation_mode",
+    "follow",
+    "guess_channels",
+    "has_depthwise",
+    "is_depthwise_weight",
+    "layers_of",
+    "read",
+    "read_unknown",
+    "spans_of",
+]

@@ -1,0 +1,121 @@
+"""What was found out about modules, for as long as they are what they were."""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+from .guard import Change, Guard
+from .stand_in import StandIn
+
+# Entries of a state: one for every shape or further argument that a forward depends on.
+_MOST = 32
+# Changes of structure one after the other, with no call in between that saw none, from which on
+# the layers run for a while: reading takes longer than they do.
+_PATIENCE = 3
+_LONGEST_REST = 256  # calls
+
+
+class Entries:
+    """Values by key, the last `_MOST` that were used."""
+
+    def __init__(self) -> None:
+        self._values: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def get(self, key: Hashable) -> Any:
+        """None where there is none."""
+        try:
+            self._values.move_to_end(key)
+            return self._values[key]
+        except KeyError:
+            return None
+
+    def keep(self, key: Hashable, value: Any) -> None:
+        self._values[key] = value
+        # Another thread may drop one meanwhile.
+        with suppress(KeyError):
+            while len(self._values) > _MOST:
+                self._values.popitem(last=False)
+
+
+class State:
+    """Modules as they were seen last, and what follows from that.
+
+    readings: what does not depend on the values of weights. why_blind: why changes of the modules
+    cannot be seen; nothing may then be kept.
+    """
+
+    def __init__(self, guard: Guard | None, why_blind: str | None):
+        self.guard = guard
+        self.why_blind = why_blind
+        self.readings = Entries()
+        self._of_weights = (guard and guard.version, Entries())
+
+    def of_weights(self) -> Entries:
+        """What depends on the values of weights. Taken before these are read, for no value of old
+        weights to be kept among those of newer ones.
+        """
+        version, entries = self._of_weights
+        if version != self.guard.version:
+            entries = Entries()
+            self._of_weights = self.guard.version, entries
+        return entries
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a parameter requires a gradient."""
+        return self.guard.requires_grad
+
+
+class Kept:
+    """The state of some modules and of all inside them, looked at before every use.
+
+    Copies, by `copy.deepcopy` or pickle, find out for themselves.
+    """
+
+    def __init__(self, *roots: nn.Module):
+        self.__setstate__(roots)
+
+    def __getstate__(self) -> tuple[nn.Module, ...]:
+        return self._roots
+
+    def __setstate__(self, roots: tuple[nn.Module, ...]) -> None:
+        self._roots = roots
+        self._state: State | None = None
+        self._restless = self._rest = 0
+
+    def look(self) -> State:
+        """The state as it is now; another object where more than weights has changed."""
+        state = self._state
+        if state is not None and state.guard is not None:
+            change = state.guard.check()
+            if change is not Change.STRUCTURE:
+                self._restless = 0
+                return state
+            self._restless += 1
+            if self._restless > _PATIENCE:
+                self._rest = min(2 ** (self._restless - _PATIENCE), _LONGEST_REST)
+                self._state = State(None, "it has changed in every call for a while")
+                return self._state
+        elif state is not None and self._rest > 0:
+            self._rest -= 1
+            return state
+        guard = Guard(everything_in(self._roots))
+        self._state = state = State(guard if guard.watches else None, guard.why_blind)
+        if guard.watches:
+            return state
+        self._rest = _LONGEST_REST
+        return state
+
+
+def everything_in(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules and those inside them, with the originals of what `fuse` has put there."""
+    found: dict[nn.Module, None] = {}
+    for module in modules:
+        for inner in module.modules():
+            found[inner] = None
+            if isinstance(inner, StandIn):
+                found[inner.original] = None
+    return list(found)

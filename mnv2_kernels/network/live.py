@@ -1,0 +1,167 @@
+"""A network, or a part of one, as one call that follows its model: `torch.ops.mnv2.run_plan`.
+
+Each call of an op costs Python and the dispatcher as much as a small block takes, and tensors
+between blocks leave the caches. What `plan` does for a model as it is, for images of one size, a
+`LiveNetwork` does for every size that comes, with the parameters as they are at each call.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import profiler
+from torch.nn.modules import module as hooks_of_all
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from ..modules.kept import Entries, Kept, State
+from ..modules.tracing import is_observed
+from ..ops.backends import choose
+from ..ops.extension import missing
+from ..recognizers import BlockLayers, Declined, Layer, follow, layers_of
+from .arena import arrange
+from .lower import check_steps, lower
+from .program import Program, encode
+from .run_plan import run_plan
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The calls up to `stop` as layers; none where the call has to be made itself."""
+
+    layers: tuple[Layer, ...]
+    stop: int
+
+
+class LiveNetwork:
+    """Calls that run one after the other, as many of them as possible as one program.
+
+    Subclasses say what runs.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self._kept = Kept(module)
+
+    def calls(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """What runs now: modules inside of `module`, or functions that use its parameters."""
+        raise NotImplementedError
+
+    def look(self) -> State | None:
+        """The state of the modules as it is now; None where every call has to be made itself."""
+        state = self._kept.look()
+        if state.why_blind is not None:
+            return None
+        return None if torch.is_grad_enabled() and state.requires_grad else state
+
+    def run(self, state: State, x: Tensor, first: int = 0) -> tuple[Tensor, int] | None:
+        """(result, next call) of some calls from `first` on; None where that one has to be made.
+
+        x (N, C, H, W), of which `may_join` is true.
+        """
+        kept = state.of_weights()
+        key = (first, x.shape[1:], x.dtype)
+        found = kept.get(key) or kept.get((first, x.shape, x.dtype))
+        if found is None:
+            part, is_sized = self._known_part(state, x.shape, first)
+            found = self._program(kept, part, x), part.stop
+            kept.keep((first, x.shape, x.dtype) if is_sized else key, found)
+        program, stop = found
+        if program is None:
+            return None
+        with torch._C._AutoDispatchBelowAutograd():
+            return run_plan(x, program.weights, program.integers, program.bounds), stop
+
+    def part(self, x_shape: Sequence[int], first: int = 0) -> tuple[Part, bool]:
+        """The calls from `first` on that are one program, and whether that is so for all shapes."""
+        calls = self.calls()[first:]
+        try:
+            trace, _ = follow(self.module, x_shape, calls)
+        except Declined:
+            return Part((), first), False
+        for count in range(len(trace.outputs), 0, -1):
+            try:
+                layers = tuple(layers_of(trace, count))
+                check_steps(layers)
+            except Declined:
+                continue
+            blocks = sum(isinstance(layer, BlockLayers) for layer in layers)
+            if blocks > 0 and len(layers) > 1:
+                return Part(layers, first + count), trace.is_sized
+        return Part((), first), trace.is_sized
+
+    def _known_part(self, state: State, shape: torch.Size, first: int) -> tuple[Part, bool]:
+        readings = state.readings
+        for key, is_sized in ((first, False), ((first, shape), True)):
+            part = readings.get(key)
+            if part is not None:
+                return part, is_sized
+        part, is_sized = self.part(shape, first)
+        readings.keep((first, shape) if is_sized else first, part)
+        return part, is_sized
+
+    def _program(self, kept: Entries, part: Part, x: Tensor) -> Program | None:
+        if not part.layers:
+            return None
+        steps = kept.get(part)
+        if steps is None:
+            steps = lower(part.layers)
+            kept.keep(part, steps)
+        shape = tuple(x.shape[1:])
+        try:
+            placed, arena = arrange(steps, shape)
+        except ValueError:
+            return None  # The layers themselves say what is wrong with x.
+        program = encode(placed, shape, arena)
+        return program if _fits(program, x) else None
+
+
+def _fits(program: Program, x: Tensor) -> bool:
+    weights = [w for w in program.weights if w is not None]
+    biases = (x.dtype, torch.float32)
+    return all(
+        w.device.type == "cpu" and (w.dtype == x.dtype or (w.dim() == 1 and w.dtype in biases))
+        for w in weights
+    )
+
+
+def may_join(x: Tensor) -> bool:
+    """Whether nobody looks at single layers, and x is one that the kernels take.
+
+    While a profiler records, layers run one by one, each in a range of its own.
+    """
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"
+        and x.layout is torch.strided
+        and x.dim() == 4
+        and x.dtype in _DTYPES
+        and missing is None
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not torch.is_autocast_enabled("cpu")
+        and not profiler._is_profiler_enabled
+        and not torch._C._are_functorch_transforms_active()
+        and not is_observed()
+        and not _has_function_modes()
+        and not _has_global_hooks()
+        and choose(None, x) == "cpu"
+    )
+
+
+def _has_function_modes() -> bool:
+    """Whether somebody sees every function of torch; a default device does not look."""
+    if torch._C._len_torch_function_stack() == 0:
+        return False
+    return not all(isinstance(m, DeviceContext) for m in _get_current_function_mode_stack())
+
+
+def _has_global_hooks() -> bool:
+    return bool(
+        hooks_of_all._global_forward_hooks
+        or hooks_of_all._global_forward_pre_hooks
+        or hooks_of_all._global_backward_hooks
+        or hooks_of_all._global_backward_pre_hooks
+    )

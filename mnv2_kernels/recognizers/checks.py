@@ -1,0 +1,164 @@
+"""What has to hold of modules for their forward to be read, and for a call of it to be left out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import chain
+from types import CodeType, FunctionType
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from .declined import Declined, describe
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Functions that do something besides computing a result.
+_EFFECTS = {"print", "open", "input", "exec", "eval", "setattr", "delattr", "breakpoint"}
+
+
+def check_module(function: str, module: object, argument: str = "model") -> None:
+    """TypeError, in the name of a public function, where its argument is not a module."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"{function}: {argument} must be a torch.nn.Module, got {type(module).__name__}"
+        )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module calls somebody's hook too."""
+    own = vars(module)
+    return any(own[name] for name in _HOOKS)
+
+
+def overrides_call(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward and its hooks."""
+    kind = type(module)
+    usual = kind.__call__ is nn.Module.__call__ and kind._call_impl is nn.Module._call_impl
+    return not usual and not isinstance(module, torch.jit.ScriptModule)
+
+
+def check_untouched(module: nn.Module) -> None:
+    """Decline where a call of a module inside would be missed, or where tensors cannot be folded.
+
+    The hooks of `module` itself are no matter: they are called before and after its forward.
+    """
+    for name, inner in module.named_modules():
+        where = f"{name} ({describe(inner)})" if name else "this very module"
+        if isinstance(inner, torch.jit.ScriptModule):
+            raise Declined(f"{where} is scripted and cannot be read")
+        if parametrize.is_parametrized(inner):
+            raise Declined(f"{where} is parametrized")
+        if "forward" in vars(inner) or "_conv_forward" in vars(inner):
+            raise Declined(f"the forward of {where} has been replaced")
+        if overrides_call(inner):
+            raise Declined(f"{where} overrides __call__")
+        if inner is not module and has_hooks(inner):
+            raise Declined(f"{where} has hooks, which would not be called")
+        effect = _effect_of(type(inner))
+        if effect is not None:
+            raise Declined(f"the forward of {where} does more than compute: {effect}")
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if is_lazy(tensor):
+            raise Declined(f"{name} is not initialised yet")
+        if tensor.is_complex():
+            raise Declined(f"{name} is complex")
+        if tensor.layout != torch.strided:
+            raise Declined(f"{name} is not dense: {tensor.layout}")
+
+
+@lru_cache(4096)
+def _effect_of(kind: type[nn.Module]) -> str | None:
+    if kind.__module__.partition(".")[0] == "torch":
+        return None
+    forward = kind.forward
+    return _effect_in(forward.__code__) if isinstance(forward, FunctionType) else None
+
+
+def _effect_in(code: CodeType) -> str | None:
+    called = _EFFECTS.intersection(code.co_names)
+    if called:
+        return f"it calls {sorted(called)[0]}"
+    inner = (_effect_in(c) for c in code.co_consts if isinstance(c, CodeType))
+    return next(filter(None, inner), None)
+
+
+@contextmanager
+def left_as_it_was(module: nn.Module) -> Iterator[None]:
+    """What runs inside may not change the attributes or the tensors of a module: this puts the
+    attributes back and declines.
+    """
+    modules = list(module.modules())
+    before = [_state_of(m) for m in modules]
+    tensors = [*module.parameters(), *module.buffers()]
+    versions = [_version_of(t) for t in tensors]
+    # Counters are put back too.
+    counters = {t: t.clone() for t in module.buffers() if t.dim() == 0 and not t.is_meta}
+    try:
+        yield
+    finally:
+        changed = [_put_back(m, state) for m, state in zip(modules, before, strict=True)]
+        written = [_version_of(t) for t in tensors] != versions
+        if written:
+            with torch.no_grad():
+                for tensor, value in counters.items():
+                    tensor.copy_(value)
+    names = [name for name in changed if name is not None]
+    if names:
+        raise Declined(f"its forward changes the attribute {names[0]}")
+    if written:
+        raise Declined("its forward changes a parameter or a buffer")
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _state_of(module: nn.Module) -> dict[str, tuple]:
+    """The attributes, and what is in those that are lists or dicts."""
+    copies = {list: list, dict: dict, set: set}
+    return {
+        name: (value, copies[type(value)](value) if type(value) in copies else None)
+        for name, value in vars(module).items()
+    }
+
+
+def _put_back(module: nn.Module, state: dict[str, tuple]) -> str | None:
+    """The name of an attribute that has changed, which is now as it was."""
+    own, changed = vars(module), None
+    for name in own.keys() - state.keys():
+        del own[name]
+        changed = name
+    for name, (value, content) in state.items():
+        if own.get(name, changed) is not value:
+            own[name] = value
+            changed = name
+        if content is not None and not _same_content(value, content):
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
+            changed = name
+    return changed
+
+
+def _same_content(value, content) -> bool:
+    if len(value) != len(content):
+        return False
+    if isinstance(value, set):
+        return value == content
+    if isinstance(value, dict):
+        return all(value.get(key, content) is item for key, item in content.items())
+    return all(a is b for a, b in zip(value, content, strict=True))
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """The flags of all modules inside alone: no `train` or `eval` is called."""
+    before = {inner: inner.training for inner in module.modules()}
+    try:
+        for inner in before:
+            inner.training = False
+        yield
+    finally:
+        for inner, training in before.items():
+            inner.training = training
