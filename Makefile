@@ -6,7 +6,7 @@ PYTHON ?= python3
 MAX_JOBS ?= 2
 WORKERS ?= 2
 # The kernel tests that run again on every instruction set.
-ISA_TESTS ?= tests/test_inverted_residual.py tests/test_elements.py tests/test_backward.py
+ISA_TESTS ?= tests/op/test_inverted_residual.py tests/op/test_elements.py tests/op/test_backward.py
 
 BIN := .venv/bin
 PEERS := build/peers-venv
@@ -14,8 +14,9 @@ OLDEST := build/oldest
 # The oldest Python supported, or another where it is not there.
 OLDEST_PYTHON ?= $(firstword $(shell for p in python3.10 python3.11 python3.12; do \
     $$p -c "" 2>/dev/null && echo $$p; done) $(PYTHON))
-OLDEST_TESTS ?= $(addprefix tests/test_,inverted_residual.py ops.py modules.py fuse.py \
-    fused_autograd.py joined.py plan.py plan_op.py chains.py compile.py)
+OLDEST_TESTS ?= $(addprefix tests/,op/test_inverted_residual.py op/test_ops.py \
+    modules/test_modules.py modules/test_fused_autograd.py fuse/test_fuse.py fuse/test_joined.py \
+    fuse/test_chains.py network/test_plan.py network/test_plan_op.py pytorch/test_compile.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh'))
 # Two workers share the cores, so each test process computes on one. Neighbouring tests, which share
@@ -48,28 +49,31 @@ test: lint begin test-isa
 begin:
 	@rm -rf build/tests/$(RUN)
 
-# Cases by the rows of tests/matrix.py of the last `make test`, or with RUN=long of `make test-long`.
+# Cases by the rows of tests/helpers/matrix.py of the last `make test`, or with RUN=long of
+# `make test-long`.
 test-report: .venv/installed
-	PYTHONPATH=. $(BIN)/python tests/matrix_report.py $(RUN) build/tests/$(RUN)
+	PYTHONPATH=. $(BIN)/python tests/helpers/matrix_report.py $(RUN) build/tests/$(RUN)
 
 # Every check of docs/models.md for every model, and the table itself: an hour on one core.
 models: .venv/built
-	OMP_NUM_THREADS=1 MNV2_MODELS=write $(BIN)/python -m pytest -q tests/test_models.py
+	OMP_NUM_THREADS=1 MNV2_MODELS=write $(BIN)/python -m pytest -q tests/fuse/test_models.py
 
 # Every test in its long form (an hour or so), then what users of the newest Triton get: beside
 # .venv, whose own is the oldest supported. The report writes docs/testing.md.
 test-long: RUN := long
-test-long: ISA_TESTS += $(addprefix tests/test_,determinism.py fuzz.py joined.py layouts.py \
-    memory_safety.py numerics.py plan.py workspace.py)
+test-long: ISA_TESTS += $(addprefix tests/,op/test_determinism.py op/test_fuzz.py \
+    op/test_layouts.py op/test_numerics.py fuse/test_joined.py network/test_plan.py \
+    profiling/test_workspace.py sanitizers/test_memory_safety.py)
 test-long: export MNV2_LONG := 1
 test-long: export PYTEST_ADDOPTS := --timeout=7200
 test-long: test
 	@echo "== Triton tests with the newest release"
 	@$(PIP) install -q --upgrade --no-deps --target build/newest-triton triton
-	PYTHONPATH=$(CURDIR)/build/newest-triton $(PYTEST) $(wildcard tests/test_*triton*.py) \
+	PYTHONPATH=$(CURDIR)/build/newest-triton $(PYTEST) $(wildcard tests/triton/test_*.py) \
+	    tests/benchmarks/test_tune_triton.py tests/benchmarks/test_unfused_triton.py \
 	    $(JUNIT)/newest-triton.xml
 	$(MAKE) test-oldest RUN=$(RUN)
-	PYTHONPATH=. $(BIN)/python tests/matrix_report.py $(RUN) build/tests/$(RUN)
+	PYTHONPATH=. $(BIN)/python tests/helpers/matrix_report.py $(RUN) build/tests/$(RUN)
 
 # The core tests with the versions of constraints-oldest.txt, in a copy built with them.
 test-oldest: $(OLDEST)/built
@@ -148,7 +152,7 @@ $(OLDEST)/installed: constraints-oldest.txt
 	@touch $@
 
 $(OLDEST)/built: $(OLDEST)/installed .venv/installed MANIFEST.in setup.py \
-    $(filter csrc/%,$(CXX_FILES)) $(wildcard mnv2_kernels/*.py mnv2_kernels/*/*.py tests/*.py)
+    $(filter csrc/%,$(CXX_FILES)) $(wildcard mnv2_kernels/*.py mnv2_kernels/*/*.py tests/*.py tests/*/*.py)
 	@echo "== Compiling the kernels with them (a few minutes)"
 	@rm -rf $(OLDEST)/source $(OLDEST)/dist && mkdir -p $(OLDEST)/source
 	@$(BIN)/python setup.py -q sdist --dist-dir $(OLDEST)/dist

@@ -7,16 +7,7 @@ import sys
 import cases
 import pytest
 import torch
-
-# torchvision's compiled ops cannot load next to a CPU-only torch, yet its models need only the
-# names of these two to be imported.
-if torch.version.cuda is None:
-    _torchvision_ops = torch.library.Library("torchvision", "FRAGMENT")
-    for _schema in (
-        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    ):
-        _torchvision_ops.define(_schema)
+import torchvision_first  # noqa: F401
 
 
 def pytest_generate_tests(metafunc):

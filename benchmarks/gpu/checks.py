@@ -89,7 +89,7 @@ def run_tests(context: Context) -> None:
             if code is None:
                 break
             ended, said = child(
-                # For tests/matrix_report.py.
+                # For tests/helpers/matrix_report.py.
                 [*command, *options, f"--junitxml={context.out / f'gpu_tests_{i}.xml'}"],
                 context.left() - END_SECONDS,
                 MNV2_DEVICE_TESTS=folder,
@@ -114,7 +114,7 @@ def run_tests(context: Context) -> None:
 
 def device_files() -> list[str]:
     """The tests for the device: what needs none would take time from the others."""
-    paths = [*ROOT.glob("tests/test_triton*.py"), ROOT / "tests/test_cuda_gpu.py"]
+    paths = [*ROOT.glob("tests/triton/test_*.py"), ROOT / "tests/cuda/test_cuda_gpu.py"]
     return sorted(str(path) for path in paths if path.name not in LEFT_OUT)
 
 

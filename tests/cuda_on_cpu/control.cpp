@@ -1,4 +1,4 @@
-// What Python tells the emulator and asks it (tests/emulated_cuda.py).
+// What Python tells the emulator and asks it (tests/helpers/emulated_cuda.py).
 #include "emulator.h"
 
 extern "C" {

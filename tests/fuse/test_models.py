@@ -21,7 +21,7 @@ from mnv2_kernels.modules.fused_module import FusedModule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TABLE = Path(__file__).parent.parent / "docs" / "models.md"
+TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 README = TABLE.parent.parent / "README.md"
 WRITES = os.environ.get("MNV2_MODELS") == "write"
 # Small ones.

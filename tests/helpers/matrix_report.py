@@ -1,8 +1,8 @@
 """What a run of the tests has checked, by the rows of matrix.py, from its junit files.
 
-    python tests/matrix_report.py short build/tests/short   # after `make test`
-    python tests/matrix_report.py long build/tests/long     # after `make test-long`
-    python tests/matrix_report.py gpu FOLDER                # after gpu_suite --out FOLDER
+    python tests/helpers/matrix_report.py short build/tests/short   # after `make test`
+    python tests/helpers/matrix_report.py long build/tests/long     # after `make test-long`
+    python tests/helpers/matrix_report.py gpu FOLDER                # after gpu_suite --out FOLDER
 
 The first two write the table of rows to docs/testing.md, and a long run its figures.
 
@@ -26,7 +26,7 @@ from benchmarks import harness, machine
 from benchmarks.report.markdown import markdown
 from benchmarks.report.report import fill
 
-PAGE = Path(__file__).parents[1] / "docs" / "testing.md"
+PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
 # What pytest says where nothing was given.
 NO_REASON = ("", "unconditional skip")
 
@@ -185,6 +185,12 @@ def _asked(row: Row) -> list[str]:
     return [row.id, row.what, *(str(number) if number else "-" for number in numbers)]
 
 
+def _path(file: str) -> str:
+    """Of a file of tests, whatever folder it is in."""
+    root = PAGE.parents[1]
+    return next((str(p.relative_to(root)) for p in root.glob(f"tests/*/{file}")), f"tests/{file}")
+
+
 def _where(row: Row) -> str:
     """Each file with a link, and the functions of it that count if not all do."""
     files: dict[str, list[str]] = {}
@@ -192,7 +198,7 @@ def _where(row: Row) -> str:
         file, _, function = pattern.partition("[")[0].rstrip("*").partition("::")
         files.setdefault(file, []).append(function.removeprefix("test_").replace("_", " "))
     return "; ".join(
-        f"[{file.removesuffix('.py')}](../tests/{file})"
+        f"[{file.removesuffix('.py')}](../{_path(file)})"
         + (f": {', '.join(functions)}" if all(functions) else "")
         for file, functions in files.items()
     )

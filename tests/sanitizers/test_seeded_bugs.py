@@ -5,7 +5,7 @@ occur exactly once, so that a fault that no longer applies is an error, not a pa
 into one program, which an environment variable tells the fault that it has. Its memory is between
 pages that cannot be touched; the long run has it under AddressSanitizer too.
 
-The ways are rows of tests/matrix.py. What the driver does for each is here a few small calls: the
+The ways are rows of matrix.py. What the driver does for each is here a few small calls: the
 values of listed blocks (T1), of random ones (T5) and of networks (T5-plan) against float64,
 gradients (T9), places of NaN (T10), bytes beside memory (T12), pages (T13), the sanitizer (T14),
 and bits at another number of threads or with streams (T18).

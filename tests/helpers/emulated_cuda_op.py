@@ -25,7 +25,7 @@ _CUDA_TENSORS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 def why_not() -> str | None:
     """Why the op cannot be emulated here, or None."""
     if torch.cuda.is_available():
-        return "there is a GPU, for which tests/test_cuda_gpu.py runs the op itself"
+        return "there is a GPU, for which tests/cuda/test_cuda_gpu.py runs the op itself"
     return emulated_cuda.why_not()
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from cases import Case
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "build/cpu_alone"
 DRIVER = "tests/cpu_alone/driver.cpp"
 # Included ahead of every source.

@@ -1,7 +1,8 @@
 """The patch kernel compiled for GPUs that are not here: registers, spills, instructions.
 
 The budget holds what the pinned Triton makes of every row of the tables; it may only fall.
-`python -m benchmarks.machine_code.triton_code --budget tests/triton_budget.json` writes it anew.
+`python -m benchmarks.machine_code.triton_code --budget tests/triton/triton_budget.json` writes it
+anew.
 """
 
 import json

@@ -9,7 +9,7 @@ import venv
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SKIP = {"MNV2_KERNELS_SKIP_CPP": "1"}
 
 # `-S` keeps an editable installation of the checkout, and with it its extension, out of sight.

@@ -1,7 +1,7 @@
 """The CUDA kernels compiled for GPUs that are not here: registers, spills, instructions.
 
 The budget holds what one version of nvcc makes of every instance; it may only fall.
-`python -m benchmarks.machine_code.cuda_code --budget tests/cuda_budget.json` writes it anew.
+`python -m benchmarks.machine_code.cuda_code --budget tests/cuda/cuda_budget.json` writes it anew.
 """
 
 import json

@@ -28,13 +28,13 @@ pytestmark = [
 HOST = [*(p for p in (ROOT / "csrc").glob("*.cpp") if "cuda" not in p.name)]
 HOST.append(ROOT / "csrc/cuda/choose.cpp")
 PARTS = {
-    "values": ["test_inverted_residual.py", "-k", "cpu and (S2 or S3 or S4)"],
-    "canaries": ["test_memory_safety.py", "-k", "neighbours and cpu"],
-    "random calls": ["test_fuzz.py", "-k", "cpu"],
-    "gradients": ["test_backward.py"],
-    "programs": ["test_plan_op.py"],
-    "bad calls": ["test_bad_calls.py"],
-    "snapshots": ["test_snapshot.py"],
+    "values": ["op/test_inverted_residual.py", "-k", "cpu and (S2 or S3 or S4)"],
+    "canaries": ["sanitizers/test_memory_safety.py", "-k", "neighbours and cpu"],
+    "random calls": ["op/test_fuzz.py", "-k", "cpu"],
+    "gradients": ["op/test_backward.py"],
+    "programs": ["network/test_plan_op.py"],
+    "bad calls": ["op/test_bad_calls.py"],
+    "snapshots": ["modules/test_snapshot.py"],
 }
 
 
@@ -72,7 +72,7 @@ def package(tmp_path_factory) -> Path:
 def run(package: Path, *command: str) -> subprocess.CompletedProcess:
     preloaded = [cpu_driver.library(f"lib{name}.so") for name in ("asan", "ubsan", "stdc++")]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (package, package / "tests"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (package, package / "tests/helpers"))),
         "LD_PRELOAD": " ".join(preloaded),
         # Python keeps much to itself until it ends, and torch refuses what is beyond all memory.
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",

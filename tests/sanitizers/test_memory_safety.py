@@ -202,7 +202,7 @@ def guarded_heap(tmp_path_factory):
     if platform.libc_ver()[0] != "glibc" or compiler is None:
         pytest.skip("needs glibc and a C compiler")
     library = tmp_path_factory.mktemp("heap") / "guard_malloc.so"
-    source = Path(__file__).with_name("guard_malloc.c")
+    source = Path(__file__).parents[1] / "helpers" / "guard_malloc.c"
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
     return {"LD_PRELOAD": str(library)}
 

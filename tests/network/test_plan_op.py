@@ -8,9 +8,9 @@ import re
 import sys
 
 import cases
-import conftest  # noqa: F401  # the names torchvision needs, also in the child
 import pytest
 import torch
+import torchvision_first  # noqa: F401
 from plan_cases import image, network
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend

@@ -16,9 +16,9 @@ from functools import partial
 from itertools import product
 
 import cases
-import conftest  # noqa: F401  # the names torchvision needs, also in the child
 import pytest
 import torch
+import torchvision_first  # noqa: F401
 from plan_cases import image, network
 from torch import Tensor, nn
 from torch.library import opcheck

@@ -8,9 +8,9 @@ import math
 import sys
 
 import cases
-import conftest  # noqa: F401  # the names torchvision needs, also in the child
 import pytest
 import torch
+import torchvision_first  # noqa: F401
 from plan_cases import WIDTHS, features, image, network
 from test_memory_safety import guarded_heap  # noqa: F401
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 from functools import cache, partial
 
 import cases
-import conftest  # noqa: F401  # the names torchvision needs, also in the child
 import pytest
 import torch
+import torchvision_first  # noqa: F401
 from plan_cases import image, network
 from test_plan_arena import MARK, between_marks
 from test_plan_op import HOSTILE, PROGRAMS, one_by_one

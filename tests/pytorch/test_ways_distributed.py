@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "infer_distributed.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "infer_distributed.py"
 PROCESSES = 2
 
 needs_gloo = pytest.mark.skipif(
@@ -24,7 +24,7 @@ needs_gloo = pytest.mark.skipif(
 
 def networks():
     """(plain, fused) of the same weights, the same in every process."""
-    import conftest  # noqa: F401
+    import torchvision_first  # noqa: F401
     from foreign_blocks import randomise
     from torch import nn
     from torchvision.models.mobilenetv2 import InvertedResidual
@@ -159,7 +159,7 @@ def test_example_of_inference(tmp_path):
 
 
 def child_environment() -> dict:
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 

@@ -27,7 +27,7 @@ from mnv2_kernels import FoldedWeights
 from mnv2_kernels.block.config import Padding
 from mnv2_kernels.ops import contract
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KERNELS = ("patch", "tile", "generic")
 SCHEDULES = ("round_robin", "random_fiber", "greedy_warp")
 FLAGS = (

@@ -2,7 +2,7 @@
 
 Built as there: the blocks of problem 20 are bare `nn.Sequential`s, so that the network has no
 residual connections; problem 21 has three named stages and a flag.
-`python tests/test_kernelbench.py [BATCH]` times both, plain against fused.
+`python tests/recognizers/test_kernelbench.py [BATCH]` times both, plain against fused.
 """
 
 import statistics

@@ -21,7 +21,7 @@ from cases import LONG, Expected
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-_KEPT = Path(__file__).resolve().parent.parent / "build" / "fuzz"
+_KEPT = Path(__file__).resolve().parents[2] / "build" / "fuzz"
 
 
 def searched(short: int, long: int) -> Callable:

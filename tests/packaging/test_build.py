@@ -155,7 +155,7 @@ def test_sdist_to_wheel_to_call(source, tmp_path, setup_py):
     unpacked = next((tmp_path / "unpacked").iterdir())
     files = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
     assert csrc_files() <= files
-    assert {"Makefile", "LICENSE", "constraints.txt", "tests/test_build.py"} <= files
+    assert {"Makefile", "LICENSE", "constraints.txt", "tests/packaging/test_build.py"} <= files
     assert not [name for name in files if name.endswith((".so", ".pyc", ".o"))]
 
     wheel, printed = build("wheel", unpacked, tmp_path / "out", **FORCE)
