@@ -7,55 +7,23 @@ from typing import Any
 
 from torch import nn
 
-from ..ops import extension
-from .versions import optimizer_steps
-
-_DICTS = [
-    "_modules",
-    "_parameters",
-    "_buffers",
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-]
-# What layers are read by. Where a class computes it, the attributes do not say it all.
-_READ = (
-    *("training", "backend", "eps", "min_val", "max_val"),
-    *("stride", "padding", "dilation", "padding_mode"),
-)
+from .guard import Change, Guard
 
 
 class Snapshot:
-    """Modules as they are now: their classes, attributes, children, hooks and tensors.
-
-    The memory that tensors have now has to be kept by the caller, for no other to get the same
-    address. Without the compiled extension no snapshot ever holds.
-    """
+    """Modules as they are now: a guard that is asked only whether anything has changed since."""
 
     def __init__(self, modules: Iterable[nn.Module]):
-        self._looked_at = list(modules)
-        self._steps = optimizer_steps()
-        taken = None
-        if extension.module is not None and not any(map(_computes, self._looked_at)):
-            taken = extension.module.Snapshot.take(self._looked_at, _DICTS)
-        self._seen, self._dicts, self._alive = taken or (None, None, None)
+        self._guard: Guard | None = Guard(modules)
 
     def holds(self) -> bool:
         """Whether nothing has changed: False also where something has that does not matter, or
         where changes cannot be seen.
         """
-        return (
-            self._seen is not None
-            and self._steps == optimizer_steps()
-            and self._seen.matches(self._looked_at, self._dicts)
-        )
-
-
-def _computes(module: nn.Module) -> bool:
-    """Whether a class has properties in place of attributes that layers are read by."""
-    kind = type(module)
-    return any(hasattr(getattr(kind, name, None), "__get__") for name in _READ)
+        guard = self._guard  # Read once: another thread may drop it.
+        if guard is not None and guard.check() is not Change.SAME:
+            self._guard = guard = None
+        return guard is not None
 
 
 class Remembered:
