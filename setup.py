@@ -22,12 +22,12 @@ from setuptools.command.sdist import sdist
 
 CPU_SOURCES = [
     "csrc/bindings.cpp",
+    "csrc/guard.cpp",
     "csrc/host.cpp",
     "csrc/ops_backward.cpp",
     "csrc/ops_cpu.cpp",
     "csrc/ops_plan.cpp",
     "csrc/program.cpp",
-    "csrc/snapshot.cpp",
     "csrc/cpu/backward.cpp",
     "csrc/cpu/backward_avx512.cpp",
     "csrc/cpu/backward_avx2.cpp",

@@ -15,9 +15,9 @@
 #include "cpu/kernels.h"
 #include "cuda/choose.h"
 #include "cuda_build.h"
+#include "guard.h"
 #include "host.h"
 #include "program.h"
-#include "snapshot.h"
 #include "source_hash.h"
 
 namespace {
@@ -138,10 +138,15 @@ pybind11::dict describe_program(const std::vector<int64_t>& integers,
     return description;
 }
 
-pybind11::object take_snapshot(const pybind11::list& objects, const pybind11::list& names) {
-    auto taken = mnv2::Snapshot::take(objects, names);
+pybind11::object take_guard(const pybind11::list& objects, const pybind11::list& names) {
+    auto taken = mnv2::Guard::take(objects, names);
     if (!taken) return pybind11::none();
-    return pybind11::make_tuple(std::move(taken->snapshot), taken->dicts, taken->alive);
+    return pybind11::make_tuple(std::move(taken->guard), taken->dicts, taken->alive);
+}
+
+int check_guard(mnv2::Guard& guard, const pybind11::list& objects, const pybind11::list& dicts,
+                const pybind11::list& alive) {
+    return static_cast<int>(guard.check(objects, dicts, alive));
 }
 
 }  // namespace
@@ -160,13 +165,15 @@ PYBIND11_MODULE(_C, m) {
     m.def("describe_program", &describe_program, pybind11::arg("program"), pybind11::arg("bounds"),
           pybind11::arg("dtype"), pybind11::arg("threads"),
           "Bytes of line buffers of a program, and which steps go row by row.");
-    pybind11::class_<mnv2::Snapshot>(m, "Snapshot", "What objects and their dicts were.")
-        .def_static(
-            "take", &take_snapshot, arg("objects"), arg("names"),
-            "The snapshot of objects, their dicts and those under names in them, and what to"
-            " keep alive for it; None: cannot be seen.")
-        .def("matches", &mnv2::Snapshot::matches, arg("objects"), arg("dicts"),
-             "Whether a snapshot of the same objects would be equal.");
+    pybind11::class_<mnv2::Guard>(m, "Guard", "What objects, their dicts and tensors were.")
+        .def_static("take", &take_guard, arg("objects"), arg("names"),
+                    "The guard of objects, their dicts and those under names in them, these dicts,"
+                    " and what to keep alive for it; None: changes cannot be seen.")
+        .def("check", &check_guard, arg("objects"), arg("dicts"), arg("alive"),
+             "What has changed: 0 nothing, 1 facts of tensors, 2 anything else. After 1, what is"
+             " there now counts as known.")
+        .def("requires_grad", &mnv2::Guard::requires_grad,
+             "Whether any tensor required gradients at the last look.");
     m.def("fma_peak", &fma_peak, arg("kernel"), arg("threads"), arg("seconds"),
           pybind11::call_guard<pybind11::gil_scoped_release>(),
           "GFLOP/s of multiply-adds in registers: the bound that benchmarks divide by.");

@@ -35,7 +35,6 @@ _READ = (
 
 # As in csrc/guard.cpp: sequences in sequences, items of one, elements of a tensor.
 _DEEPEST, _LONGEST, _SAMPLES = 8, 1000, 8
-_PLAIN = {bool, int, float, str, type(None)}
 # Of tensors that stand for others, or have more to them than memory.
 _FOREIGN = [
     getattr(torch._C.DispatchKey, name)
@@ -85,7 +84,6 @@ class Guard:
     def __init__(self, modules: Iterable[nn.Module]):
         self._modules = list(modules)
         self._steps = optimizer_steps()
-        self._changes = 0
         self._look: _CompiledLook | _Look | None = None
         # Why changes of these modules cannot be seen; None where they can.
         self.why_blind: str | None = None
@@ -111,18 +109,12 @@ class Guard:
         # Before the look: a step that is made meanwhile is seen by the next one.
         steps = optimizer_steps()
         change = look.check()
-        self._changes += change is Change.WEIGHTS
         if change is Change.STRUCTURE:
             self._look = None
         elif steps != self._steps:
             self._steps = steps
             change = Change.WEIGHTS
         return change
-
-    @property
-    def version(self) -> tuple[int, int]:
-        """Another value after every answer of WEIGHTS."""
-        return self._changes, optimizer_steps()
 
     @property
     def requires_grad(self) -> bool:
@@ -159,7 +151,7 @@ def _check_class(module: nn.Module) -> None:
 
 
 def _look_at(modules: list[nn.Module]) -> "_CompiledLook | _Look":
-    if not hasattr(extension.module, "Guard"):
+    if extension.module is None:
         return _Look(modules)
     taken = extension.module.Guard.take(modules, _DICTS)
     if taken is not None:
@@ -224,32 +216,25 @@ class _Seen:
     def _see_module(self, module: nn.Module) -> None:
         kind, own = type(module), object.__getattribute__(module, "__dict__")
         self.things += kind, own
-        self._see_dict(kind, "__dict__", own)
+        self._see_dict(own, f"{kind.__name__}.__dict__")
         for name in _DICTS:
             if name not in own:
-                raise _Blind(f"a {kind.__name__} has no {name}")
-            self._see_dict(kind, name, own[name])
+                raise _Blind(f"{kind.__name__} has no {name}")
+            self._see_dict(own[name], f"{kind.__name__}.{name}")
 
-    def _see_dict(self, owner: type, name: str, content: dict) -> None:
+    def _see_dict(self, content: dict, name: str) -> None:
         kind = type(content)
         if not issubclass(kind, dict):
-            raise _Blind(f"{name} of a {owner.__name__} is no dict but a {kind.__name__}")
-        count = dict.__len__(content)
-        self.shapes.append(count)
-        if count == 0:
-            return
-        if kind is not dict and kind is not OrderedDict:
-            raise _Blind(f"{name} of a {owner.__name__} is a {kind.__name__}, which may reorder it")
-        items = list(kind.items(content))
-        # Keys of other classes may run Python when they are looked up.
+            raise _Blind(f"{name} is no dict but {kind.__name__}")
+        if kind not in (dict, OrderedDict) and dict.__len__(content) > 0:
+            raise _Blind(f"{name} is a {kind.__name__}, which may order its items anew")
+        items = list(kind.items(content)) if dict.__len__(content) else []
         if kind is OrderedDict and any(type(key) not in (str, int) for key, _ in items):
-            raise _Blind(f"{name} of a {owner.__name__} has keys other than names and numbers")
+            raise _Blind(f"{name} has keys that are neither names nor numbers")
+        self.shapes.append(len(items))
         for key, value in items:
             self.things.append(key)
-            if type(value) in _PLAIN:
-                self.things.append(value)
-            else:
-                self._see(value, 0)
+            self._see(value, 0)
 
     def _see(self, value: object, depth: int) -> None:
         kind = type(value)

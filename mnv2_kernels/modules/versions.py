@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .guard import optimizer_steps
 
 
 def state_of(
@@ -26,26 +27,10 @@ def state_of(
         return None
     try:
         versions = [*map(_version_of, tensors), *map(_version_of, counters)]
-        return [_optimizer_steps, *eps, *addresses, *sizes, *versions]
+        return [optimizer_steps(), *eps, *addresses, *sizes, *versions]
     except RuntimeError:
         # Inference tensors count no versions: only that one is replaced can be seen.
         return [*eps, *addresses, *sizes]
 
 
 _version_of = Tensor._version.__get__
-
-# Fused optimizers change parameters without counting it in their versions.
-_optimizer_steps = 0
-
-
-def _count_step(optimizer, args, kwargs) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-def optimizer_steps() -> int:
-    """How many steps all optimizers of the process have made."""
-    return _optimizer_steps
-
-
-register_optimizer_step_post_hook(_count_step)
