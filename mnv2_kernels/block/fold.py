@@ -168,18 +168,3 @@ def fold_conv_norm(stage: ConvNorm) -> tuple[Tensor, Tensor]:
         if norm.bias is not None:
             bias = bias + norm.bias.double()
     return weight.to(dtype), bias.to(torch.promote_types(dtype, torch.float32))
-
-
-def unfold_gradients(stage: ConvNorm, grad_weight: Tensor, grad_bias: Tensor) -> None:
-    """Add to `grad` of the stage's tensors, where they need one, what these gradients give.
-
-    grad_weight has the layout of a folded weight, (k, k, C) or (C_in, C_out).
-    """
-    with torch.enable_grad():
-        weight, bias = fold_conv_norm(stage)
-    if grad_weight.dim() == 3:
-        grad_weight = grad_weight.permute(2, 0, 1)[:, None]
-    else:
-        grad_weight = grad_weight.t()[:, :, None, None]
-    pairs = [(weight, grad_weight), (bias, grad_bias)]
-    torch.autograd.backward(*zip(*(p for p in pairs if p[0].requires_grad), strict=True))

@@ -6,8 +6,6 @@ library.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -15,9 +13,10 @@ from torch import Tensor, nn
 from torch.autograd import profiler
 
 from ..block.config import NO_CLIP, BlockConfig
-from ..block.fold import BlockLayers, ConvNorm, fold_layers, unfold_gradients
+from ..block.fold import BlockLayers, ConvNorm, fold_layers
 from ..ops.backends import Block, choose, why_no_kernel
 from ..ops.inverted_residual import op_arguments, run
+from .autograd import StageTensors, run_with_gradients
 from .compiled import folds_when_run, forget, run_layers
 from .freeze import is_frozen, why_mode_matters
 from .snapshot import Remembered
@@ -76,7 +75,8 @@ class FusedModule(nn.Module):
             if any(t.requires_grad for t in tensors):
                 if backend == "reference":
                     return run(backend, x, self._fold_arguments())
-                return _FromParameters.apply(self, backend, x, *tensors)
+                stages = map(_tensors_of, self._watched.stages)
+                return run_with_gradients(backend, x, self.folded_arguments(), stages)
         return run(backend, x, self._look() if settled is None else settled.arguments)
 
     @property
@@ -216,8 +216,8 @@ class _WatchedBlock(Watched):
     """The same of a block, and what its layers say of the op's arguments."""
 
     def __init__(self, block: FusedModule, layers: BlockLayers):
-        stages = [s for s in (layers.expand, layers.depthwise, layers.project) if s is not None]
-        super().__init__(block, stages)
+        self.stages = layers.expand, layers.depthwise, layers.project
+        super().__init__(block, [s for s in self.stages if s is not None])
         config = layers.config
         self.settings = {
             "stride": config.stride,
@@ -233,76 +233,15 @@ class _WatchedBlock(Watched):
         self.why_mode_matters = why_mode_matters(getattr(block, "original", block), FusedModule)
 
 
-class _FromParameters(torch.autograd.Function):
-    """y of x and the unfolded parameters: the forward pass uses the cached folded weights.
-
-    So does the backward pass; it folds a stage again, with a graph and from the very tensors of the
-    forward pass, for the gradients of the folded weights to reach the parameters.
-    """
-
-    @staticmethod
-    def forward(ctx, block: FusedModule, backend: str, x: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.layers, ctx.settings = block.block_layers, block._watched.settings
-        ctx.owners, ctx.backend = block._watched.owners(), backend
-        device = x.device.type
-        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        ctx.arguments = block.folded_arguments()
-        ctx.save_for_backward(x, *tensors)
-        return run(backend, x, ctx.arguments)
-
-    @staticmethod
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        # Not `once_differentiable`: where grad_y needs no gradient that gives zeros in silence.
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "inverted_residual: create_graph=True asks for second derivatives, which are not"
-                " implemented; a model fused with backend='reference' has them"
-            )
-        _, _, *needed = ctx.needs_input_grad
-        tensors = zip(ctx.saved_tensors, needed, strict=True)
-        x, *leaves = (t.detach().requires_grad_(n) for t, n in tensors)
-        layers = _with_tensors(ctx.layers, ctx.owners, leaves)
-        if ctx.autocast[2]:
-            # Autocast is off in a backward pass, and the forward pass has run with its casts.
-            with torch.enable_grad(), torch.autocast(*ctx.autocast, cache_enabled=False):
-                y = run(ctx.backend, x, op_arguments(fold_layers(layers), **ctx.settings))
-            y.backward(grad_y)
-            return None, None, x.grad, *(leaf.grad for leaf in leaves)
-        stages = (layers.expand, layers.depthwise, layers.project)
-        # Weight and bias of every stage that has something to train.
-        trained = [s is not None and any(t.requires_grad for t in s.tensors()) for s in stages]
-        needs_grad = [x.requires_grad, *(t for stage in trained for t in (stage, stage))]
-        op = torch.ops.mnv2.inverted_residual_backward
-        grads = iter(op(grad_y, x, *ctx.arguments, needs_grad))
-        grad_x = next(grads) if x.requires_grad else None
-        for stage, is_trained in zip(stages, trained, strict=True):
-            if is_trained:
-                unfold_gradients(stage, next(grads), next(grads))
-        return None, None, grad_x, *(leaf.grad for leaf in leaves)
-
-
-def _with_tensors(
-    layers: BlockLayers, owners: list[tuple[nn.Module, str]], tensors: list[Tensor]
-) -> BlockLayers:
-    """The layers to fold, with these tensors in place of those that the modules hold now."""
-    stand_ins = {
-        module: SimpleNamespace(weight=None, bias=None, eps=getattr(module, "eps", None))
-        for module, _ in owners
-    }
-    for (module, name), tensor in zip(owners, tensors, strict=True):
-        setattr(stand_ins[module], name, tensor)
-
-    def stage(found: ConvNorm | None) -> ConvNorm | None:
-        if found is None:
-            return None
-        return replace(found, conv=stand_ins[found.conv], norm=stand_ins.get(found.norm))
-
-    return replace(
-        layers,
-        expand=stage(layers.expand),
-        depthwise=stage(layers.depthwise),
-        project=stage(layers.project),
-    )
+def _tensors_of(stage: ConvNorm | None) -> StageTensors | None:
+    """What the stage is folded from, as it is now."""
+    if stage is None:
+        return None
+    conv, norm = stage.conv, stage.norm
+    if norm is None:
+        return StageTensors(conv.weight, conv.bias, None, None, None, None, 0.0)
+    statistics = norm.running_mean, norm.running_var
+    return StageTensors(conv.weight, conv.bias, norm.weight, norm.bias, *statistics, norm.eps)
 
 
 class FusedInvertedResidual(StandIn, FusedModule):

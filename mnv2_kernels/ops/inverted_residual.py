@@ -187,7 +187,10 @@ def run(backend: str, x: Tensor, arguments: tuple) -> Tensor:
 def _reference(*args) -> Tensor:
     device = args[0].device.type
     autocast = device in _AUTOCAST_KEYS and torch.is_autocast_enabled(device)
-    check(*(_cast_for_autocast(device, args) if autocast else args))
+    cast = args
+    if autocast:
+        cast, _ = cast_for_autocast(device, args, torch.get_autocast_dtype(device))
+    check(*cast)
     x, *weights, stride, padding, dilation, residual = args[:11]
     return reference.inverted_residual(
         x,
@@ -252,34 +255,34 @@ for _name in ("mnv2::inverted_residual", "mnv2::inverted_residual_triton"):
     torch.library.register_vmap(_name, _no_vmap, lib=_library)
 
 
-def _cast_for_autocast(device: str, arguments: tuple) -> list:
-    """The op's arguments in the dtype of autocast, with biases in float32 as `fold` has them."""
+def cast_for_autocast(device: str, arguments: tuple, dtype: torch.dtype) -> tuple[list, bool]:
+    """The op's arguments in the dtype of autocast, with biases in float32 as `fold` has them.
+
+    What the layers of a block add to a float32 x is float32: if so, the result of these arguments
+    is without the residual, and x is still to be added.
+    """
 
     def cast(argument, dtype: torch.dtype):
         is_cast = isinstance(argument, Tensor) and argument.device.type == device
         return argument.to(dtype) if is_cast and argument.dtype in _AUTOCAST_FROM else argument
 
-    chosen = torch.get_autocast_dtype(device)
-    return [cast(a, torch.float32 if i in _BIASES else chosen) for i, a in enumerate(arguments)]
+    found = [cast(a, torch.float32 if i in _BIASES else dtype) for i, a in enumerate(arguments)]
+    kept = torch.promote_types(arguments[0].dtype, found[0].dtype) == found[0].dtype
+    adds = arguments[10] and not kept
+    if adds:
+        check(*found)
+        found[10] = False
+    return found, adds
 
 
 def _autocast(op: torch._ops.OpOverload, device: str, key: torch._C.DispatchKey) -> Callable:
-    """As `torch.library.register_autocast`, but in the dtype that the user has chosen.
-
-    What the layers of a block add to a float32 x is float32.
-    """
+    """As `torch.library.register_autocast`, but in the dtype that the user has chosen."""
     keys = torch._C.DispatchKeySet(key)
 
     def cast_and_call(*arguments):
-        cast = _cast_for_autocast(device, arguments)
-        x, residual = arguments[0], arguments[10]
-        adds = residual and torch.promote_types(x.dtype, cast[0].dtype) != cast[0].dtype
+        cast, adds = cast_for_autocast(device, arguments, torch.get_autocast_dtype(device))
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            if not adds:
-                return op(*cast)
-            check(*cast)
-            cast[10] = False
-            return op(*cast) + x
+            return op(*cast) + arguments[0] if adds else op(*cast)
 
     return cast_and_call
 
