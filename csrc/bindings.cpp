@@ -4,6 +4,7 @@
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/version.h>
 
 #include <algorithm>
@@ -149,6 +150,15 @@ int check_guard(mnv2::Guard& guard, const pybind11::list& objects, const pybind1
     return static_cast<int>(guard.check(objects, dicts, alive));
 }
 
+// Of the inputs of the node that the autograd engine runs now, in this thread: which need a gradient
+// in this backward pass.
+std::vector<bool> asked_for() {
+    const auto node = torch::autograd::get_current_node();
+    std::vector<bool> asked(node ? node->num_outputs() : 0);
+    for (size_t i = 0; i < asked.size(); i++) asked[i] = node->task_should_compute_output(i);
+    return asked;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -156,6 +166,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_kernels", &cpu_kernels, "CPU kernels by instruction set, best first.");
     m.def("build_info", &build_info,
           "Compiler, torch version, OpenMP, CUDA version and hash of the sources.");
+    m.def("asked_for", &asked_for,
+          "Which tensors of the autograd function whose backward pass runs need a gradient in it.");
     using pybind11::arg;
     m.def("cuda_kernel", &cuda_kernel, arg("in_channels"), arg("hidden_channels"),
           arg("out_channels"), arg("expansion"), arg("kernel_size"), arg("stride"), arg("dilation"),

@@ -100,7 +100,7 @@ def _asked_for(ctx, tensors: Sequence[Tensor | None]) -> Sequence[bool]:
     itself; where something else calls it, as compiled autograd does, all count as asked for.
     """
     needed = ctx.needs_input_grad[-len(tensors) :]
-    if not hasattr(_C, "asked_for") or torch._C._current_autograd_node() is not ctx:
+    if _C is None or torch._C._current_autograd_node() is not ctx:
         return needed
     asked = iter(_C.asked_for())
     return [t is not None and next(asked) for t in tensors]
