@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 import mnv2_kernels as mk
+from mnv2_kernels import optional
 from mnv2_kernels.block.config import BlockConfig
-from mnv2_kernels.cli import pretrained
 from mnv2_kernels.cli.named_models import UnknownModel, named_model
 from mnv2_kernels.network import figures
 from mnv2_kernels.network import memory as step_memory
@@ -368,9 +368,9 @@ def test_figure_of_a_plan(tmp_path):
 
 
 def test_a_figure_without_matplotlib_ends_in_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(optional.util, "find_spec", lambda name: None)
     panel = figures.Panel("network", {"eager": ([0, 1], [1, 1])})
-    with pytest.raises(pretrained.MissingPackage, match="needs matplotlib.*pip install matplotlib"):
+    with pytest.raises(optional.MissingPackage, match="needs matplotlib.*pip install matplotlib"):
         figures.draw([panel], tmp_path / "memory.png")
 
 
