@@ -58,12 +58,12 @@ import pytest
 from benchmarks.gpu import sanitized
 def test_values(): sanitized.check(13, sanitized.DTYPES[1], 'cpu', 'triton')
 def test_cuda():
-    from mnv2_kernels.ops import inverted_residual as ops
+    from mnv2_kernels.ops.inverted_residual import _ops
     import torch
     shapes = (1, 4, 3, 3), (4, 8), (8,), (3, 3, 8), (8,), (8, 4)
     tensors = [torch.zeros(shape) for shape in shapes]
     settings = (None, 1, [1, 1, 1, 1], 1, False, [0.0, 6.0], [0.0, 6.0], [0.0, 6.0])
-    assert ops._ops["cuda"](*tensors, *settings).shape == (1, 4, 3, 3)
+    assert _ops["cuda"](*tensors, *settings).shape == (1, 4, 3, 3)
 def test_wrong(): assert False
 @pytest.mark.skip
 def test_none(): pass

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from triton import knobs
 
-from mnv2_kernels.ops import inverted_residual as ops
+from mnv2_kernels.ops.inverted_residual import _ops
 from mnv2_kernels.ops.triton import interpreter
 
 launches: Counter[str] = Counter()
@@ -33,7 +33,7 @@ def pytest_configure(config):
 
     interpreter.run = counted
     knobs.runtime.launch_enter_hook.add(count_launch)
-    ops._ops["cuda"] = counting(ops._ops["cuda"])
+    _ops["cuda"] = counting(_ops["cuda"])
 
 
 def count_launch(metadata) -> None:
