@@ -2,7 +2,7 @@
 
     python tests/matrix_report.py short build/tests/short   # after `make test`
     python tests/matrix_report.py long build/tests/long     # after `make test-long`
-    python tests/matrix_report.py gpu FOLDER                # after gpu_suite --out FOLDER
+    python tests/matrix_report.py gpu FOLDER                # after gpu.suite --out FOLDER
 
 The first two write the table of rows to docs/testing.md, and a long run its figures.
 
@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
+from benchmarks.report.markdown import markdown
+from benchmarks.report.report import fill
 from matrix import BACKENDS, ON_DEVICE, ROWS, Row, rows_of
 
 from benchmarks import harness, machine
-from benchmarks.report.markdown import markdown
-from benchmarks.report.report import fill
 
 PAGE = Path(__file__).parents[1] / "docs" / "testing.md"
 # What pytest says where nothing was given.

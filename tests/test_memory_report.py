@@ -383,7 +383,7 @@ def test_a_fresh_process_grows_by_what_the_allocator_says(python):
     """
     grown = {}
     for execution in memory_report.EXECUTIONS:
-        done = python("-m", "benchmarks.cpu.resident", execution, "--resolution=224", "--batch=4")
+        done = python("-m", "benchmarks.resident", execution, "--resolution=224", "--batch=4")
         assert done.returncode == 0, done.stderr
         grown[execution] = int(done.stdout)
     peaks = {

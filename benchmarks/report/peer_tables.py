@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from ..harness import Row
-from .markdown import MIB, markdown, percent
+from ..markdown import MIB, markdown, percent
 
 RANK = {"default": 0, "neon": 1, "avx2": 1, "avx512": 2}
 OURS = {"float32": "planned", "bfloat16": "planned-bf16"}
