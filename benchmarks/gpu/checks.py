@@ -43,8 +43,8 @@ SUMMARIES = {
 OPTIONS = {"memcheck": ["--padding", "2048"]}
 SCRIPT = [sys.executable, "-m", "benchmarks.gpu.sanitized"]
 TAIL = 3000
-# Of no use on the device: one is interpreted by design, one compiles for other GPUs for minutes.
 DEVICE_TESTS = ("test_triton*.py", "test_cuda_gpu.py")
+# Of no use on the device: one is interpreted by design, one compiles for other GPUs for minutes.
 LEFT_OUT = ("test_triton_interpreted_mutants.py", "test_triton_code.py")
 # Left to a part to write its rows in, what its process took to start included.
 END_SECONDS = 15
@@ -68,7 +68,7 @@ def run_build(context: Context) -> None:
     code, output = child(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         context.left(),
-        # ninja, without which the files are compiled one after another, stands beside Python.
+        # ninja, without which the files are compiled one after another, lies in Python's folder.
         PATH=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
         MAX_JOBS=str(JOBS),
         MNV2_KERNELS_SKIP_CPP="0",

@@ -1,4 +1,4 @@
-"""Tables of this package beside other runtimes, from rows of `peers`."""
+"""Tables that compare this package with other runtimes, from rows of `peers`."""
 
 from collections.abc import Iterator, Mapping
 

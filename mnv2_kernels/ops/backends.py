@@ -19,7 +19,7 @@ from .extension import module as _C
 
 
 class Block(NamedTuple):
-    """What a kernel is chosen by beside x: plain values, which can be hashed and traced."""
+    """What a kernel is chosen by, besides x: plain values, which can be hashed and traced."""
 
     in_channels: int
     hidden_channels: int

@@ -117,7 +117,7 @@ class MemoryReport:
 def measure(
     name: str, model: nn.Module, plan: Plan, batch: int = 1, dtype: torch.dtype = torch.float32
 ) -> MemoryReport:
-    """Run every execution on one random input and hold what it held beside what it should.
+    """Run every execution on one random input; compare what it held with what it should hold.
 
     Args:
         name: of the model, for the report.
