@@ -108,7 +108,7 @@ bench-peers: $(PEERS)/installed
 	$(PEERS)/bin/python -m mnv2_kernels bench --peers $(if $(CASES),--cases $(CASES))
 
 report: .venv/installed
-	$(BIN)/python -m benchmarks.report.report
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf .venv build *.egg-info mnv2_kernels/_C*.so

@@ -1,1 +1,1 @@
-"""Benchmarks: `pytest benchmarks`, then `python -m benchmarks.report.report`."""
+"""Benchmarks: `pytest benchmarks`, then `python -m benchmarks.report`."""

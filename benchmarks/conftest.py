@@ -52,7 +52,6 @@ def record(request, benchmark) -> Callable[[list[harness.Row]], None]:
 
 def pytest_terminal_summary(terminalreporter, config):
     rows = summary.with_common_bound(config.stash[ROWS])
-    rows += summary.acceptance(rows)
     harness.append(rows, config.getoption("--results"))
     for line in summary.lines(rows):
         terminalreporter.write_line(line)

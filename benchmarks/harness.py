@@ -1,7 +1,7 @@
 """One way to measure everything: check, then time in turns, then divide by a bound.
 
 A row of results is one provider on one workload, a JSON object a line in results/<suite>.jsonl;
-README.md beside this file says what its fields mean.
+benchmarks/README.md says what its fields mean.
 """
 
 import json

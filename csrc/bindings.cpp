@@ -185,7 +185,8 @@ PYBIND11_MODULE(_C, m) {
              "What has changed: 0 nothing, 1 facts of tensors, 2 anything else. After 1, what is"
              " there now counts as known.")
         .def("requires_grad", &mnv2::Guard::requires_grad,
-             "Whether any tensor required gradients at the last look.");
+             "Whether any tensor required gradients at the last look.")
+        .def("changes", &mnv2::Guard::changes, "How often facts of tensors have changed.");
     m.def("fma_peak", &fma_peak, arg("kernel"), arg("threads"), arg("seconds"),
           pybind11::call_guard<pybind11::gil_scoped_release>(),
           "GFLOP/s of multiply-adds in registers: the bound that benchmarks divide by.");

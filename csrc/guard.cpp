@@ -403,6 +403,7 @@ Change Guard::check(const pybind11::list& objects, const pybind11::list& dicts,
         if (!record(objects, dicts, recorder)) return Change::structure;
         needed = list_of(recorder.alive);
         known_ = std::move(recorder.look);
+        changes_++;
     }
     // Last, since what is let go of here may run Python, and ask this guard again.
     if (PyList_SetSlice(alive.ptr(), 0, PyList_GET_SIZE(alive.ptr()), needed.ptr()) != 0)

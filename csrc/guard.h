@@ -61,8 +61,13 @@ class Guard {
     // Of any tensor, at the last look.
     bool requires_grad() const;
 
+    // How often `check` has answered `weights`: counted together with what is known, so that whoever
+    // is told that nothing has changed finds the count of what is known.
+    uint64_t changes() const { return changes_; }
+
  private:
     Look known_;
+    uint64_t changes_ = 0;
 };
 
 struct Guard::Taken {

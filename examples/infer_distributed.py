@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import mnv2_kernels as mk
 from mnv2_kernels.cli import pretrained
+from mnv2_kernels.optional import package_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -50,7 +51,7 @@ class Photographs(Dataset):
 def image_files(folder: Path | None) -> list[Path]:
     """Every image below a folder by name, or the photographs that pip packages bring."""
     if folder is None:
-        return [pretrained.package_file(*place) for place in pretrained.PHOTOGRAPHS.values()]
+        return [package_file(*place) for place in pretrained.PHOTOGRAPHS.values()]
     if not folder.is_dir():
         raise SystemExit(f"FOLDER must be a folder with images, got {folder}")
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)

@@ -91,7 +91,7 @@ class Augmented(Dataset):
 
 
 def batches(images: Augmented, epoch: int, done: int, size: int, workers: int) -> Iterator:
-    """The batches of an epoch behind the first `done`; a last one that is not full is left out."""
+    """The batches of an epoch after the first `done`; a last one that is not full is left out."""
     images.epoch = epoch
     indices = images.order()
     chosen = [indices[i : i + size] for i in range(0, len(indices) - size + 1, size)][done:]
@@ -188,7 +188,7 @@ class Run:
 
 
 def show_memory(run: Run) -> None:
-    """What a step takes, beside the same step layer by layer."""
+    """What a step takes, compared with the same step layer by layer."""
     images, labels = next(batches(run.images, 0, 0, run.options.batch, 0))
     images = images.to(run.options.device, memory_format=torch.channels_last)
     labels = labels.to(run.options.device)

@@ -113,5 +113,5 @@ def resident_bytes(execution: str, batch: int) -> int | None:
     """What `resident.py` prints in a process of its own."""
     if sys.platform != "linux":
         return None
-    command = [sys.executable, "-m", "benchmarks.cpu.resident", execution, f"--batch={batch}"]
+    command = [sys.executable, "-m", "benchmarks.resident", execution, f"--batch={batch}"]
     return int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout)

@@ -13,11 +13,10 @@ from mnv2_kernels.ops.backends import choose, cuda_kernel
 from mnv2_kernels.ops.triton import configs
 
 from .. import harness
-from . import peers as gpu_peers
-from . import roofline
-from . import rows as gpu_rows
+from . import peers, roofline
 from .machine import gpu_facts, rates
 from .part import NO_TIME, Context, Failed
+from .rows import BLOCK_TOLERANCE, NETWORK_TOLERANCE, Workload, measure, rounded, truths
 from .timing import input_sets
 
 BATCHES = (256, 32, 1)
@@ -84,13 +83,13 @@ def measure_block(
     blocks: list[int],
 ) -> list[harness.Row]:
     """Rows of one block: every provider, in a CUDA graph and as called."""
-    model = gpu_rows.rounded(harness.block_module(config), dtype)
+    model = rounded(harness.block_module(config), dtype)
     tensors = cost.tensor_bytes(config, size, size, batch=batch, itemsize=dtype.itemsize)
     sets = input_sets(tensors.x + tensors.y, gpu_facts().get("l2_bytes", 0))
     inputs = images(context, (batch, config.in_channels, size, size), dtype, sets)
     known = rates(context.device_row(), dtype)
     sizes = {"batch": batch, "itemsize": dtype.itemsize}
-    workload = gpu_rows.Workload(
+    workload = Workload(
         labels={
             "suite": "gpu_blocks",
             "block": blocks[0],
@@ -102,8 +101,8 @@ def measure_block(
             ),
         },
         inputs=inputs,
-        truths=gpu_rows.truths(model, inputs),
-        tolerance=gpu_rows.BLOCK_TOLERANCE,
+        truths=truths(model, inputs),
+        tolerance=BLOCK_TOLERANCE,
         floors={
             name: roofline.floor(
                 roofline.block_passes(config, size, execution=name, **sizes), known
@@ -112,15 +111,13 @@ def measure_block(
         },
         rounds=1 if context.dry_run else 15,
     )
-    calls, errors = gpu_peers.build(
-        gpu_peers.BLOCK_PROVIDERS, model, inputs[0], seconds=context.left
-    )
-    rows = gpu_rows.measure(context, calls, errors, workload, in_graph=True)
+    calls, errors = peers.build(peers.BLOCK_PROVIDERS, model, inputs[0], seconds=context.left)
+    rows = measure(context, calls, errors, workload, in_graph=True)
     _, width_out = config.output_hw(size, size)
     for row in rows:
         row |= ran_on(row["provider"], model, inputs[0], width_out)
         row["peak_bytes_computed"] = cost.peak_bytes(
-            config, size, size, execution=gpu_peers.execution(row["provider"]), **sizes
+            config, size, size, execution=peers.execution(row["provider"]), **sizes
         )
     return rows
 
@@ -167,7 +164,7 @@ def run_network(context: Context) -> None:
     """
     torch.backends.cudnn.benchmark = True
     name, model = tiny_network() if context.dry_run else harness.network()
-    model = gpu_rows.rounded(model, torch.float16)
+    model = rounded(model, torch.float16)
     broken = []
     for batch, resolution in networks(context):
         labels = {"suite": "gpu_network", "model": name, "batch": batch}
@@ -195,11 +192,11 @@ def measure_network(
     sets = input_sets(2 * batch * 3 * resolution**2, gpu_facts().get("l2_bytes", 0), most=8)
     inputs = images(context, shape, dtype, sets)
     known = rates(context.device_row(), dtype)
-    workload = gpu_rows.Workload(
+    workload = Workload(
         labels={"suite": "gpu_network", "model": name, "resolution": resolution},
         inputs=inputs,
-        truths=gpu_rows.truths(model, inputs),
-        tolerance=gpu_rows.NETWORK_TOLERANCE,
+        truths=truths(model, inputs),
+        tolerance=NETWORK_TOLERANCE,
         floors={
             execution: roofline.floor(
                 roofline.network_passes(1.0, resolution, execution=execution, batch=batch), known
@@ -208,19 +205,19 @@ def measure_network(
         },
         rounds=1 if context.dry_run else 15,
     )
-    calls, errors = gpu_peers.build(
-        gpu_peers.NETWORK_PROVIDERS,
+    calls, errors = peers.build(
+        peers.NETWORK_PROVIDERS,
         model,
         inputs[0],
         seconds=lambda: min(BUILD_SECONDS, context.left() - NETWORK_SECONDS / 2),
     )
-    return gpu_rows.measure(
+    return measure(
         context,
         calls,
         errors,
         workload,
         in_graph=False,
-        with_memory=gpu_peers.BLOCK_PROVIDERS.__contains__,
+        with_memory=peers.BLOCK_PROVIDERS.__contains__,
     )
 
 
@@ -235,10 +232,10 @@ def _complaints(rows: list[harness.Row], where: str) -> list[str]:
                 f" {row['share_of_floor']:>5.0%} of floor",
                 flush=True,
             )
-    if gpu_peers.lost(errors.values()):
+    if peers.lost(errors.values()):
         raise Failed(f"{where}: the GPU is lost to this process: {errors}")
     return [
         f"{where}: {name}: {error}"
         for name, error in errors.items()
-        if gpu_peers.NEEDS_GPU not in error
+        if peers.NEEDS_GPU not in error
     ]

@@ -1,21 +1,38 @@
-"""Parts `tests` and `sanitizer` of the GPU suite, which cannot pass by running nothing."""
+"""Parts `build`, `tests` and `sanitizer` of the GPU suite, which cannot pass by running nothing.
+
+This file is also a pytest plugin (`-p benchmarks.gpu.checks`). It records the outcome of each test
+and where kernels ran. Every test process writes two files to the folder in MNV2_DEVICE_TESTS while
+tests start and end, so that its records survive it: PID.outcomes has a line of outcome and id for
+each test, PID.json the launches by place.
+"""
 
 import importlib.util
 import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from time import perf_counter
+
+import torch
+from triton import knobs
+
+from mnv2_kernels.ops.inverted_residual import _ops
+from mnv2_kernels.ops.triton import interpreter
 
 from ..machine import ROOT
-from .part import NO_TIME, Context, Failed
+from .part import NO_TIME, Context, Failed, child
 from .sanitized import CALLS
 
+JOBS = 16
+LOADED = """
+from mnv2_kernels.ops.extension import cuda_missing, module
+assert cuda_missing is None, cuda_missing
+print("CUDA", module.build_info()["cuda"])
+"""
 # What each tool prints when all is well.
 SUMMARIES = {
     "memcheck": r"ERROR SUMMARY: 0 errors",
@@ -26,6 +43,7 @@ SUMMARIES = {
 OPTIONS = {"memcheck": ["--padding", "2048"]}
 SCRIPT = [sys.executable, "-m", "benchmarks.gpu.sanitized"]
 TAIL = 3000
+DEVICE_TESTS = ("test_triton*.py", "test_cuda_gpu.py")
 # Of no use on the device: one is interpreted by design, one compiles for other GPUs for minutes.
 LEFT_OUT = ("test_triton_interpreted_mutants.py", "test_triton_code.py")
 # Left to a part to write its rows in, what its process took to start included.
@@ -33,34 +51,50 @@ END_SECONDS = 15
 # What is said of a test; the last of these counts where several are.
 OUTCOMES = ("unfinished", "passed", "skipped", "failed")
 
+launches: Counter[str] = Counter()
 
-def child(
-    command: list[str], seconds: float, *, stream: bool = False, **variables: str
-) -> tuple[int | None, str]:
-    """(exit code, output) of a command with its whole family ended after that time.
 
-    The exit code is None where time ran out; the output of `stream` goes where ours goes. Triton's
-    own interpreter switch is taken away.
+def run_build(context: Context) -> None:
+    """Suite `gpu_build`: how long it took, and what was built.
+
+    Raises:
+        Failed: a compiler failed, which the sentence ends with; time ran out; or the extension
+            cannot be loaded.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), **variables}
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=None if stream else output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(max(seconds, 0.1))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            code = None
-        output.seek(0)
-        return code, output.read()
+    if context.dry_run:
+        context.skip("gpu_build", "no GPU")
+        return
+    start = perf_counter()
+    code, output = child(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        context.left(),
+        # ninja, without which the files are compiled one after another, lies in Python's folder.
+        PATH=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
+        MAX_JOBS=str(JOBS),
+        MNV2_KERNELS_SKIP_CPP="0",
+        TORCH_CUDA_ARCH_LIST="",
+        MNV2_KERNELS_FORCE_BUILD="1",
+        MNV2_KERNELS_CUDA="1",
+    )
+    seconds = perf_counter() - start
+    row = {"suite": "gpu_build", "exit_code": code, "build_seconds": seconds}
+    if code != 0:
+        context.keep([row | {"output": output[-TAIL:]}])
+        ended = "its time was over" if code is None else f"it ended with {code}"
+        raise Failed(f"build: {ended}:\n{said_last(output)}")
+    code, output = child([sys.executable, "-c", LOADED], context.left())
+    context.keep([row | {"loaded": code == 0, "output": output[-TAIL:]}])
+    if code != 0:
+        raise Failed(f"build: the extension cannot be loaded:\n{said_last(output)}")
+    print(f"build: {seconds:.0f} s, {output.splitlines()[-1]}", flush=True)
+
+
+def said_last(output: str, most: int = 20) -> str:
+    """The lines of a build's output that say what is wrong, the last ones where none does."""
+    lines = output.splitlines()
+    errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
+    # A build ends with errors that only name the command that failed.
+    return "\n".join(line[:400] for line in (errors[:most] or lines[-most:]))
 
 
 def run_tests(context: Context) -> None:
@@ -78,7 +112,7 @@ def run_tests(context: Context) -> None:
         code, output = child([*command, "--collect-only"], context.left())
         context.keep([{"suite": "gpu_tests", "exit_code": code, "output": output[-TAIL:]}])
         return
-    command += ["-p", "benchmarks.gpu.device_tests"]
+    command += ["-p", "benchmarks.gpu.checks"]
     rounds = [[]]
     if importlib.util.find_spec("xdist"):
         # What needs most of the memory runs alone.
@@ -114,12 +148,12 @@ def run_tests(context: Context) -> None:
 
 def device_files() -> list[str]:
     """The tests for the device: what needs none would take time from the others."""
-    paths = [*ROOT.glob("tests/triton/test_*.py"), ROOT / "tests/cuda/test_cuda_gpu.py"]
+    paths = [p for name in DEVICE_TESTS for p in ROOT.glob(f"tests/**/{name}")]
     return sorted(str(path) for path in paths if path.name not in LEFT_OUT)
 
 
 def kept(folder: Path) -> tuple[dict[str, str], Counter]:
-    """(outcome by test, launches by place) from the files of the plugin `device_tests`."""
+    """(outcome by test, launches by place) from the files of the plugin."""
     tests = {}
     for path in folder.glob("*.outcomes"):
         for line in path.read_text().splitlines():
@@ -153,6 +187,73 @@ def complaints(code: int | None, counts: dict[str, int], launches: Counter) -> l
         f"the interpreter ran in {interpreted[:3]}": bool(interpreted),
     }
     return [sentence for sentence, wrong in found.items() if wrong]
+
+
+def current_test() -> str:
+    """Id of the test that runs."""
+    return os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
+
+
+def pytest_configure(config):
+    interpret = interpreter.run
+
+    def counted(*args, **kwargs):
+        launches[f"interpreted: {current_test()}"] += 1
+        return interpret(*args, **kwargs)
+
+    interpreter.run = counted
+    knobs.runtime.launch_enter_hook.add(count_launch)
+    _ops["cuda"] = counting(_ops["cuda"])
+
+
+def count_launch(metadata) -> None:
+    launches["device"] += 1
+
+
+def counting(op):
+    """The op, with its calls by the backend `cuda` counted where they are not traced."""
+
+    def call(*arguments):
+        y = op(*arguments)
+        if not torch.compiler.is_compiling():
+            launches["cuda"] += 1
+        return y
+
+    return call
+
+
+def file(ending: str) -> Path | None:
+    folder = os.environ.get("MNV2_DEVICE_TESTS")
+    return Path(folder, f"{os.getpid()}{ending}") if folder else None
+
+
+def keep_outcome(outcome: str, test: str) -> None:
+    if path := file(".outcomes"):
+        with path.open("a") as lines:
+            lines.write(f"{outcome} {test}\n")
+
+
+def keep_launches() -> None:
+    """Whole or not at all: the process may be ended at any time."""
+    if path := file(".json"):
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps(launches))
+        unfinished.replace(path)
+
+
+def pytest_runtest_logstart(nodeid, location):
+    keep_outcome("unfinished", nodeid)
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or not report.passed:
+        keep_outcome(report.outcome, report.nodeid)
+    if report.when == "teardown":
+        keep_launches()
+
+
+def pytest_unconfigure(config):
+    keep_launches()
 
 
 def run_sanitizer(context: Context) -> None:

@@ -1,5 +1,9 @@
-"""What every part of the GPU suite is given: where rows go, and how long it may take."""
+"""What every part of the GPU suite gets: a place for rows, a deadline, and child processes."""
 
+import os
+import signal
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..harness import Row, append, load
+from ..machine import ROOT
 from .machine import gpu_facts, measure_device
 
 NO_TIME = "no time left"
@@ -72,3 +77,32 @@ class Context:
         row = measure_device(dry_run=self.dry_run)
         self.keep([row])
         return row
+
+
+def child(
+    command: list[str], seconds: float, *, stream: bool = False, **variables: str
+) -> tuple[int | None, str]:
+    """(exit code, output) of a command, which is killed with all its children after `seconds`.
+
+    The exit code is None after a kill. With `stream`, the output goes to this process's own output.
+    Triton's interpreter is switched off.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), **variables}
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=None if stream else output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(max(seconds, 0.1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = None
+        output.seek(0)
+        return code, output.read()

@@ -19,7 +19,7 @@ from mnv2_kernels.block.config import (
 )
 from mnv2_kernels.block.cost import EXECUTIONS, Execution, operators, tensor_bytes
 
-from ..report.markdown import markdown
+from ..markdown import markdown
 
 CLASSES = 1000
 

@@ -122,9 +122,9 @@ def measure(
     """One row a provider: times, or the error that kept it from being timed.
 
     Args:
-        calls, errors: from `gpu_peers.build`.
-        in_graph: `seconds` are those of all inputs in one CUDA graph, a call each, beside
-            `seconds_called`; otherwise they are of plain calls, whatever these do themselves.
+        calls, errors: from `peers.build`.
+        in_graph: `seconds` are those of all inputs in one CUDA graph, a call each, next
+            to `seconds_called`; otherwise they are of plain calls, whatever these do themselves.
         with_memory: whether a provider's calls allocate what they use, so that it can be counted.
     """
     device, x = context.device, workload.inputs[0]

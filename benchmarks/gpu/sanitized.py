@@ -4,7 +4,7 @@
     compute-sanitizer --tool memcheck python -m benchmarks.gpu.sanitized --seeded-bug
 
 With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own, so that a byte
-behind its end is not one of its neighbour's.
+after its end is not one of its neighbour's.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def check(number: int, dtype: torch.dtype, device: str, backend: str) -> None:
 
 @triton.jit
 def store_one_too_many(y, length, BLOCK: tl.constexpr):
-    """Writes one element behind y: what a sanitizer that works reports."""
+    """Writes one element past the end of y, which a working sanitizer reports."""
     offsets = tl.arange(0, BLOCK)
     tl.store(y + offsets, 1.0, mask=offsets <= length)
 

@@ -1,4 +1,4 @@
-"""Everything there is to measure on a GPU, in one command that ends in time.
+"""All measurements and checks on a GPU, in one command that ends in time.
 
     python -m benchmarks.gpu.suite --out FOLDER [--parts device,blocks] [--minutes 9]
     python -m benchmarks.gpu.suite --out FOLDER --dry-run      # on a CPU, as far as that goes
@@ -20,14 +20,13 @@ import torch
 
 from mnv2_kernels.ops.triton import configs
 
-from . import machine as gpu_machine
+from . import machine
 from .blocks import run_blocks, run_network
-from .build import run_build
-from .checks import child, run_sanitizer, run_tests
+from .checks import run_build, run_sanitizer, run_tests
 from .machine import measure_device
-from .part import Context, Failed
+from .part import Context, Failed, child
 
-# Left to the processes to end in.
+# Time for the processes to end.
 MARGIN_SECONDS = 8
 LEAST_SECONDS = 15
 
@@ -50,12 +49,12 @@ def run_tune(context: Context) -> None:
 
     # It ends with the block that it is at when its minutes are over, and writes its table then.
     table = tune(minutes=0.75 * context.left() / 60, out=context.out)
-    # The parts behind this one are measured with it.
+    # The following parts are measured with it.
     shutil.copy(table, configs.TABLES)
 
 
 class Part(NamedTuple):
-    """What runs, and its share of the time that is left, beside those of the parts behind it."""
+    """What runs, and its share of the time left for it and the following parts."""
 
     run: Callable[[Context], None]
     share: float
@@ -120,7 +119,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse()
     if not options.dry_run and not torch.cuda.is_available():
-        print("gpu_suite: there is no GPU; --dry-run goes as far as a CPU does")
+        print("suite: there is no GPU; --dry-run goes as far as a CPU does")
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
@@ -128,7 +127,7 @@ def main() -> int:
         torch.set_num_threads(1)
     if options.in_process:
         if options.commit:
-            gpu_machine.COMMIT.append(options.commit)
+            machine.COMMIT.append(options.commit)
         context = Context(options.out, deadline, options.dry_run)
         return max(run_part(name, context) for name in options.parts)
     became = run_suite(options.parts, options, deadline)

@@ -22,7 +22,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds per call, `rounds` samples a name, taken in turns: A B C A B C ...
 
-    A sample is as many calls behind one another as fill `seconds`, between two CUDA events, or by
+    A sample is as many consecutive calls as fill `seconds`, between two CUDA events, or by
     the clock on the CPU. Sample i of every name is of the same round, so that ratios may be taken
     pair by pair.
 
@@ -82,7 +82,7 @@ def in_turns(call: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> Call
 
 
 class Graph:
-    """A CUDA graph of one call for each input, one behind the other.
+    """A CUDA graph of one call for each input, one after another.
 
     `replay()` runs all of them; `outputs` are their results, each in memory of its own, rewritten
     by every replay.

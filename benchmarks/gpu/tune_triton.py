@@ -259,7 +259,7 @@ def tune(
                 for key, best in by_width(list(times), times.get):
                     rows[key] = asdict(best.config)
                     print(line(key, best, times[best]), flush=True)
-                # Now, since whoever started this may end it.
+                # Written now, since this process may be killed.
                 write(path, f"the fastest at batch {BATCH} on {gpu}", rows)
                 if time.monotonic() > deadline:
                     return path

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.peers`: this package beside every other runtime that is installed."""
+"""`python -m benchmarks.peers`: this package compared with every other runtime installed here."""
 
 import argparse
 import sys

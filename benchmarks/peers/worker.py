@@ -18,8 +18,7 @@ from torch import nn
 
 from mnv2_kernels.profiling import timing
 
-from .. import machine
-from ..cpu import resident
+from .. import machine, resident
 from .cases import Case, folded
 from .limits import Avx512Watch
 from .lost_time import LostTime

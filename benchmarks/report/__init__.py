@@ -1,1 +1,1 @@
-"""Tables and figures from rows of results."""
+"""Tables and figures from rows of results: `python -m benchmarks.report`."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..harness import RESULTS, Row, geometric_mean, load
-from .markdown import MIB, markdown, percent
+from ..markdown import MIB, markdown, percent
 
 SUITES = ("gpu_network", "gpu_blocks")
 KEY = ("suite", "block", "model", "batch", "dtype", "provider")

@@ -1,9 +1,9 @@
-"""Tables of this package beside other runtimes, from rows of `peers`."""
+"""Tables that compare this package with other runtimes, from rows of `peers`."""
 
 from collections.abc import Iterator, Mapping
 
 from ..harness import Row
-from .markdown import MIB, markdown, percent
+from ..markdown import MIB, markdown, percent
 
 RANK = {"default": 0, "neon": 1, "avx2": 1, "avx512": 2}
 OURS = {"float32": "planned", "bfloat16": "planned-bf16"}

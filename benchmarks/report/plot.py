@@ -1,4 +1,4 @@
-"""Figures of the results, as SVG beside the rows."""
+"""Figures of the results, as SVG in the folder of the rows."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

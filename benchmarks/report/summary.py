@@ -1,9 +1,8 @@
-"""Rows of one run as aligned lines, and the few figures that the project is judged by."""
+"""Rows of one run as aligned lines."""
 
 from collections.abc import Iterable, Iterator
 
 from ..harness import REFERENCE_SIZE, Row, geometric_mean
-from ..machine import facts
 
 MIB = 2**20
 
@@ -73,8 +72,6 @@ def lines(rows: list[Row]) -> Iterator[str]:
                 + figures({**row, "speedup": {}})
                 + ("" if over is None else f"  {over:>5.0%} of that of {width} at {resolution}")
             )
-        elif row["suite"] == "acceptance":
-            yield f"{row['name']}: {row['value']:.3g} {row['unit']}"
 
 
 def figures(row: Row) -> str:
@@ -95,60 +92,3 @@ def mean_figures(rows: list[Row]) -> str:
     for name in rows[0]["speedup"]:
         text += f"  {geometric_mean(row['speedup'][name] for row in rows):>5.2f}x {name}"
     return text
-
-
-def acceptance(rows: list[Row]) -> list[Row]:
-    """The figures the project is judged by, as far as these rows hold all that they need.
-
-    Over the 17 blocks (one thread, batch 1, 224x224, best instruction set): geometric means,
-    worst block, block 1; two threads over one; the whole network over folded eager PyTorch.
-    """
-    found: list[Row] = []
-
-    def add(name: str, value: float, unit: str, **details: object) -> None:
-        row = {"suite": "acceptance", "name": name, "value": value, "unit": unit}
-        found.append({**row, **details, **facts()})
-
-    isa = facts()["instruction_set"]
-    blocks = [
-        row
-        for row in by_run(rows).get((isa, 1, 1), [])
-        if row["provider"] == "fused" and "folded" in row["speedup"]
-    ]
-    if len(blocks) == 17:
-        for name, of in (
-            ("share of FMA peak", lambda row: row["share_of_fma_peak"]),
-            ("speed-up over folded eager", lambda row: row["speedup"]["folded"]),
-        ):
-            unit = "of peak" if name.startswith("share") else "x"
-            values = [of(row) for row in blocks]
-            if None in values:
-                continue
-            worst = min(range(17), key=values.__getitem__)
-            add(f"17 blocks, geometric mean: {name}", geometric_mean(values), unit)
-            add(f"worst block: {name}", values[worst], unit, block=worst + 1)
-            add(f"block 1: {name}", values[0], unit)
-    scaling = [r for r in rows if r["suite"] == "scaling" and r["threads"] == 2]
-    if len(scaling) == 17:
-        ratios = [row["speedup"]["1 thread"] for row in scaling]
-        add("17 blocks, geometric mean: 2 threads over 1", geometric_mean(ratios), "x")
-        add("worst block: 2 threads over 1", min(ratios), "x")
-    for row in rows:
-        if row["suite"] == "network" and row["provider"] == "fused":
-            where = f"threads {row['threads']}, batch {row['batch']}"
-            ratio = row["speedup"]["folded"]
-            add(f"{row['model']}, {where}: speed-up over folded eager", ratio, "x")
-        if row["suite"] == "network" and row["provider"] == "planned":
-            where = f"threads {row['threads']}, batch {row['batch']}"
-            add(f"{row['model']}, {where}: plan over fused", row["speedup"]["fused"], "x")
-    widths: dict[tuple, list[float | None]] = {}
-    for row in rows:
-        if row["suite"] == "widths":
-            key = row["dtype"], row["batch"], row["threads"]
-            widths.setdefault(key, []).append(row["share_over_reference"])
-    for (dtype, batch, threads), shares in widths.items():
-        if None not in shares:
-            where = f"{dtype}, threads {threads}, batch {batch}"
-            name = f"widths and resolutions, {where}: least share over that of 1.0 at 224"
-            add(name, min(shares), "of peak")
-    return found

@@ -9,6 +9,7 @@ consecutive output channels as one vector.
 """
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -141,3 +142,50 @@ def fold_conv_norm(stage: ConvNorm) -> tuple[Tensor, Tensor]:
         if norm.bias is not None:
             bias = bias + norm.bias.double()
     return weight.to(dtype), bias.to(torch.promote_types(dtype, torch.float32))
+
+
+# The tensors of a stage, in the order of the bits that say which of them it has.
+_STAGE_TENSORS = (
+    ("conv", "weight"),
+    ("conv", "bias"),
+    ("norm", "weight"),
+    ("norm", "bias"),
+    ("norm", "running_mean"),
+    ("norm", "running_var"),
+)
+
+
+def flatten_layers(layers: BlockLayers) -> tuple[list[Tensor], list[int], list[float]]:
+    """(tensors, present, eps): the unfolded layers as plain arguments of an op.
+
+    `tensors` go stage by stage from the expansion on. By stage, `present` has a bit for each tensor
+    it has, and `eps` is that of its norm, 0 without one.
+    """
+    tensors, present, eps = [], [], []
+    for stage in layers.stages:
+        bits = 0
+        for bit, (module, name) in enumerate(_STAGE_TENSORS):
+            owner = getattr(stage, module)
+            tensor = None if owner is None else getattr(owner, name)
+            if tensor is not None:
+                tensors.append(tensor)
+                bits |= 1 << bit
+        present.append(bits)
+        eps.append(0.0 if stage.norm is None else stage.norm.eps)
+    return tensors, present, eps
+
+
+def fold_flat(
+    tensors: list[Tensor], present: list[int], eps: list[float]
+) -> tuple[Tensor | None, ...]:
+    """The six folded tensors of what `flatten_layers` gives for a block."""
+    rest = iter(tensors)
+    stages: list[ConvNorm] = []
+    for bits, norm_eps in zip(present, eps, strict=True):
+        conv, norm = SimpleNamespace(), SimpleNamespace(eps=norm_eps)
+        for bit, (module, name) in enumerate(_STAGE_TENSORS):
+            owner = conv if module == "conv" else norm
+            setattr(owner, name, next(rest) if bits >> bit & 1 else None)
+        stages.append(ConvNorm(conv, None if norm.running_var is None else norm))
+    expand = stages.pop(0) if len(stages) == 3 else None
+    return fold_layers(BlockLayers(expand, *stages, config=None)).tensors()

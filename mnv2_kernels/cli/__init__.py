@@ -1,1 +1,1 @@
-"""The command line and the demo."""
+"""The command line: `mnv2`, its demo, and the models it knows by name."""

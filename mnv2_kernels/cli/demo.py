@@ -15,18 +15,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..network.figures import Panel, draw
+from ..optional import require
 from ..profiling.memory import live_bytes, peak_bytes
 from ..profiling.timing import fma_peak, interleave, median, speedup
 from ..profiling.variants import block_calls, fused_blocks, plain, variants
 from ..profiling.verify import kernels, why_wrong
-from .pretrained import (
-    PHOTOGRAPHS,
-    Trained,
-    dog_mobilenet_v2,
-    efficientnet_lite0,
-    photograph,
-    require,
-)
+from .pretrained import PHOTOGRAPHS, Trained, dog_mobilenet_v2, efficientnet_lite0, photograph
 
 FIGURE = "mnv2_memory.png"
 # Two networks, at most so long each, leave time for the rest within two minutes on slow machines.
@@ -34,7 +28,7 @@ TIMING_SECONDS = 20.0
 MIB = 2**20
 
 
-def demo(console: Console, folder: Path, *, rounds: int) -> int:
+def demonstrate(console: Console, folder: Path, *, rounds: int) -> int:
     """Run the demonstration and print it; the figure goes to `folder`. Returns the exit status.
 
     Raises:

@@ -8,36 +8,25 @@ import os
 import platform
 import subprocess
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from ..fuse.fuse import fuse
 from ..modules.mobilenet_v2 import mobilenet_v2
-from ..network.plan import plan, why_not_on_cpu
 from ..ops.backends import backends
-from ..ops.extension import missing
 from ..ops.extension import module as _C
-from ..profiling import memory_report
-from ..profiling import table_3 as paper_networks
+from ..optional import MissingPackage
 from ..profiling import verify as verification
 from ..profiling.timing import num_threads
 from ..profiling.variants import plain, variants
-from . import demo as demonstration
-from .named_models import UnknownModel, named_model
-from .pretrained import MissingPackage, WrongWeights, efficientnet_lite0, require
-
-# Decoders of formats that photographs come in; among the others is one that runs PostScript.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-
-
-class CannotRun(Exception):
-    """The command cannot be carried out; the sentence says why."""
+from .classify import classify
+from .console import CannotRun, console
+from .demo import demonstrate, performance
+from .memory import memory
+from .named_models import UnknownModel
+from .pretrained import WrongWeights
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,59 +71,11 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def classify(options: argparse.Namespace) -> int:
-    """Top five classes of an image file by the fused EfficientNet-Lite0."""
-    image = read_image(options.image)
-    network = efficientnet_lite0()
-    model = fuse(network.model)
-    with torch.inference_mode():
-        probabilities = model(network.preprocess(image))[0].softmax(0)
-    for probability, index in zip(*probabilities.topk(5), strict=True):
-        print(f"{probability.item():.3f}  {network.class_names[index]}")
-    return 0
-
-
-def read_image(path: Path):
-    """The image in a file, upright and RGB.
-
-    Raises:
-        CannotRun: there is no such file, or it holds no image that can be read safely.
-    """
-    require("PIL")
-    from PIL import Image, ImageOps
-
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise CannotRun(f"IMAGE must be an image file, and {path} {what}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning)
-            with Image.open(path, formats=IMAGE_FORMATS) as file:
-                image, mode = ImageOps.exif_transpose(file), file.mode
-                if mode.startswith("I;16"):
-                    # Conversion to RGB would cut off at 255.
-                    image = image.convert("I").point(lambda value: value / 257).convert("L")
-                image = image.convert("RGB")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        limit = Image.MAX_IMAGE_PIXELS
-        raise CannotRun(f"IMAGE must have at most {limit} pixels, {path} has more") from error
-    except Exception as error:
-        # Decoders raise nearly anything on hostile bytes: OSError, ValueError, SyntaxError ...
-        formats = ", ".join(IMAGE_FORMATS)
-        raise CannotRun(
-            f"IMAGE must be a complete {formats} file, {path} is not: {error}"
-        ) from error
-    if mode in ("I", "F"):
-        raise CannotRun(f"IMAGE must have 8 or 16 bits a channel, {path} has 32")
-    return image
-
-
 def demo(options: argparse.Namespace) -> int:
     """Trained networks, plain against fused: answers, speed, memory and a figure."""
     if not (options.output.is_dir() and os.access(options.output, os.W_OK)):
         raise CannotRun(f"--output must be a folder that can be written to, got {options.output}")
-    return demonstration.demo(_console(), options.output, rounds=options.rounds)
+    return demonstrate(console(), options.output, rounds=options.rounds)
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -164,13 +105,13 @@ def verify(options: argparse.Namespace) -> int:
                 f"{result.plain_error:.1e}",
                 result.wrong or "ok",
             )
-    _console().print(table)
+    console().print(table)
     print(f"{table.row_count - wrong} of {table.row_count} right")
     return 1 if wrong else 0
 
 
 def bench(options: argparse.Namespace) -> int:
-    """MobileNetV2 plain, folded and fused, timed in turns; or beside other runtimes."""
+    """MobileNetV2 plain, folded and fused, timed in turns; or with other runtimes."""
     if options.peers is not None:
         return _bench_peers(options.peers)
     size = options.resolution
@@ -184,7 +125,7 @@ def bench(options: argparse.Namespace) -> int:
             print(f"mnv2 bench: the fused network is wrong, not timed: {wrong}", file=sys.stderr)
             return 1
         title = f"MobileNetV2 {options.width}"
-        _console().print(demonstration.performance(title, copies, x, options.rounds))
+        console().print(performance(title, copies, x, options.rounds))
     return 0
 
 
@@ -195,123 +136,6 @@ def _bench_peers(arguments: list[str]) -> int:
     search_path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "benchmarks.peers", *arguments]
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": search_path}).returncode
-
-
-def memory(options: argparse.Namespace) -> int:
-    """Bytes a network holds, eager, folded, fused and planned: by arithmetic and measured."""
-    if options.table:
-        _print_table_3()
-        return 0
-    if missing is not None:
-        raise CannotRun(f"needs the compiled kernels: {missing}")
-    for path in (options.json, options.figure):
-        if path is not None and not path.parent.is_dir():
-            raise CannotRun(f"the folder of {path} must exist")
-    if options.figure is not None:
-        require("matplotlib")
-    model = named_model(options.model, options.width)
-    size, dtype = options.resolution, getattr(torch, options.dtype)
-    # What the kernels do not run has the schedule of the model's own dtype.
-    runs = why_not_on_cpu(dtype) is None
-    try:
-        schedule = plan(model, (3, size, size), dtype=dtype if runs else None)
-    except ValueError as error:
-        raise CannotRun(str(error)) from error
-    report = memory_report.measure(options.model, model, schedule, options.batch, dtype)
-    _print_memory(report)
-    if options.json is not None:
-        report.write_json(options.json)
-    if options.figure is not None:
-        try:
-            report.figure(options.figure)
-        except ValueError as error:
-            raise CannotRun(f"--figure must be a file that can be drawn: {error}") from error
-    return 0
-
-
-def _print_memory(report: memory_report.MemoryReport) -> None:
-    shape = "x".join(map(str, report.x_shape))
-    steps = Table(
-        title=f"{report.model}, {shape}, {report.dtype_name}, threads: {report.threads}",
-        caption="KiB held in each step, computed / measured; input and result included, weights"
-        " not",
-    )
-    for heading in ("step", *report.executions):
-        steps.add_column(heading, justify="left" if heading == "step" else "right")
-    for i, name in enumerate(report.steps):
-        cells = [name or "(the model)"]
-        for held in report.executions.values():
-            measured = held.measured[i]
-            seen = "-" if measured is None else f"{measured / 1024:.0f}"
-            cells.append(f"{held.computed[i] / 1024:.0f} / {seen}")
-        steps.add_row(*cells)
-    peaks = Table(title="Peak bytes")
-    for heading in ("execution", "computed", "measured", "of eager"):
-        peaks.add_column(heading, justify="left" if heading == "execution" else "right")
-    eager = report.executions["eager"].peak_measured
-    for name, held in report.executions.items():
-        peak = held.peak_measured
-        seen, of_eager = ("-", "-") if peak is None else (f"{peak:,}", f"{peak / eager:.1%}")
-        peaks.add_row(name, f"{held.peak_computed:,}", seen, of_eager)
-    console = _console()
-    console.print(steps)
-    console.print(peaks)
-    reasons: dict[str, list[str]] = {}
-    for name, held in report.executions.items():
-        if held.why_not_measured is not None:
-            reasons.setdefault(held.why_not_measured, []).append(name)
-    for reason, names in reasons.items():
-        print(f"{' and '.join(names)}: not measured: {reason}; line buffers are float32's.")
-    print(
-        "computed: exact for planned; without the scratch of kernels for the others, and without"
-        " what\nmodules inside a block hold for longer than they need it.\n"
-        f"planned: arena {report.arena_bytes:,}, line buffers and scratch {report.line_bytes:,}"
-        f" on {report.threads} thread{'s' * (report.threads > 1)}.\n"
-        f"paper's M(G), blocks split into single hidden channels: {report.paper_bound:,}.\n"
-        f"weights, not counted: {report.weight_bytes:,}."
-    )
-
-
-def _print_table_3() -> None:
-    console = _console()
-    reasons: list[str] = []
-
-    def note(reason: str | None) -> str:
-        if reason is None:
-            return ""
-        if reason not in reasons:
-            reasons.append(reason)
-        return f" [{reasons.index(reason) + 1}]"
-
-    for version in paper_networks.VERSIONS:
-        table = Table(
-            title=f"Table 3 of arXiv 1801.04381, {version} version: channels/kB at 16 bit",
-            caption="from the layers | as printed; 1 kB is 1000 bytes",
-        )
-        table.add_column("size")
-        for network in paper_networks.NETWORKS:
-            table.add_column(network, justify="right")
-        cells = paper_networks.table_3(version)
-        for size in (*paper_networks.SIZES, None):
-            row = ["max" if size is None else f"{size}x{size}"]
-            for cell in (c for c in cells if c.size == size):
-                ours = _channels_and_kb(cell.channels, cell.nbytes and cell.nbytes / 1000)
-                printed = _channels_and_kb(cell.printed_channels, cell.printed_kb)
-                row.append(escape(f"{ours} | {printed}{note(cell.reason)}"))
-            table.add_row(*row)
-        console.print(table)
-    for number, reason in enumerate(reasons, 1):
-        print(f"[{number}] {reason}.")
-
-
-def _channels_and_kb(channels: int | None, kilobytes: float | None) -> str:
-    if kilobytes is None:
-        return "1/O(1)"
-    return f"{kilobytes:.4g}" if channels is None else f"{channels}/{kilobytes:.4g}"
-
-
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def _positive(kind: type):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..modules.mobilenet_v2 import mobilenet_v2
-from .pretrained import require
+from ..optional import require
 
 _KEPT_ALIVE: list[torch.library.Library] = []
 

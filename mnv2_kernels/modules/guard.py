@@ -95,7 +95,6 @@ class Guard:
             self.why_blind = str(blind)
         # False: changes cannot be seen, and `check` always answers STRUCTURE.
         self.watches = self._look is not None
-        self._requires_grad = False
 
     def check(self) -> Change:
         """What has changed since the last call, or since the guard was made.
@@ -115,6 +114,12 @@ class Guard:
             self._steps = steps
             change = Change.WEIGHTS
         return change
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Another value after every answer of WEIGHTS, to whichever thread it was given."""
+        look = self._look
+        return (-1 if look is None else look.changes()), optimizer_steps()
 
     @property
     def requires_grad(self) -> bool:
@@ -170,6 +175,9 @@ class _CompiledLook:
     def requires_grad(self) -> bool:
         return self._guard.requires_grad()
 
+    def changes(self) -> int:
+        return self._guard.changes()
+
 
 class _Look:
     """The same in Python, without the compiled extension."""
@@ -177,6 +185,7 @@ class _Look:
     def __init__(self, modules: list[nn.Module]):
         self._modules = modules
         self._known = _Seen(modules)
+        self._changes = 0
         self._lock = threading.RLock()  # Letting go of what was known may ask again.
 
     def check(self) -> Change:
@@ -185,14 +194,18 @@ class _Look:
                 known, now = self._known, _Seen(self._modules)
             except _Blind:
                 return Change.STRUCTURE
+            same_tensors = _same(now.tensors, known.tensors) and now.facts == known.facts
+            self._changes += not same_tensors
             self._known = now
             if not _same(now.things, known.things) or now.shapes != known.shapes:
                 return Change.STRUCTURE
-            same = _same(now.tensors, known.tensors) and now.facts == known.facts
-            return Change.SAME if same else Change.WEIGHTS
+            return Change.SAME if same_tensors else Change.WEIGHTS
 
     def requires_grad(self) -> bool:
         return self._known.wants_grad
+
+    def changes(self) -> int:
+        return self._changes
 
 
 def _same(now: list, before: list) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 
-from ..cli.pretrained import require
+from ..optional import require
 
 MIB = 2**20
 _COLOURS = {"plain": "C7", "eager": "C7", "folded": "C1", "fused": "C0", "planned": "C2"}

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..block.config import BlockConfig, Clip, Padding
-from . import triton as triton_kernels
+from . import triton
 from .extension import cuda_missing, missing
 from .extension import module as _C
 
 
 class Block(NamedTuple):
-    """What a kernel is chosen by beside x: plain values, which can be hashed and traced."""
+    """What a kernel is chosen by, besides x: plain values, which can be hashed and traced."""
 
     in_channels: int
     hidden_channels: int
@@ -108,8 +108,8 @@ def _why_not_triton(x: Tensor | None, block: Block | None = None) -> str | None:
 
 
 def _why_not_triton_asked(x: Tensor | None, block: Block | None = None) -> str | None:
-    if triton_kernels.missing is not None:
-        return triton_kernels.missing
+    if triton.missing is not None:
+        return triton.missing
     if x is None:
         return None
     if x.device.type not in ("cpu", "cuda"):
@@ -150,7 +150,7 @@ def asked_once_a_graph(question: Callable) -> Callable:
 
 @asked_once_a_graph
 def _tf32_allowed() -> bool:
-    return triton_kernels.precision(torch.float32) == "tf32"
+    return triton.precision(torch.float32) == "tf32"
 
 
 @asked_once_a_graph
@@ -251,7 +251,7 @@ def _describe(name: str) -> str:
         return "plain PyTorch, any device and floating dtype"
     if name == "triton":
         where = "NVIDIA GPUs" if torch.cuda.is_available() else "no GPU here: interpreter alone"
-        return f"float16, bfloat16 and float32, Triton {triton_kernels.version} ({where})"
+        return f"float16, bfloat16 and float32, Triton {triton.version} ({where})"
     if name == "cuda":
         where = "NVIDIA GPUs" if torch.cuda.is_available() else "no GPU here"
         return f"float16, bfloat16 and float32, CUDA {_C.build_info()['cuda']} ({where})"

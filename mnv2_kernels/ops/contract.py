@@ -70,7 +70,7 @@ def check_kinds(
 
 
 def _is_usual(weights: object, stride: object, padding: object, dilation: object, residual) -> bool:
-    """Whether all are of the very kinds that nearly every call has: a look that costs little."""
+    """Fast path: whether all arguments already have their exact types."""
     if type(weights) is not FoldedWeights or weights.w_dw is None or weights.w_project is None:
         return False
     clips = weights.clips()

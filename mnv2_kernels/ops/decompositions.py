@@ -1,4 +1,4 @@
-"""The op as plain aten operators, for programs that know no others.
+"""Decompositions of the ops to aten.
 
 >>> exported = torch.export.export(model, (x,))
 >>> exported = exported.run_decompositions(DECOMPOSITIONS)
@@ -10,8 +10,7 @@ The table holds our operators alone; to have the rest in core aten too, update
 import torch
 from torch import Tensor
 
-from ..block.fold import FoldedWeights
-from ..modules.compiled import fold_flat
+from ..block.fold import FoldedWeights, fold_flat
 from . import reference
 
 

@@ -17,9 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..block.config import BlockConfig, Clip, Padding, same_padding
 from ..block.fold import FoldedWeights
-from . import gradients as backward
-from . import reference
-from . import triton as triton_kernels
+from . import gradients, reference, triton
 from .backends import Block, choose, load
 from .contract import check, check_kinds, check_once
 
@@ -54,9 +52,7 @@ _library.define(
     f"inverted_residual_interpreted({_TENSORS}, {SETTINGS}) -> Tensor",
     tags=[torch.Tag.pt2_compliant_tag],
 )
-_library.impl(
-    "inverted_residual_interpreted", lambda *args: triton_kernels.inverted_residual(*args), "CPU"
-)
+_library.impl("inverted_residual_interpreted", lambda *args: triton.inverted_residual(*args), "CPU")
 _op = torch.ops.mnv2.inverted_residual.default
 
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
@@ -85,7 +81,7 @@ def inverted_residual_triton(
     arguments = (x, w_expand, b_expand, w_dw, b_dw, w_project, b_project, *settings)
     check_once(*arguments)
     if x.is_cuda:
-        return triton_kernels.inverted_residual(*arguments)
+        return triton.inverted_residual(*arguments)
     return torch.ops.mnv2.inverted_residual_interpreted(*arguments)
 
 
@@ -126,7 +122,7 @@ def inverted_residual(
         RuntimeError: `backend` cannot run this call; the sentence says why.
 
     Source: MobileNetV2 (arXiv 1801.04381), sections 3.3 and 5.1. Differentiable in x and all
-    weights; the backward pass recomputes the expansion piece by piece (`backward.gradients`).
+    weights; the backward pass recomputes the expansion piece by piece (`gradients.gradients`).
     """
     stride, padding, dilation = check_kinds(x, weights, stride, padding, dilation, residual)
     if padding is None:
@@ -269,7 +265,7 @@ def _no_vmap(info, in_dims, *args):
     )
 
 
-_library.impl("inverted_residual_backward", backward.gradients, "CompositeExplicitAutograd")
+_library.impl("inverted_residual_backward", gradients.gradients, "CompositeExplicitAutograd")
 torch.library.register_autograd("mnv2::inverted_residual_backward", _double_backward, lib=_library)
 for _name in ("mnv2::inverted_residual", "mnv2::inverted_residual_triton"):
     torch.library.register_autograd(_name, _backward, setup_context=_setup_context, lib=_library)

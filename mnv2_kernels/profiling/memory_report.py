@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..block import cost
-from ..network import memory as step_memory
+from ..network import memory
 from ..network.figures import Panel, Timeline, draw
 from ..network.plan import Plan, why_not_on_cpu
 from .memory import live_bytes
@@ -86,13 +86,13 @@ class MemoryReport:
             "steps": self.steps,
             "executions": {
                 name: {
-                    "peak_bytes_computed": memory.peak_computed,
-                    "peak_bytes": memory.peak_measured,
-                    "computed_by_step": memory.computed,
-                    "by_step": memory.measured,
-                    "why_not_measured": memory.why_not_measured,
+                    "peak_bytes_computed": held.peak_computed,
+                    "peak_bytes": held.peak_measured,
+                    "computed_by_step": held.computed,
+                    "by_step": held.measured,
+                    "why_not_measured": held.why_not_measured,
                 }
-                for name, memory in self.executions.items()
+                for name, held in self.executions.items()
             },
         }
         path.write_text(json.dumps(document, indent=2) + "\n")
@@ -106,9 +106,9 @@ class MemoryReport:
         """
         title = f"{self.model}, {'x'.join(map(str, self.x_shape))}, {self.dtype_name}"
         timelines = {
-            name: memory.timeline
-            for name, memory in self.executions.items()
-            if memory.why_not_measured is None
+            name: held.timeline
+            for name, held in self.executions.items()
+            if held.why_not_measured is None
         }
         draw([Panel(title, timelines, {"paper's M(G)": self.paper_bound}, "step")], path)
 
@@ -117,7 +117,7 @@ class MemoryReport:
 def measure(
     name: str, model: nn.Module, plan: Plan, batch: int = 1, dtype: torch.dtype = torch.float32
 ) -> MemoryReport:
-    """Run every execution on one random input and hold what it held beside what it should.
+    """Run every execution on one random input; compare what it held with what it should hold.
 
     Args:
         name: of the model, for the report.
@@ -136,9 +136,7 @@ def measure(
     model = deepcopy(model).to(dtype)
     found = {}
     for execution, copy in executions(model).items():
-        computed = step_memory.live_bytes(
-            plan.steps, plan.input_shape, execution=execution, **sizes
-        )
+        computed = memory.live_bytes(plan.steps, plan.input_shape, execution=execution, **sizes)
         computed = [a + b for a, b in zip(computed, of_callers, strict=True)]
         reason = why_not if execution == "fused" else None
         held = timeline(copy, plan.names, x) if reason is None else None
@@ -157,7 +155,7 @@ def measure(
         threads=torch.get_num_threads(),
         steps=list(plan.names),
         executions=found,
-        paper_bound=step_memory.paper_bound(plan.steps, plan.input_shape, **sizes),
+        paper_bound=memory.paper_bound(plan.steps, plan.input_shape, **sizes),
         arena_bytes=_elements(plan, plan.arena_bytes) * itemsize,
         line_bytes=plan.line_bytes(torch.get_num_threads()),
         weight_bytes=sum(p.nbytes for p in (*model.parameters(), *model.buffers())),
@@ -171,7 +169,7 @@ def planned_bytes(plan: Plan, batch: int = 1, itemsize: int | None = None) -> in
     """
     threads = torch.get_num_threads()
     itemsize = plan.dtype.itemsize if itemsize is None else itemsize
-    return step_memory.planned_bytes(
+    return memory.planned_bytes(
         image=itemsize * math.prod(plan.input_shape),
         result=itemsize * _elements(plan, plan.rows()[-1].nbytes),
         arena=itemsize * _elements(plan, plan.arena_bytes),

@@ -3,8 +3,8 @@
 The table compares what MobileNetV1, MobileNetV2 and ShuffleNet (2x, g = 3) must hold at every
 resolution of a 224x224 image: most channels of a tensor that passes from one operator to the next,
 and its bytes at 16 bit. What an operator keeps to itself (the expanded tensor of an inverted
-residual, the bottleneck of a ShuffleNet unit) does not count. Beside it stand the printed numbers
-of both versions and, where the layers give others, the reason.
+residual, the bottleneck of a ShuffleNet unit) does not count. The printed numbers of both
+versions are kept too and, where the layers give other ones, the reason.
 """
 
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def mobilenet_v1() -> Iterator[Passed]:
 
 
 def mobilenet_v2() -> Iterator[Passed]:
-    """A block is one operator, and so are the last convolution and the average behind it."""
+    """A block is one operator, and so are the last convolution and the average after it."""
     yield Passed("stem", STEM_CHANNELS, 112)
     for number, (block, size) in enumerate(mobilenet_v2_block_inputs(), 1):
         yield Passed(f"block {number}", block.out_channels, block.output_hw(size, size)[0])

@@ -24,7 +24,7 @@ def interleave(
         calls: what to time, by name; they run in this order within every round.
         rounds: samples of each call.
         warmup: untimed calls of each before the first round.
-        repeats: calls behind one another that make one sample; above 1 for calls of a few
+        repeats: consecutive calls that make one sample; above 1 for calls of a few
             microseconds, and for a call to find its data in the cache as it left them.
 
     Returns:

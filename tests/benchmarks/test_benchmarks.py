@@ -11,7 +11,8 @@ import torch
 from benchmarks import harness, machine
 from benchmarks.cpu import bench_widths
 from benchmarks.peers import turns
-from benchmarks.report import plot, report, summary
+from benchmarks.report import __main__ as report
+from benchmarks.report import plot, summary
 from mnv2_kernels import plan
 from mnv2_kernels.block import cost
 from mnv2_kernels.block.config import inverted_residual_config
@@ -93,7 +94,7 @@ def test_machine_facts_are_complete():
 @needs_extension
 @pytest.mark.timeout(120)
 def test_a_benchmark_file_runs_as_users_run_it(tmp_path):
-    command = [sys.executable, "-m", "pytest", "-q", "benchmarks/bench_block.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks/cpu/bench_block.py"]
     done = subprocess.run(
         [*command, "-k", "test_block and 1-1-17", "--benchmark-disable", f"--results={tmp_path}"],
         cwd=machine.ROOT,
@@ -142,25 +143,6 @@ def synthetic_rows() -> list[harness.Row]:
     return rows
 
 
-def test_acceptance_figures():
-    rows = synthetic_rows()
-    values = {row["name"]: row["value"] for row in summary.acceptance(rows)}
-    assert values == {
-        "17 blocks, geometric mean: share of FMA peak": pytest.approx((0.5 * 0.8**16) ** (1 / 17)),
-        "worst block: share of FMA peak": 0.5,
-        "block 1: share of FMA peak": 0.5,
-        "17 blocks, geometric mean: speed-up over folded eager": pytest.approx(3),
-        "worst block: speed-up over folded eager": 3,
-        "block 1: speed-up over folded eager": 3,
-        "17 blocks, geometric mean: 2 threads over 1": pytest.approx(1.8),
-        "worst block: 2 threads over 1": 1.8,
-        "net, threads 1, batch 8: speed-up over folded eager": 4.5,
-    }
-    assert (
-        summary.acceptance([row for row in rows if row.get("block") != 4 and "block" in row]) == []
-    )
-
-
 def test_the_bound_is_the_most_of_the_run():
     def row(isa, threads, peak):
         return {"instruction_set": isa, "threads": threads, "gflops": 50.0, "fma_peak_gflops": peak}
@@ -186,10 +168,7 @@ def test_tables_and_figures_come_from_the_newest_rows(tmp_path):
     elsewhere = {**rows[0], "cpu": "other", "date": "2025-12-31T00:00:00+00:00"}
     harness.append([old, elsewhere, *rows], tmp_path)
     assert len(harness.load("block", tmp_path)) == 17 * 3 + 2
-    figures = [{**row, "cpu": "test", "date": "2026"} for row in summary.acceptance(rows)]
-    harness.append(figures, tmp_path)
     made = report.tables(results := report.latest(tmp_path))
-    assert "| worst block: share of FMA peak (block 1) | 50% |" in made["acceptance"]
     block = made["blocks"].splitlines()
     assert len(block) == 2 + 17
     assert block[1].startswith("| ---: | --- | --- | ---: |")
@@ -305,15 +284,6 @@ def test_tables_of_peers_held_back_to_avx2(tmp_path):
     assert "| planned | float32 | 1.00 (80%) | 1.00 (80%) |" in made["peers-network"]
 
 
-def test_a_figure_has_one_line_also_when_its_block_changes(tmp_path):
-    row = {**machine.facts(), "suite": "acceptance", "name": "worst block", "unit": "x"}
-    older = {**row, "block": 2, "value": 1.0, "date": "2026-01-01T00:00:00+00:00"}
-    newer = {**row, "block": 5, "value": 2.0, "date": "2026-01-02T00:00:00+00:00"}
-    harness.append([older, newer], tmp_path)
-    found = report.tables(report.latest(tmp_path))["acceptance"].splitlines()
-    assert found[2:] == ["| worst block (block 5) | 2.00x |"]
-
-
 def test_no_rows_give_no_tables(tmp_path):
     results = report.latest(tmp_path)
     assert report.tables(results) == {}
@@ -401,9 +371,6 @@ def test_table_and_figure_of_widths(tmp_path):
         "| avx512 | float32 | 1 | 1 | 1.0 | - | 80% (100%) |",
         "| avx512 | bfloat16 | 1 | 1 | 1.0 | - | 120% (100%) |",
     ]
-    figures = {row["name"]: row["value"] for row in summary.acceptance(rows)}
-    name = "widths and resolutions, {}, threads 1, batch 1: least share over that of 1.0 at 224"
-    assert figures == {name.format("float32"): 0.875, name.format("bfloat16"): 1.0}
     printed = list(summary.lines(rows))
     assert len({line.index("GFLOP/s") for line in printed[:3]}) == 1
     assert printed[0].endswith("70% of peak    88% of that of 1.0 at 224")

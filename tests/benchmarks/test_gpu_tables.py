@@ -1,7 +1,8 @@
 """Tables and the figure of the GPU suite come from its rows, and from no others."""
 
 from benchmarks import harness
-from benchmarks.report import gpu_tables, plot, report
+from benchmarks.report import __main__ as report
+from benchmarks.report import gpu_tables, plot
 
 FACTS = {"gpu": "NVIDIA X", "driver": "580", "cuda": "13.0", "torch": "2.11", "triton": "3.6.0"}
 FACTS |= {"commit": "abc", "date": "2026-01-02T00:00:00+00:00"}

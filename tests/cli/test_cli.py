@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mnv2_kernels.cli import demo, pretrained
+from mnv2_kernels.cli import demo, memory, pretrained
 from mnv2_kernels.cli import main as cli
 from mnv2_kernels.network.plan import why_not_on_cpu
 from mnv2_kernels.ops.backends import BACKENDS
@@ -327,7 +327,7 @@ def test_memory_that_cannot_be_shown(arguments, sentence, capsys, monkeypatch, t
 
 
 def test_memory_without_compiled_kernels(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "missing", "not built")
+    monkeypatch.setattr(memory, "missing", "not built")
     assert cli.main(["memory"]) == 2
     assert capsys.readouterr().err == "mnv2 memory: needs the compiled kernels: not built\n"
 

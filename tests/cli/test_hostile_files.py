@@ -19,10 +19,11 @@ import torch
 from PIL import Image, ImageCms
 from test_cli import assert_cannot_classify, encoded
 
+from mnv2_kernels.cli import classify, pretrained
 from mnv2_kernels.cli import main as cli
-from mnv2_kernels.cli import pretrained
+from mnv2_kernels.cli.console import CannotRun
 
-KINDS = cli.IMAGE_FORMATS
+KINDS = classify.IMAGE_FORMATS
 
 
 def picture(mode: str = "RGB") -> Image.Image:
@@ -35,7 +36,7 @@ def picture(mode: str = "RGB") -> Image.Image:
 def read(content: bytes, folder: Path) -> np.ndarray:
     path = folder / "image"
     path.write_bytes(content)
-    image = cli.read_image(path)
+    image = classify.read_image(path)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
 
@@ -227,7 +228,7 @@ def test_links(tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
     (tmp_path / "file").write_bytes(encoded(picture(), "PNG"))
     there.symlink_to(tmp_path / "file")
-    assert cli.read_image(there).size == (24, 18)
+    assert classify.read_image(there).size == (24, 18)
     assert_cannot_classify(Path("/dev/zero"), "is not a file", capsys)
 
 
@@ -247,10 +248,10 @@ def test_random_damage(kind, tmp_path, cases_checked):
             del content[rng.randrange(len(content)) :]
         path.write_bytes(content)
         try:
-            image = cli.read_image(path)
+            image = classify.read_image(path)
             assert image.mode == "RGB" and min(image.size) >= 1
             read_well += 1
-        except cli.CannotRun as error:
+        except CannotRun as error:
             assert "\n" not in str(error) and str(path) in str(error)
     assert 0 < read_well < count
     cases_checked(count)

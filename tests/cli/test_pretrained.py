@@ -14,9 +14,10 @@ from torch import nn
 
 import mnv2_kernels as mk
 from mnv2_kernels.cli import pretrained
-from mnv2_kernels.cli.pretrained import MissingPackage, Trained, WrongWeights
+from mnv2_kernels.cli.pretrained import Trained, WrongWeights
 from mnv2_kernels.fuse.fuse import fuse
 from mnv2_kernels.fuse.model import WholeNetwork
+from mnv2_kernels.optional import MissingPackage
 from mnv2_kernels.profiling.variants import block_calls, fused_blocks, plain, variants
 from mnv2_kernels.profiling.verify import why_wrong
 

@@ -16,8 +16,8 @@ import mnv2_kernels as mk
 from mnv2_kernels import FoldedWeights, inverted_residual
 from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6
 from mnv2_kernels.ops import extension
-from mnv2_kernels.ops import inverted_residual as ops
 from mnv2_kernels.ops.extension import module as _C
+from mnv2_kernels.ops.inverted_residual import _block, op_arguments
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def fake(case: Case, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Folded
 def chosen(case: Case, dtype: torch.dtype, backend: str | None = None) -> str:
     """What runs a call on such inputs; kernels are called, the reference needs real memory."""
     x, weights = fake(case, dtype)
-    block = ops._block(ops.op_arguments(weights, **case.settings))
+    block = _block(op_arguments(weights, **case.settings))
     assert block == backends.Block.of(case.config, case.clips)
     name = backends.choose(backend, x, block)
     if name != "reference":
@@ -64,7 +64,7 @@ def test_who_runs_by_itself(built, monkeypatch):
     assert chosen(PATCH, torch.float32) == "reference"
     monkeypatch.setattr(backends, "_tf32_allowed", lambda: True)
     assert chosen(PATCH, torch.float32) == "triton"
-    monkeypatch.setattr(backends.triton_kernels, "missing", "no Triton")
+    monkeypatch.setattr(backends.triton, "missing", "no Triton")
     assert chosen(GENERIC, torch.float16) == chosen(PATCH, torch.float32) == "cuda"
 
 

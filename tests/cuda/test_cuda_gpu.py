@@ -94,7 +94,7 @@ def test_what_a_gpu_takes_unasked(case, dtype, monkeypatch):
     by_itself = {SINGLE: "reference"}.get(dtype, "triton") if declines else "cuda"
     assert unasked(case, dtype) == by_itself
     backends = import_module("mnv2_kernels.ops.backends")
-    monkeypatch.setattr(backends.triton_kernels, "missing", "left out")
+    monkeypatch.setattr(backends.triton, "missing", "left out")
     assert unasked(case, dtype) == "cuda"
 
 

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
+from benchmarks.report.markdown import markdown
+from benchmarks.report.report import fill
 from matrix import BACKENDS, ON_DEVICE, ROWS, Row, rows_of
 
 from benchmarks import harness, machine
-from benchmarks.report.markdown import markdown
-from benchmarks.report.report import fill
 
 PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
 # What pytest says where nothing was given.

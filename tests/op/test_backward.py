@@ -11,7 +11,7 @@ from cases import Case, make_inputs
 from exact_gradients import NAMES, found_gradients, make_call, true_gradients, wrong
 
 from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig, mobilenet_v2_block_inputs
-from mnv2_kernels.ops import gradients as backward
+from mnv2_kernels.ops import gradients
 from mnv2_kernels.profiling import memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,7 +79,7 @@ def test_many_bands_and_chunks_and_images():
 @pytest.mark.parametrize("piece", (1, 700, 1 << 20))
 def test_pieces_of_any_size(monkeypatch, case, piece):
     """What runs where there is no kernel: float64 here."""
-    monkeypatch.setattr(backward, "_PIECE", piece)
+    monkeypatch.setattr(gradients, "_PIECE", piece)
     tensors, settings, grad_y = make_call(case)
     tensors = [t if t is None else t.double() for t in tensors]
     call = tensors, settings, grad_y.double()
@@ -91,8 +91,8 @@ def test_pieces_of_any_size(monkeypatch, case, piece):
 def test_half_precision_is_summed_in_float32(monkeypatch, dtype, by):
     """Integers are exact in float16 up to 2048: what is larger is rounded once, at the end."""
     if by == "pieces":
-        monkeypatch.setattr(backward, "missing", "left out")
-        monkeypatch.setattr(backward, "_PIECE", 20000)
+        monkeypatch.setattr(gradients, "missing", "left out")
+        monkeypatch.setattr(gradients, "_PIECE", 20000)
     case = Case(BlockConfig(16, 48, 16, residual=True), 30, 30, 16)
     tensors, settings, grad_y = make_call(case)
     tensors = [t if t is None else t.to(dtype) for t in tensors]

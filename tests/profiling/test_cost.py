@@ -12,7 +12,7 @@ from mnv2_kernels.block.config import (
     mobilenet_v2_block_inputs,
     mobilenet_v2_blocks,
 )
-from mnv2_kernels.profiling import table_3 as paper_networks
+from mnv2_kernels.profiling import table_3
 
 BLOCKS = list(mobilenet_v2_block_inputs())
 
@@ -184,7 +184,7 @@ def test_groups_must_be_some_of_the_hidden_channels(groups):
 
 
 def cells(version, network):
-    found = paper_networks.table_3(version)
+    found = table_3.table_3(version)
     return {c.size: c for c in found if c.network == network}
 
 
@@ -200,7 +200,7 @@ LARGEST = {
 }
 
 
-@pytest.mark.parametrize("version", paper_networks.VERSIONS)
+@pytest.mark.parametrize("version", table_3.VERSIONS)
 @pytest.mark.parametrize("network", TABLE_3)
 def test_table_3_from_the_layers(version, network):
     found = cells(version, network)
@@ -235,7 +235,7 @@ def test_a_reason_where_the_paper_prints_another_number(version, network, kiloby
 
 def test_the_reasons_give_the_printed_numbers():
     printed = cells("first", "ShuffleNet")
-    two_groups = {t.size: t.channels for t in paper_networks.shufflenet(groups=2)}
+    two_groups = {t.size: t.channels for t in table_3.shufflenet(groups=2)}
     for size in (28, 14, 7, 1):
         assert two_groups[size] == printed[size].printed_channels
     printed = cells("first", "MobileNetV2")
@@ -254,4 +254,4 @@ def test_the_reasons_give_the_printed_numbers():
 
 def test_unknown_versions_of_the_table_are_refused():
     with pytest.raises(ValueError, match="version must be first or current, got 'second'"):
-        paper_networks.table_3("second")
+        table_3.table_3("second")

@@ -13,11 +13,10 @@ from PIL import Image
 from torch import nn
 
 import mnv2_kernels as mk
+from mnv2_kernels import optional
 from mnv2_kernels.block.config import BlockConfig
-from mnv2_kernels.cli import pretrained
 from mnv2_kernels.cli.named_models import UnknownModel, named_model
-from mnv2_kernels.network import figures
-from mnv2_kernels.network import memory as step_memory
+from mnv2_kernels.network import figures, memory
 from mnv2_kernels.network.plan import why_not_on_cpu
 from mnv2_kernels.network.program import Block, Linear, Pool, Stem, Step
 from mnv2_kernels.profiling import memory_report, timing
@@ -45,19 +44,19 @@ def test_live_bytes_counted_by_hand():
     folded = [192 + 64, 64 + 128 + 128, 32 + 64 + 64, 32 + 64 + 16, 24 + 20, 5 + 3]
     eager = [192 + 128, 64 + 128 + 128, 32 + 64 + 64, 32 + 64 + 64, 24 + 40, 5 + 3]
     for execution, elements in (("fused", fused), ("folded", folded), ("eager", eager)):
-        live = step_memory.live_bytes(CHAIN, IMAGE, execution=execution)
+        live = memory.live_bytes(CHAIN, IMAGE, execution=execution)
         with_image = [elements[0], *(n + image for n in elements[1:])]
         assert live == [4 * n for n in with_image], execution
-        half = step_memory.live_bytes(CHAIN, IMAGE, execution=execution, batch=3, itemsize=2)
+        half = memory.live_bytes(CHAIN, IMAGE, execution=execution, batch=3, itemsize=2)
         assert half == [6 * n for n in with_image], execution
 
 
 def test_the_papers_bound_counted_by_hand():
     # Stem 192 + 64 elements, more than block 1 with 64 + 32 + (16 + 16).
-    assert step_memory.paper_bound(CHAIN, IMAGE) == 4 * 256
-    assert step_memory.paper_bound(CHAIN[1:], (4, 4, 4)) == 4 * 128
-    assert step_memory.paper_bound(CHAIN[1:], (4, 4, 4), batch=2) == 4 * (2 * 96 + 32)
-    assert step_memory.paper_bound(CHAIN[4:], (6, 2, 2)) == 4 * (24 + 5 + 4)
+    assert memory.paper_bound(CHAIN, IMAGE) == 4 * 256
+    assert memory.paper_bound(CHAIN[1:], (4, 4, 4)) == 4 * 128
+    assert memory.paper_bound(CHAIN[1:], (4, 4, 4), batch=2) == 4 * (2 * 96 + 32)
+    assert memory.paper_bound(CHAIN[4:], (6, 2, 2)) == 4 * (24 + 5 + 4)
 
 
 def test_tensors_that_a_plan_uses_counted_by_hand():
@@ -71,16 +70,16 @@ def test_tensors_that_a_plan_uses_counted_by_hand():
     ]
     lines = [100, 0, 0, 0, 0, 0]
     elements = [32, 32, 32, 32 + 24, 24 + 5, 5 + 3]
-    used = step_memory.planned_in_use(steps, IMAGE, lines)
+    used = memory.planned_in_use(steps, IMAGE, lines)
     assert used == [4 * (192 + n) + 100 * (i < 2) for i, n in enumerate(elements)]
 
 
 @pytest.mark.parametrize(
-    "batch, threads, memory",
+    "batch, threads, block",
     [(1, 1, 110), (5, 1, 110), (1, 2, 130), (2, 2, 220), (3, 2, 220), (3, 8, 130)],
 )
-def test_threads_take_whole_images_while_there_are_enough(batch, threads, memory):
-    held = step_memory.planned_bytes(
+def test_threads_take_whole_images_while_there_are_enough(batch, threads, block):
+    held = memory.planned_bytes(
         image=7,
         result=3,
         arena=100,
@@ -89,7 +88,7 @@ def test_threads_take_whole_images_while_there_are_enough(batch, threads, memory
         batch=batch,
         threads=threads,
     )
-    assert held == 10 * batch + memory
+    assert held == 10 * batch + block
 
 
 @pytest.mark.parametrize(
@@ -368,9 +367,9 @@ def test_figure_of_a_plan(tmp_path):
 
 
 def test_a_figure_without_matplotlib_ends_in_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(optional.util, "find_spec", lambda name: None)
     panel = figures.Panel("network", {"eager": ([0, 1], [1, 1])})
-    with pytest.raises(pretrained.MissingPackage, match="needs matplotlib.*pip install matplotlib"):
+    with pytest.raises(optional.MissingPackage, match="needs matplotlib.*pip install matplotlib"):
         figures.draw([panel], tmp_path / "memory.png")
 
 
@@ -384,7 +383,7 @@ def test_a_fresh_process_grows_by_what_the_allocator_says(python):
     """
     grown = {}
     for execution in memory_report.EXECUTIONS:
-        done = python("-m", "benchmarks.cpu.resident", execution, "--resolution=224", "--batch=4")
+        done = python("-m", "benchmarks.resident", execution, "--resolution=224", "--batch=4")
         assert done.returncode == 0, done.stderr
         grown[execution] = int(done.stdout)
     peaks = {

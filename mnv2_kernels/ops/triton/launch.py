@@ -18,7 +18,7 @@ from .patch import inverted_residual_patch
 
 
 class Launch(NamedTuple):
-    """What the kernel is called with behind its tensors, and how many programs of it run."""
+    """The kernel's arguments after its tensors, and the number of programs that run."""
 
     programs: int
     sizes: tuple

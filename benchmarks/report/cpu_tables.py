@@ -1,23 +1,14 @@
-"""Rows of results -> tables in the repository's README.md, and figures. Nothing is typed by hand.
+"""Tables of this package on the CPU, and the choice of rows for all tables of the CPU."""
 
-`python -m benchmarks.report.report` replaces what stands between `<!-- begin:NAME -->` and
-`<!-- end:NAME -->` for every name in `tables`, from the last run on the machine that ran last.
-"""
-
-import argparse
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..harness import RESULTS, Row, geometric_mean, load
-from ..machine import ROOT
-from . import plot
-from .gpu_tables import gpu_tables, latest_on_gpu
-from .markdown import MIB, markdown, percent
+from ..markdown import MIB, markdown, percent
 from .peer_tables import peer_tables
 
-SUITES = ("block", "scaling", "network", "memory", "acceptance", "peers", "peers-memory", "widths")
-KEY = ("suite", "name", "instruction_set", "threads", "batch", "block", "model", "provider")
+SUITES = ("block", "scaling", "network", "memory", "peers", "peers-memory", "widths")
+KEY = ("suite", "instruction_set", "threads", "batch", "block", "model", "provider")
 KEY += ("width", "resolution")
 
 
@@ -30,23 +21,16 @@ def latest(folder: Path = RESULTS) -> dict[str, list[Row]]:
     newest: dict[tuple, Row] = {}
     for row in rows:
         if row["cpu"] == cpu:
-            newest[tuple(row.get(field) for field in _key(row))] = row
+            newest[tuple(row.get(field) for field in KEY)] = row
     found: dict[str, list[Row]] = {suite: [] for suite in SUITES}
     for row in newest.values():
         found[row["suite"]].append(row)
     return found
 
 
-def _key(row: Row) -> tuple[str, ...]:
-    """The fields that tell what was measured; the block is part of what some figures say."""
-    is_figure = row["suite"] == "acceptance"
-    return tuple(field for field in KEY if not (is_figure and field == "block"))
-
-
 def tables(results: Mapping[str, list[Row]]) -> dict[str, str]:
     """Markdown by marker name; a name is missing where there are no rows for it."""
     made = {
-        "acceptance": acceptance_table(results["acceptance"]),
         "blocks": block_table(results["block"]),
         "block-runs": run_table(results["block"]),
         "network": network_table(results["network"]),
@@ -177,17 +161,6 @@ def _width_cell(row: Row) -> str:
     return percent(row["share_of_fma_peak"]) + ("" if over is None else f" ({percent(over)})")
 
 
-def acceptance_table(rows: list[Row]) -> str:
-    """One line a figure."""
-    body = []
-    for row in rows:
-        where = f" (block {row['block']})" if "block" in row else ""
-        share = row["unit"] == "of peak"
-        value = percent(row["value"]) if share else f"{row['value']:.2f}{row['unit']}"
-        body.append([row["name"] + where, value])
-    return markdown(["figure", "value"], body)
-
-
 def machine_sentence(rows: list[Row]) -> str:
     """What the newest row says of the machine and the software."""
     if not rows:
@@ -198,42 +171,3 @@ def machine_sentence(rows: list[Row]) -> str:
         f" {row['system']}, torch {row['torch']}, Python {row['python']},"
         f" compiler {row['compiler']}; commit {row['commit']}, {row['date'][:10]}."
     )
-
-
-def fill(text: str, contents: Mapping[str, str]) -> str:
-    """`text` with the lines between the markers of every name replaced.
-
-    Raises:
-        ValueError: a begin marker without its end.
-    """
-    for name in re.findall(r"<!-- begin:([\w-]+) -->", text):
-        begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
-        before, _, rest = text.partition(begin)
-        old, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(f"fill: text must hold {end} after {begin}, got none")
-        new = f"\n{contents[name]}\n" if name in contents else old
-        text = before + begin + new + end + after
-    return text
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to fill in")
-    options = parser.parse_args()
-    results = latest(options.results)
-    text = options.readme.read_text()
-    on_gpu = latest_on_gpu(options.results)
-    options.readme.write_text(fill(text, tables(results) | gpu_tables(on_gpu)))
-    written = [
-        *plot.figures(results, options.results),
-        *plot.peer_figures(results, options.results),
-        *plot.gpu_figures(on_gpu, options.results),
-    ]
-    for path in written:
-        print(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Peak resident bytes of a fresh process over the loaded model.
 
-`python -m benchmarks.cpu.resident` prints them.
+`python -m benchmarks.resident` prints them.
 
 A cross-check of the allocator's events, which see tensors only: pages of the system count here,
 with all that libraries allocate by themselves. Prints one number; Linux with glibc only.
