@@ -11,6 +11,7 @@ from math import inf
 Clip = tuple[float, float]
 Padding = tuple[int, int, int, int]
 
+NO_PADDING: Padding = (0, 0, 0, 0)
 NO_CLIP: Clip = (-inf, inf)
 RELU: Clip = (0.0, inf)
 RELU6: Clip = (0.0, 6.0)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from .config import NO_CLIP, BlockConfig, Clip
+from .config import NO_CLIP, NO_PADDING, BlockConfig, Clip, Padding
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,17 @@ class BlockLayers:
     """The layers of one block in the order they run, and the sizes that its forward gives them.
 
     `config.padding` is what the depthwise really sees, whatever applies it, and `config.residual`
-    what the forward does.
+    what the forward does. Where the input is padded before the expansion, `config` is that of the
+    block of the padded input, without a residual: `pads` are these zeros, and `adds` says whether
+    the input as it came is added to the result.
     """
 
     expand: ConvNorm | None
     depthwise: ConvNorm
     project: ConvNorm
     config: BlockConfig
+    pads: Padding = NO_PADDING
+    adds: bool = False
 
     @property
     def stages(self) -> tuple[ConvNorm, ...]:

@@ -1,6 +1,7 @@
 """`explain`: which blocks of a model run fused, which could, and why the others do not."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -12,9 +13,17 @@ from torch import nn
 from ..block.config import BlockConfig
 from ..block.cost import tensor_bytes
 from ..modules.fused_module import FusedModule
+from ..network.lower import check_steps
 from ..ops.backends import BACKENDS, Block, cuda_kernel
-from ..recognizers import check_module, evaluation_mode
-from .find import find
+from ..recognizers import (
+    Declined,
+    check_module,
+    evaluation_mode,
+    is_depthwise_weight,
+    read_unknown,
+)
+from .find import Found, find
+from .model import is_whole
 from .sequential import FusedChain
 
 State = Literal["fused", "plain", "fusable", "declined"]
@@ -42,7 +51,40 @@ class Row:
 
 
 class Report(tuple[Row, ...]):
-    """The rows in the order of the model; prints as a table."""
+    """The rows in the order of the model; prints as a table and a summary.
+
+    outside: names of the depthwise convolutions that are in none of the blocks. runs_as_one:
+    whether calls for inference on a CPU run as one. why_no_plan: why `plan` would refuse the model,
+    None where it would not.
+    """
+
+    outside: tuple[str, ...] = ()
+    runs_as_one: bool = False
+    why_no_plan: str | None = None
+
+    @property
+    def summary(self) -> str:
+        """What the rows come to, in a few sentences."""
+        fused, fusable = (sum(r.state == s for r in self) for s in ("fused", "fusable"))
+        sentences = []
+        if self:
+            verb = "run" if fused or not fusable else "can run"
+            sentences.append(f"{fused or fusable} of {len(self)} blocks {verb} fused.")
+        else:
+            sentences.append("No inverted residual block was found.")
+        reasons = Counter(row.reason for row in self if row.reason is not None)
+        sentences += [f"{count} do not: {reason}." for reason, count in reasons.most_common(3)]
+        if self.outside:
+            names = ", ".join(self.outside[:3]) + (", ..." if len(self.outside) > 3 else "")
+            count = len(self.outside)
+            plural = "s are" if count > 1 else " is"
+            sentences.append(f"{count} depthwise convolution{plural} in no such block: {names}.")
+        if self.runs_as_one:
+            sentences.append("Inference on a CPU runs as one call.")
+        if self:
+            plan = "has a plan" if self.why_no_plan is None else f"has no plan: {self.why_no_plan}"
+            sentences.append(f"The model {plan}.")
+        return " ".join(sentences)
 
     @property
     def bytes_saved(self) -> int:
@@ -51,16 +93,17 @@ class Report(tuple[Row, ...]):
 
     def __str__(self) -> str:
         if not self:
-            return "no inverted residual block found"
+            return self.summary
         heading = ("block", "state", "shape", "input", "backend", "saved", "why not")
         lines = [heading, *map(_cells, self)]
         if self.bytes_saved:
             lines.append(("all", "", "", "", "", _bytes(self.bytes_saved), ""))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
+        table = "\n".join(
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
             for line in lines
         )
+        return f"{table}\n{self.summary}"
 
     __repr__ = __str__
 
@@ -78,12 +121,39 @@ def explain(model: nn.Module, *, input_shape: tuple[int, ...] | None = None) -> 
     """
     check_module("explain", model)
     sizes = {} if input_shape is None else _input_sizes(model, input_shape)
-    return Report(_rows(model, sizes))
-
-
-def _rows(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> Iterator[Row]:
     with evaluation_mode(model):
         blocks = list(find(model))
+        why_no_plan = _why_no_plan(model)
+    report = Report(_rows(blocks, sizes))
+    report.outside = tuple(_outside(model, blocks))
+    report.runs_as_one = any(map(is_whole, model.modules())) and why_no_plan is None
+    report.why_no_plan = why_no_plan
+    return report
+
+
+def _why_no_plan(model: nn.Module) -> str | None:
+    try:
+        check_steps(read_unknown(model).layers)
+    except Declined as reason:
+        return str(reason)
+    return None
+
+
+def _outside(model: nn.Module, blocks: list[Found]) -> Iterator[str]:
+    """The depthwise convolutions that are in none of the blocks."""
+    inside: set[nn.Module] = set()
+    for found in blocks:
+        parts = [found.module]
+        if found.span is not None:
+            parts = list(found.module.children())[slice(*found.span)]
+        inside.update(module for part in parts for module in part.modules())
+    for name, module in model.named_modules():
+        own = (p for p in module._parameters.values() if p is not None)
+        if module not in inside and any(map(is_depthwise_weight, own)):
+            yield name
+
+
+def _rows(blocks: list[Found], sizes: dict[str, tuple[int, int]]) -> Iterator[Row]:
     for found in blocks:
         if found.fused is not None:
             yield _row(found.name, "fused", found.fused, sizes.get(found.first))

@@ -7,17 +7,17 @@ alone.
 """
 
 import sys
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..block.fold import BlockLayers, ConvNorm, fold_layers
+from ..block.fold import BlockLayers, flatten_layers, fold_flat
 from ..ops.contract import check
 from ..ops.inverted_residual import SETTINGS, multiply_adds
-from .versions import state_of
+from .guard import Change, Guard
 
 _library = torch.library.Library("mnv2", "FRAGMENT")
 # For each stage from the expansion on: which of the six tensors it has, one bit each, and the eps
@@ -28,14 +28,6 @@ _library.define(
     tags=[torch.Tag.pt2_compliant_tag],
 )
 _op = torch.ops.mnv2.inverted_residual_layers.default
-_TENSORS = (
-    ("conv", "weight"),
-    ("conv", "bias"),
-    ("norm", "weight"),
-    ("norm", "bias"),
-    ("norm", "running_mean"),
-    ("norm", "running_var"),
-)
 
 
 def folds_when_run(x: Tensor, block: BlockLayers) -> bool:
@@ -48,7 +40,7 @@ def folds_when_run(x: Tensor, block: BlockLayers) -> bool:
         return False
     if not torch.is_grad_enabled():
         return True
-    return not any(t.requires_grad for t in (x, *_flatten(block)[0]))
+    return not any(t.requires_grad for t in (x, *flatten_layers(block)[0]))
 
 
 def _freezes() -> bool:
@@ -64,38 +56,16 @@ def run_layers(x: Tensor, block: BlockLayers) -> Tensor:
     """The op on x and the layers of a block."""
     config = block.config
     settings = (config.stride, config.padding, config.dilation, config.residual)
-    return _op(x, *_flatten(block), *settings, *block.clips)
+    return _op(x, *flatten_layers(block), *settings, *block.clips)
 
 
-def _flatten(block: BlockLayers) -> tuple[list[Tensor], list[int], list[float]]:
-    layers, present, eps = [], [], []
-    for stage in block.stages:
-        bits = 0
-        for bit, (module, name) in enumerate(_TENSORS):
-            owner = getattr(stage, module)
-            tensor = None if owner is None else getattr(owner, name)
-            if tensor is not None:
-                layers.append(tensor)
-                bits |= 1 << bit
-        present.append(bits)
-        eps.append(0.0 if stage.norm is None else stage.norm.eps)
-    return layers, present, eps
+class _Kept(NamedTuple):
+    """Folded weights, and what they were folded from."""
 
-
-def fold_flat(
-    layers: list[Tensor], present: list[int], eps: list[float]
-) -> tuple[Tensor | None, ...]:
-    """The six folded tensors of what `_flatten` made of a block."""
-    tensors = iter(layers)
-    stages: list[ConvNorm | None] = []
-    for bits, norm_eps in zip(present, eps, strict=True):
-        conv, norm = SimpleNamespace(), SimpleNamespace(eps=norm_eps)
-        for bit, (module, name) in enumerate(_TENSORS):
-            owner = conv if module == "conv" else norm
-            setattr(owner, name, next(tensors) if bits >> bit & 1 else None)
-        stages.append(ConvNorm(conv, None if norm.running_var is None else norm))
-    expand = stages.pop(0) if len(stages) == 3 else None
-    return fold_layers(BlockLayers(expand, *stages, config=None)).tensors()
+    guard: Guard
+    addresses: list[int]
+    eps: list[float]
+    folded: tuple
 
 
 # By the weight of the projection, and dropped with it.
@@ -103,20 +73,25 @@ _cache = WeakTensorKeyDictionary()
 
 
 def _folded(layers: list[Tensor], present: list[int], eps: list[float]) -> tuple:
-    # Constants of a program and copies made by the compiler are no parameters: their memory may be
-    # written to without being counted.
+    # Constants of a program and copies made by the compiler are no parameters: they may be others
+    # in the next call, at the same address.
+    if not all(isinstance(t, nn.Parameter) for t in layers if t.dim() == 4):
+        with torch.inference_mode(False), torch.no_grad():
+            return fold_flat(layers, present, eps)
     last = sum(bits.bit_count() for bits in present[:-1])
-    key, state = layers[last], None
-    if all(isinstance(t, torch.nn.Parameter) for t in layers if t.dim() == 4):
-        state = state_of(layers, eps)
-    found = _cache.get(key) if state is not None else None
-    if found is not None and found[0] == state:
-        return found[1]
+    addresses = [t.data_ptr() for t in layers]
+    found = _cache.get(layers[last])
+    same = found is not None and (found.addresses, found.eps) == (addresses, list(eps))
+    if same and found.guard.check() is Change.SAME:
+        return found.folded
+    # Aliases share memory and version with the tensors, and do not keep them from being dropped.
+    holder = nn.Module()
+    for i, tensor in enumerate(layers):
+        holder.register_buffer(str(i), tensor.detach())
+    guard = Guard([holder])
     with torch.inference_mode(False), torch.no_grad():
         folded = fold_flat(layers, present, eps)
-        if state is not None:
-            # The aliases keep the old storages alive, so that no new tensor gets their address.
-            _cache[key] = (state, folded, [t.detach() for t in layers])
+    _cache[layers[last]] = _Kept(guard, addresses, list(eps), folded)
     return folded
 
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
+from torch.nn import functional as F
 
-from ..block.config import BlockConfig
+from ..block.config import NO_PADDING, BlockConfig
 from ..block.fold import BlockLayers, fold_layers
 from ..ops.backends import Block, asked_once_a_graph, choose, why_no_kernel
 from ..ops.inverted_residual import OpArguments, op_arguments, run
@@ -101,12 +102,11 @@ class FusedModule(nn.Module):
         if is_observed():
             if torch.onnx.is_in_onnx_export():
                 return self.plain_forward(x, *args, **kwargs)
-            return run(backend, x, _fold(layers))
-        if torch.is_grad_enabled() and state.requires_grad:
-            if backend == "reference":
-                return run(backend, x, _fold(layers))
-            return run_with_gradients(backend, x, _folded(state, layers), tensors_of(layers))
-        return run(backend, x, _folded(state, layers))
+            return _run(layers, backend, x, _fold(layers))
+        trains = torch.is_grad_enabled() and state.requires_grad
+        if trains and backend == "reference":
+            return _run(layers, backend, x, _fold(layers))
+        return _run(layers, backend, x, _folded(state, layers), trains)
 
     def _compiled_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         backend = None
@@ -114,9 +114,10 @@ class FusedModule(nn.Module):
             backend = self._backend_when_compiled(x)
         if backend is None:
             return self.plain_forward(x, *args, **kwargs)
-        if backend == "cpu" and folds_when_run(x, self.block_layers):
+        layers = self.block_layers
+        if backend == "cpu" and layers.pads == NO_PADDING and folds_when_run(x, layers):
             return run_layers(x, self.block_layers)
-        return run(backend, x, _fold(self.block_layers))
+        return _run(self.block_layers, backend, x, _fold(self.block_layers))
 
     def _backend_when_compiled(self, x: Tensor) -> str | None:
         """What a compiled call runs on; the modes that the modules have now become a part of it."""
@@ -231,12 +232,29 @@ class FusedModule(nn.Module):
         )
 
 
+def _run(
+    layers: BlockLayers, backend: str, x: Tensor, arguments: OpArguments, trains: bool = False
+) -> Tensor:
+    """The op, and the padding of its input where that comes first."""
+    padded = x
+    if layers.pads != NO_PADDING:
+        top, left, bottom, right = layers.pads
+        padded = F.pad(x, (left, right, top, bottom))
+    if trains:
+        y = run_with_gradients(backend, padded, arguments, tensors_of(layers))
+    else:
+        y = run(backend, padded, arguments)
+    return x + y if layers.adds else y
+
+
 def _fits(layers: BlockLayers, x: Tensor) -> bool:
     """Whether the op takes x: the layers say themselves what is wrong with another one."""
     if x.dim() != 4 or x.shape[1] != layers.config.in_channels:
         return False
     weight = layers.project.conv.weight
-    if x.device != weight.device or min(layers.config.output_hw(*x.shape[2:])) < 1:
+    top, left, bottom, right = layers.pads
+    height, width = x.shape[2] + top + bottom, x.shape[3] + left + right
+    if x.device != weight.device or min(layers.config.output_hw(height, width)) < 1:
         return False
     return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
 

@@ -15,11 +15,12 @@ from torch.nn.modules import module as hooks_of_all
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from ..block.fold import BlockLayers
 from ..modules.kept import Entries, Kept, State
 from ..modules.tracing import is_observed
-from ..ops.backends import choose
+from ..ops.backends import choose, count
 from ..ops.extension import missing
-from ..recognizers import BlockLayers, Declined, Layer, follow, layers_of
+from ..recognizers import Declined, Layer, follow, layers_of
 from .arena import arrange
 from .lower import check_steps, lower
 from .program import Program, encode
@@ -72,6 +73,7 @@ class LiveNetwork:
         program, stop = found
         if program is None:
             return None
+        count("network")
         with torch._C._AutoDispatchBelowAutograd():
             return run_plan(x, program.weights, program.integers, program.bounds), stop
 
@@ -82,15 +84,15 @@ class LiveNetwork:
             trace, _ = follow(self.module, x_shape, calls)
         except Declined:
             return Part((), first), False
-        for count in range(len(trace.outputs), 0, -1):
+        for stop in range(len(trace.outputs), 0, -1):
             try:
-                layers = tuple(layers_of(trace, count))
+                layers = tuple(layers_of(trace, stop))
                 check_steps(layers)
             except Declined:
                 continue
             blocks = sum(isinstance(layer, BlockLayers) for layer in layers)
             if blocks > 0 and len(layers) > 1:
-                return Part(layers, first + count), trace.is_sized
+                return Part(layers, first + stop), trace.is_sized
         return Part((), first), trace.is_sized
 
     def _known_part(self, state: State, shape: torch.Size, first: int) -> tuple[Part, bool]:

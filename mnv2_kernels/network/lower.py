@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..block.config import NO_CLIP
+from ..block.config import NO_CLIP, NO_PADDING
 from ..block.fold import BlockLayers, fold_conv_norm, fold_layers
 from ..recognizers import AverageLayer, ConvLayer, Declined, Layer, LinearLayer
 from .program import Block, Linear, Pointwise, Pool, Stem
@@ -57,6 +57,8 @@ def check_steps(layers: Sequence[Layer]) -> None:
                 averaged = True
             case _ if averaged:
                 raise Declined("only a fully connected layer may follow an average over all pixels")
+            case BlockLayers() if layer.pads != NO_PADDING:
+                raise Declined("a block pads its input before the expansion")
             case ConvLayer() if not layer.is_pointwise:
                 _check_stem(layer)
                 if i > 0:

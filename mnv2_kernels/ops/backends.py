@@ -4,6 +4,7 @@ A backend is a kernel behind `torch.ops.mnv2.inverted_residual` on one device, o
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -230,6 +231,21 @@ def why_no_kernel(x: Tensor, block: Block | None = None) -> str | None:
     """None where a backend other than the reference can run on x, otherwise all the reasons."""
     reasons = [b.why_not(x, block) for b in BACKENDS if b.name != "reference"]
     return "; ".join(reasons) if all(reasons) else None
+
+
+_ran: Counter[str] = Counter()
+
+
+def count(name: str) -> None:
+    """One call more of the backend, or of "network", layers that ran as one call."""
+    _ran[name] += 1
+
+
+def ran() -> dict[str, int]:
+    """How often each backend has run a block in this process, and "network" several layers as one
+    call: for tests and diagnosis. Compiled programs are not counted.
+    """
+    return dict(_ran)
 
 
 def last_backend() -> str | None:

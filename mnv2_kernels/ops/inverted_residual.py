@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..block.config import BlockConfig, Clip, Padding, same_padding
 from ..block.fold import FoldedWeights
 from . import gradients, reference, triton
-from .backends import Block, choose, load
+from .backends import Block, choose, count, load
 from .contract import check, check_kinds, check_once
 
 _TENSORS = (
@@ -185,11 +185,12 @@ def _block(arguments: OpArguments) -> Block | None:
 
 def run(backend: str, x: Tensor, arguments: tuple) -> Tensor:
     """The op on a backend that `choose` has named."""
+    if torch.compiler.is_compiling():
+        return (_reference if backend == "reference" else _ops[backend])(x, *arguments)
+    count(backend)
     if backend == "reference":
         return _reference(x, *arguments)
     op = _ops[backend]
-    if torch.compiler.is_compiling():
-        return op(x, *arguments)
     # The op has no forward-mode derivative; the reference has.
     if forward_ad._current_level >= 0:
         return _reference(x, *arguments)

@@ -13,7 +13,6 @@ from ..fuse.fuse import fuse
 from ..fuse.model import WholeNetwork
 from ..fuse.sequential import FusedChain
 from ..modules.fused_module import FusedModule
-from ..recognizers.layers import batch_norm_activation
 
 
 def variants(model: nn.Module) -> dict[str, nn.Module]:
@@ -83,8 +82,20 @@ def fold_around_blocks(model: nn.Module) -> nn.Module:
             continue
         for (name, conv), (next_name, norm) in pairwise(list(parent.named_children())):
             if isinstance(conv, nn.Conv2d) and conv not in skipped:
-                after = batch_norm_activation(norm)
-                if after is not None and norm.running_mean is not None:
+                after = _after_norm(norm)
+                if after is not None:
                     setattr(parent, name, fuse_conv_bn_eval(conv, norm))
                     setattr(parent, next_name, after)
     return model
+
+
+def _after_norm(norm: nn.Module) -> nn.Module | None:
+    """What a batch norm that can be folded does to its result; None for other modules.
+
+    Those of timm have an activation inside, and could drop values before it.
+    """
+    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
+        return None
+    if not isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity):
+        return None
+    return getattr(norm, "act", nn.Identity())

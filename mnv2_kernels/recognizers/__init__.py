@@ -1,34 +1,26 @@
 """Reading what a forward computes, and saying it in the words of `block`.
 
 A forward runs once on a stand-in of a tensor (`trace`), which records the operations that it
-understands (`operations`); these are put together to layers and blocks (`read`). Nothing is known
-of any class or library: what counts is what runs. docs/recognizers.md says more.
+understands (`operations`); these are put together to layers and blocks (`assemble`). Nothing is
+known of any class or library: what counts is what runs. docs/recognizers.md says more.
 """
 
+from .assemble import layers_of, spans_of
 from .checks import check_module, evaluation_mode
 from .declined import Declined
+from .layers import AverageLayer, ConvLayer, Layer, LinearLayer, Reading, block_of
 from .read import (
-    AverageLayer,
-    BlockLayers,
-    ConvLayer,
-    Layer,
-    LinearLayer,
-    Reading,
-    block_of,
     follow,
     guess_channels,
     has_depthwise,
     is_depthwise_weight,
-    layers_of,
     read,
     read_unknown,
-    spans_of,
 )
 from .trace import Recorded
 
 __all__ = [
     "AverageLayer",
-    "BlockLayers",
     "ConvLayer",
     "Declined",
     "Layer",

@@ -14,8 +14,9 @@ from torch.nn.utils import parametrize
 from .declined import Declined, describe
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Functions that do something besides computing a result.
+# Functions that do something besides computing a result, or whose answer a trace cannot know.
 _EFFECTS = {"print", "open", "input", "exec", "eval", "setattr", "delattr", "breakpoint"}
+_QUESTIONS = {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"}
 
 
 def check_module(function: str, module: object, argument: str = "model") -> None:
@@ -58,7 +59,7 @@ def check_untouched(module: nn.Module) -> None:
             raise Declined(f"{where} has hooks, which would not be called")
         effect = _effect_of(type(inner))
         if effect is not None:
-            raise Declined(f"the forward of {where} does more than compute: {effect}")
+            raise Declined(f"the forward of {where} {effect}")
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         if is_lazy(tensor):
             raise Declined(f"{name} is not initialised yet")
@@ -77,9 +78,10 @@ def _effect_of(kind: type[nn.Module]) -> str | None:
 
 
 def _effect_in(code: CodeType) -> str | None:
-    called = _EFFECTS.intersection(code.co_names)
-    if called:
-        return f"it calls {sorted(called)[0]}"
+    for names, what in ((_EFFECTS, "does more than compute: it calls"), (_QUESTIONS, "asks for")):
+        called = names.intersection(code.co_names)
+        if called:
+            return f"{what} {sorted(called)[0]}"
     inner = (_effect_in(c) for c in code.co_consts if isinstance(c, CodeType))
     return next(filter(None, inner), None)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from benchmarks.report.markdown import markdown
+from benchmarks.report.tables import markdown
 from benchmarks.report.report import fill
 from matrix import BACKENDS, ON_DEVICE, ROWS, Row, rows_of
 

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 import mnv2_kernels as mk
 from mnv2_kernels.block.fold import BlockLayers, fold_conv_norm
 from mnv2_kernels.fuse.find import Found, find
-from mnv2_kernels.recognizers.chains import chain
 
 
 def enliven(model: nn.Module, x: Tensor) -> nn.Module:

@@ -1,0 +1,82 @@
+"""The layers that a forward can be read as: the words for what is not folded yet."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..block.config import NO_PADDING, Padding
+from ..block.fold import BlockLayers, ConvNorm
+from .declined import Declined
+
+
+@dataclass(frozen=True, eq=False)
+class ConvLayer:
+    """A convolution with its norm and its clip, and the arguments that its forward gives it."""
+
+    stage: ConvNorm
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: Padding
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def is_pointwise(self) -> bool:
+        sizes = (self.kernel_size, self.stride, self.padding, self.groups)
+        return sizes == ((1, 1), (1, 1), NO_PADDING, 1)
+
+    @property
+    def is_depthwise(self) -> bool:
+        hidden = self.stage.conv.weight.shape
+        return self.groups == hidden[0] > 1 == hidden[1]
+
+
+@dataclass(frozen=True, eq=False)
+class AverageLayer:
+    """The mean over all pixels."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearLayer:
+    """The classifier."""
+
+    linear: nn.Module
+
+
+Layer = ConvLayer | BlockLayers | AverageLayer | LinearLayer
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a forward computes: `layers` one after the other.
+
+    `is_sized`: for inputs of the shape that it was read for, and otherwise for all.
+    """
+
+    layers: tuple[Layer, ...]
+    is_sized: bool
+
+
+def block_of(reading: Reading) -> BlockLayers:
+    """The one block that a reading consists of.
+
+    Raises:
+        Declined: it has other layers.
+    """
+    if len(reading.layers) == 1 and isinstance(reading.layers[0], BlockLayers):
+        return reading.layers[0]
+    found = ", ".join(map(_describe, reading.layers)) or "nothing"
+    raise Declined(f"expected one inverted residual, found {found}")
+
+
+def _describe(layer: Layer) -> str:
+    match layer:
+        case BlockLayers():
+            return f"a block {layer.config.name}"
+        case ConvLayer():
+            size = "x".join(map(str, layer.kernel_size))
+            kind = "depthwise" if layer.is_depthwise else "convolution"
+            return f"a {size} {kind}"
+        case AverageLayer():
+            return "an average over all pixels"
+    return "a fully connected layer"
