@@ -9,7 +9,6 @@ and runs as one op (`plan_op.py`), which allocates the arena or gets one that th
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from typing import SupportsIndex
@@ -27,23 +26,8 @@ from . import memory as step_memory
 from . import run_plan as plan_op
 from .arena import OwnedArena, arrange, describe
 from .lower import cast, lower, names_of
+from .plan_table import Row, describe_layer, table
 from .program import Block, Layer, Linear, Pointwise, Pool, Shape, Stem, Step
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a printed plan.
-
-    name: in the model. rows: of the result that are in memory at a time, None for all. offset: of
-    the result in the arena, bytes; None where it is not there. nbytes: of the rows in memory.
-    """
-
-    name: str
-    layer: str
-    shape: Shape
-    rows: int | None
-    offset: int | None
-    nbytes: int
 
 
 class Plan:
@@ -163,7 +147,8 @@ class Plan:
         """The schedule, a line for every step."""
         found = []
         results = program.shapes(self.steps, self.input_shape)
-        lines = describe(self._program, 1)["rows_in_memory"] if self.device.type == "cpu" else []
+        on_cpu = self.device.type == "cpu" and missing is None
+        lines = describe(self._program, 1)["rows_in_memory"] if on_cpu else []
         for i, (step, shape) in enumerate(zip(self.steps, results, strict=True)):
             last = i + 1 == len(self.steps)
             rows = lines[i] if step.streams and lines else None
@@ -171,7 +156,7 @@ class Plan:
             found.append(
                 Row(
                     name=self.names[i],
-                    layer=_describe_layer(step.layer),
+                    layer=describe_layer(step.layer),
                     shape=shape,
                     rows=rows,
                     offset=None if last or step.streams else step.offset * self.dtype.itemsize,
@@ -213,31 +198,11 @@ class Plan:
         figures.draw([figures.Panel("plan", timelines, levels, "step")], path)
 
     def __str__(self) -> str:
-        heading = ("step", "layer", "result", "rows in memory", "arena offset", "bytes")
-        lines = [heading]
-        rows = self.rows()
-        for row in rows:
-            where = "result" if row is rows[-1] else "streams"
-            lines.append(
-                (
-                    row.name or "(the model)",
-                    row.layer,
-                    "x".join(map(str, row.shape)),
-                    "all" if row.rows is None else str(row.rows),
-                    f"{row.offset:,}" if row.offset is not None else where,
-                    f"{row.nbytes:,}",
-                )
-            )
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
         totals = f"arena {self.arena_bytes:,} bytes"
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and missing is None:
             totals += f"; line buffers and scratch {self.line_bytes():,} bytes for one thread"
             totals += f"; {self._describe_owner()}"
-        return f"{table}\n{totals}"
+        return f"{table(self.rows())}\n{totals}"
 
     __repr__ = __str__
 
@@ -356,20 +321,6 @@ def why_not_on_cpu(dtype: torch.dtype) -> str | None:
         return None  # A plan can be made all the same; calling it says so.
     cpu = next(backend for backend in BACKENDS if backend.name == "cpu")
     return cpu.why_not(torch.empty(0, dtype=dtype, device="cpu"))
-
-
-def _describe_layer(layer: Layer) -> str:
-    match layer:
-        case Stem():
-            return f"3x3 convolution, {layer.in_channels} to {layer.out_channels} channels"
-        case Block():
-            return f"block {layer.config.name}" + " residual" * layer.config.residual
-        case Pool():
-            convolution = "" if layer.weight is None else "1x1 convolution and "
-            return f"{convolution}mean, {layer.in_channels} to {layer.out_channels} channels"
-        case Pointwise():
-            return f"1x1 convolution, {layer.in_channels} to {layer.out_channels} channels"
-    return f"linear, {layer.in_features} to {layer.out_features}"
 
 
 def _run(layer: Layer, x: Tensor) -> Tensor:
