@@ -28,6 +28,7 @@ CPU_SOURCES = [
     "csrc/ops_cpu.cpp",
     "csrc/ops_plan.cpp",
     "csrc/program.cpp",
+    "csrc/tensor_facts.cpp",
     "csrc/cpu/backward.cpp",
     "csrc/cpu/backward_avx512.cpp",
     "csrc/cpu/backward_avx2.cpp",

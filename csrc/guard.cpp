@@ -3,8 +3,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
-#include <array>
-#include <cstring>
 
 namespace mnv2 {
 namespace {
@@ -18,8 +16,6 @@ constexpr size_t kAhead = 24;
 constexpr int kDeepest = 8;
 // Items of one that are still cheap to look at.
 constexpr Py_ssize_t kLongest = 1000;
-// Elements of a tensor whose bits are compared.
-constexpr int64_t kSamples = 8;
 
 Word word(const void* address) { return reinterpret_cast<Word>(address); }
 
@@ -54,91 +50,6 @@ class NoCollection {
  private:
     int was_enabled_;
 };
-
-// Tensors that stand for others, or whose values do not follow from their memory alone.
-constexpr c10::DispatchKeySet kForeign{
-    c10::DispatchKey::Python,           c10::DispatchKey::Functionalize,
-    c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
-    c10::DispatchKey::Quantized,        c10::DispatchKey::NestedTensor};
-
-// Whether changes of the tensor are counted, or can be compared.
-bool can_be_seen(const c10::TensorImpl& impl) {
-    return impl.has_storage() && !impl.has_symbolic_sizes_strides() &&
-           impl.layout() == at::kStrided && !impl.key_set().has_any(kForeign);
-}
-
-// Of up to kSamples elements from the first to the last. Elements that share memory count as one.
-void append_samples(const c10::TensorImpl& impl, std::vector<int64_t>& samples) {
-    const auto extent = [&](int64_t i) { return impl.strides()[i] == 0 ? 1 : impl.sizes()[i]; };
-    int64_t count = impl.numel() == 0 ? 0 : 1;
-    for (int64_t i = 0; count > 0 && i < impl.dim(); i++) count *= extent(i);
-    const int64_t gaps = std::min(count, kSamples) - 1;
-    for (int64_t k = 0; k <= gaps; k++) {
-        // count - 1 times k / gaps, which would overflow.
-        const int64_t last = count - 1;
-        int64_t index = gaps == 0 ? 0 : last / gaps * k + last % gaps * k / gaps;
-        int64_t offset = 0;
-        for (int64_t i = impl.dim() - 1; i >= 0; i--) {
-            offset += index % extent(i) * impl.strides()[i];
-            index /= extent(i);
-        }
-        samples.push_back(offset * static_cast<int64_t>(impl.itemsize()));
-    }
-}
-
-// Differs wherever the bits of one element do; for several, it is a hash.
-template <class Element>
-Word bits_of(const char* data, const int64_t* samples, uint32_t count) {
-    Word bits = count;
-    for (uint32_t i = 0; i < count; i++) {
-        std::array<Word, (sizeof(Element) + 7) / 8> words{};
-        std::memcpy(words.data(), data + samples[i], sizeof(Element));
-        for (const Word word : words) {
-            bits = (bits ^ word) * 0x9E3779B97F4A7C15;
-            bits ^= bits >> 32;
-        }
-    }
-    return bits;
-}
-
-Word bits_of(size_t bytes, const char* data, const int64_t* samples, uint32_t count) {
-    switch (bytes) {
-        case 1:
-            return bits_of<uint8_t>(data, samples, count);
-        case 2:
-            return bits_of<uint16_t>(data, samples, count);
-        case 4:
-            return bits_of<uint32_t>(data, samples, count);
-        case 8:
-            return bits_of<uint64_t>(data, samples, count);
-        default:
-            return bits_of<std::array<uint64_t, 2>>(data, samples, count);
-    }
-}
-
-// Nothing where there is less memory than the tensor's shape says.
-std::optional<TensorFacts> facts_of(const PyObject* object, c10::TensorImpl& impl,
-                                    const int64_t* samples, uint32_t count) {
-    c10::StorageImpl* storage = impl.unsafe_storage().unsafeGetStorageImpl();
-    TensorFacts facts{};
-    facts.object = object;
-    facts.storage = storage;
-    facts.storage_bytes = storage->nbytes();
-    const auto* memory = static_cast<const char*>(storage->_mutable_data_ptr_no_checks().get());
-    const size_t itemsize = impl.itemsize();
-    const size_t before = impl.storage_offset() * itemsize;
-    facts.data = memory + before;
-    if (memory == nullptr && impl.numel() > 0 && !impl.device().is_meta()) return {};
-    if (count > 0) {
-        // The last sample is the last element in memory.
-        if (before + samples[count - 1] + itemsize > facts.storage_bytes) return {};
-        facts.bits = bits_of(itemsize, facts.data, samples, count);
-    }
-    // Inference tensors count no versions.
-    facts.version = impl.is_inference() ? 0 : impl.version_counter().current_version();
-    facts.requires_grad = impl.requires_grad();
-    return facts;
-}
 
 // Two ways to walk over the same objects. All answer false to end the walk. Neither runs Python,
 // which could change what is walked over.
@@ -244,6 +155,8 @@ bool see_tensor(PyObject* object, Walk& walk) {
     walk.will_read(&impl, sizeof impl);
     if (!can_be_seen(impl)) return false;
     walk.will_read(impl.unsafe_storage().unsafeGetStorageImpl(), sizeof(c10::StorageImpl));
+    if (impl.autograd_meta() != nullptr)
+        walk.will_read(impl.autograd_meta(), sizeof(torch::autograd::AutogradMeta));
     const c10::Device device = impl.device();
     bool same =
         walk.see(impl.key_set().raw_repr()) &&
@@ -348,12 +261,6 @@ pybind11::list list_of(const std::vector<PyObject*>& objects) {
 }
 
 }  // namespace
-
-bool TensorFacts::operator==(const TensorFacts& other) const {
-    return object == other.object && storage == other.storage && data == other.data &&
-           storage_bytes == other.storage_bytes && version == other.version && bits == other.bits &&
-           requires_grad == other.requires_grad;
-}
 
 std::optional<Guard::Taken> Guard::take(const pybind11::list& objects,
                                         const pybind11::list& names) {

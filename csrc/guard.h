@@ -1,30 +1,17 @@
 // Whether Python modules are what they were. Every call of fused layers asks this, of thousands of
 // values, so it is asked from C++.
 #pragma once
-#include <c10/core/StorageImpl.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <optional>
 #include <vector>
 
+#include "tensor_facts.h"
+
 namespace mnv2 {
 
 enum class Change { same, weights, structure };
-
-// What one tensor was, apart from what it is like (class, shape, strides, dtype, device).
-struct TensorFacts {
-    const void* object;
-    const void* storage;
-    const char* data;
-    uint64_t storage_bytes;
-    uint64_t version;
-    uint64_t bits;  // of a few elements
-    bool requires_grad;
-
-    bool operator==(const TensorFacts& other) const;
-    bool operator!=(const TensorFacts& other) const { return !(*this == other); }
-};
 
 // Everything that one look has seen.
 struct Look {

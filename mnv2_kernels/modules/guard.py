@@ -35,6 +35,7 @@ _READ = (
 
 # As in csrc/guard.cpp: sequences in sequences, items of one, elements of a tensor.
 _DEEPEST, _LONGEST, _SAMPLES = 8, 1000, 8
+_PLAIN = {bool, int, float, str, type(None)}
 # Of tensors that stand for others, or have more to them than memory.
 _FOREIGN = [
     getattr(torch._C.DispatchKey, name)
@@ -82,15 +83,15 @@ class Guard:
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
-        self._modules = list(modules)
+        watched = list(modules)
         self._steps = optimizer_steps()
         self._look: _CompiledLook | _Look | None = None
         # Why changes of these modules cannot be seen; None where they can.
         self.why_blind: str | None = None
         try:
-            for module in self._modules:
-                _check_class(module)
-            self._look = _look_at(self._modules)
+            for kind in dict.fromkeys(map(type, watched)):
+                _check_class(kind)
+            self._look = _look_at(watched)
         except _Blind as blind:
             self.why_blind = str(blind)
         # False: changes cannot be seen, and `check` always answers STRUCTURE.
@@ -143,19 +144,20 @@ class _Blind(Exception):
     """Why changes cannot be seen."""
 
 
-def _check_class(module: nn.Module) -> None:
-    kind = type(module)
+def _check_class(kind: type[nn.Module]) -> None:
     if kind.__getattribute__ is not object.__getattribute__:
         raise _Blind(f"{kind.__name__}.__getattribute__ computes attributes")
     for name in _READ:
+        # What `getattr` gives may be computed too.
         own = next((vars(c)[name] for c in kind.__mro__ if name in vars(c)), None)
         if hasattr(own, "__get__"):
             raise _Blind(f"{kind.__name__}.{name} is computed by the class")
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-        raise _Blind(f"{kind.__name__} is not initialised yet")
 
 
 def _look_at(modules: list[nn.Module]) -> "_CompiledLook | _Look":
+    for module in modules:
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            raise _Blind(f"{type(module).__name__} is not initialised yet")
     if extension.module is None:
         return _Look(modules)
     taken = extension.module.Guard.take(modules, _DICTS)
@@ -229,25 +231,31 @@ class _Seen:
     def _see_module(self, module: nn.Module) -> None:
         kind, own = type(module), object.__getattribute__(module, "__dict__")
         self.things += kind, own
-        self._see_dict(own, f"{kind.__name__}.__dict__")
+        self._see_dict(kind, "__dict__", own)
         for name in _DICTS:
             if name not in own:
-                raise _Blind(f"{kind.__name__} has no {name}")
-            self._see_dict(own[name], f"{kind.__name__}.{name}")
+                raise _Blind(f"a {kind.__name__} has no {name}")
+            self._see_dict(kind, name, own[name])
 
-    def _see_dict(self, content: dict, name: str) -> None:
+    def _see_dict(self, owner: type, name: str, content: dict) -> None:
         kind = type(content)
         if not issubclass(kind, dict):
-            raise _Blind(f"{name} is no dict but {kind.__name__}")
-        if kind not in (dict, OrderedDict) and dict.__len__(content) > 0:
-            raise _Blind(f"{name} is a {kind.__name__}, which may order its items anew")
-        items = list(kind.items(content)) if dict.__len__(content) else []
-        if kind is OrderedDict and any(type(key) not in (str, int) for key, _ in items):
-            raise _Blind(f"{name} has keys that are neither names nor numbers")
-        self.shapes.append(len(items))
-        for key, value in items:
+            raise _Blind(f"{name} of a {owner.__name__} is no dict but a {kind.__name__}")
+        count = dict.__len__(content)
+        self.shapes.append(count)
+        if count == 0:
+            return
+        if kind is not dict and kind is not OrderedDict:
+            raise _Blind(f"{name} of a {owner.__name__} is a {kind.__name__}, which may reorder it")
+        # Keys of other classes may run Python when they are looked up.
+        if kind is OrderedDict and any(type(key) not in (str, int) for key in dict.keys(content)):
+            raise _Blind(f"{name} of a {owner.__name__} has keys other than names and numbers")
+        for key, value in list(kind.items(content)):
             self.things.append(key)
-            self._see(value, 0)
+            if type(value) in _PLAIN:
+                self.things.append(value)
+            else:
+                self._see(value, 0)
 
     def _see(self, value: object, depth: int) -> None:
         kind = type(value)

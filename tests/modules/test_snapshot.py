@@ -140,7 +140,7 @@ def test_steps_of_optimizers():
 
 
 def test_the_least_differences():
-    """Every tensor and attribute of many modules, one at a time and back again."""
+    """Every tensor and attribute of many modules, one at a time; back again is no return."""
     model = nn.ModuleList(Layer().eval() for _ in range(40))
     taken = Snapshot(model.modules())
     for layer in model:
@@ -148,7 +148,8 @@ def test_the_least_differences():
         layer.scale = torch.ones(2)
         assert not taken.holds()
         layer.scale = before
-        assert taken.holds()
+        assert not taken.holds()
+        taken = Snapshot(model.modules())
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.add_(1)
@@ -175,9 +176,7 @@ CANNOT_BE_SEEN = {
     "a nested tensor": attribute("scale", torch.nested.nested_tensor([torch.ones(2)])),
     "a scripted child": lambda layer: setattr(layer, "child", torch.jit.script(nn.Linear(2, 2))),
     "an attribute that the class computes": attribute("norm", Computed(4)),
-    "a tensor without memory": lambda layer: layer.to("meta"),
     "a sparse tensor": attribute("scale", torch.ones(2, 2).to_sparse()),
-    "an empty tensor": attribute("scale", torch.ones(0)),
     "parameters in a subclass of dict": attribute("_parameters", Ordered(weight=None)),
 }
 
