@@ -34,7 +34,8 @@ def fill(text: str, contents: Mapping[str, str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    summary = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=summary)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to fill in")
     options = parser.parse_args()
