@@ -20,11 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from benchmarks.report.markdown import markdown
-from benchmarks.report.report import fill
 from matrix import BACKENDS, ON_DEVICE, ROWS, Row, rows_of
 
 from benchmarks import harness, machine
+from benchmarks.markdown import fill, markdown
 
 PAGE = Path(__file__).parents[1] / "docs" / "testing.md"
 # What pytest says where nothing was given.

@@ -5,32 +5,14 @@ a table. The rows are the newest of the machine that ran last; nothing is typed 
 """
 
 import argparse
-import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from ..harness import RESULTS
 from ..machine import ROOT
+from ..markdown import fill
 from . import plot
 from .cpu_tables import latest, tables
 from .gpu_tables import gpu_tables, latest_on_gpu
-
-
-def fill(text: str, contents: Mapping[str, str]) -> str:
-    """`text` with the lines between the markers of every name replaced.
-
-    Raises:
-        ValueError: a begin marker without its end.
-    """
-    for name in re.findall(r"<!-- begin:([\w-]+) -->", text):
-        begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
-        before, _, rest = text.partition(begin)
-        old, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(f"fill: text must hold {end} after {begin}, got none")
-        new = f"\n{contents[name]}\n" if name in contents else old
-        text = before + begin + new + end + after
-    return text
 
 
 def main() -> None:
