@@ -1,6 +1,7 @@
-"""Tables in Markdown."""
+"""Tables in Markdown, and the places in a file that they go to."""
 
 import re
+from collections.abc import Mapping
 
 MIB = 2**20
 
@@ -16,3 +17,20 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
     numbers = [re.fullmatch(r"-|[\d.]+[%x]?( \([\d.%x, ]+\))?", cell) for cell in body[0]]
     ruler = ["---:" if number else "---" for number in numbers]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ruler, *body])
+
+
+def fill(text: str, contents: Mapping[str, str]) -> str:
+    """`text` with the lines between the markers of every name replaced.
+
+    Raises:
+        ValueError: a begin marker without its end.
+    """
+    for name in re.findall(r"<!-- begin:([\w-]+) -->", text):
+        begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
+        before, _, rest = text.partition(begin)
+        old, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"fill: text must hold {end} after {begin}, got none")
+        new = f"\n{contents[name]}\n" if name in contents else old
+        text = before + begin + new + end + after
+    return text

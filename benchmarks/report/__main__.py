@@ -5,36 +5,19 @@ a table. The rows are the newest of the machine that ran last; nothing is typed 
 """
 
 import argparse
-import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from ..harness import RESULTS
 from ..machine import ROOT
+from ..markdown import fill
 from . import plot
 from .cpu_tables import latest, tables
 from .gpu_tables import gpu_tables, latest_on_gpu
 
 
-def fill(text: str, contents: Mapping[str, str]) -> str:
-    """`text` with the lines between the markers of every name replaced.
-
-    Raises:
-        ValueError: a begin marker without its end.
-    """
-    for name in re.findall(r"<!-- begin:([\w-]+) -->", text):
-        begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
-        before, _, rest = text.partition(begin)
-        old, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(f"fill: text must hold {end} after {begin}, got none")
-        new = f"\n{contents[name]}\n" if name in contents else old
-        text = before + begin + new + end + after
-    return text
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    summary = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=summary)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to fill in")
     options = parser.parse_args()

@@ -1,8 +1,8 @@
 """What a run of the tests has checked, by the rows of matrix.py, from its junit files.
 
-    python tests/helpers/matrix_report.py short build/tests/short   # after `make test`
-    python tests/helpers/matrix_report.py long build/tests/long     # after `make test-long`
-    python tests/helpers/matrix_report.py gpu FOLDER                # after gpu_suite --out FOLDER
+    python tests/matrix_report.py short build/tests/short   # after `make test`
+    python tests/matrix_report.py long build/tests/long     # after `make test-long`
+    python tests/matrix_report.py gpu FOLDER                # after gpu.suite --out FOLDER
 
 The first two write the table of rows to docs/testing.md, and a long run its figures.
 
@@ -20,13 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from benchmarks.report.tables import markdown
-from benchmarks.report.report import fill
 from matrix import BACKENDS, ON_DEVICE, ROWS, Row, rows_of
 
 from benchmarks import harness, machine
+from benchmarks.markdown import fill, markdown
 
-PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
+PAGE = Path(__file__).parents[1] / "docs" / "testing.md"
 # What pytest says where nothing was given.
 NO_REASON = ("", "unconditional skip")
 
@@ -185,12 +184,6 @@ def _asked(row: Row) -> list[str]:
     return [row.id, row.what, *(str(number) if number else "-" for number in numbers)]
 
 
-def _path(file: str) -> str:
-    """Of a file of tests, whatever folder it is in."""
-    root = PAGE.parents[1]
-    return next((str(p.relative_to(root)) for p in root.glob(f"tests/*/{file}")), f"tests/{file}")
-
-
 def _where(row: Row) -> str:
     """Each file with a link, and the functions of it that count if not all do."""
     files: dict[str, list[str]] = {}
@@ -198,7 +191,7 @@ def _where(row: Row) -> str:
         file, _, function = pattern.partition("[")[0].rstrip("*").partition("::")
         files.setdefault(file, []).append(function.removeprefix("test_").replace("_", " "))
     return "; ".join(
-        f"[{file.removesuffix('.py')}](../{_path(file)})"
+        f"[{file.removesuffix('.py')}](../tests/{file})"
         + (f": {', '.join(functions)}" if all(functions) else "")
         for file, functions in files.items()
     )
