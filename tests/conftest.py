@@ -1,8 +1,11 @@
 """Set-up shared by all tests."""
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import cases
 import pytest
@@ -55,12 +58,40 @@ def _calls_of_kernels(record_property):
 
 
 @pytest.fixture
+def fresh_compiler():
+    """The test begins and ends with nothing compiled."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def one_thread():
     """For so little work that waiting for a second thread costs more than it saves."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def guarded_heap(tmp_path_factory):
+    """The variables of a process whose heap is guard_malloc.c."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if platform.libc_ver()[0] != "glibc" or compiler is None:
+        pytest.skip("needs glibc and a C compiler")
+    library = tmp_path_factory.mktemp("heap") / "guard_malloc.so"
+    source = Path(__file__).parent / "helpers" / "guard_malloc.c"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
+    return {"LD_PRELOAD": str(library)}
 
 
 @pytest.fixture

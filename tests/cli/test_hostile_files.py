@@ -16,8 +16,8 @@ import cases
 import numpy as np
 import pytest
 import torch
+from image_files import assert_cannot_classify, encoded
 from PIL import Image, ImageCms
-from test_cli import assert_cannot_classify, encoded
 
 from mnv2_kernels.cli import main as cli
 from mnv2_kernels.cli import pretrained

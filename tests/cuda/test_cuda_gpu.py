@@ -12,11 +12,11 @@ import cases
 import pytest
 import torch
 from cases import LAYOUTS, Case, expect, why_wrong
+from cuda_calls import arguments, blocks_of, kernel_of, odd_view
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_cuda_op import arguments, blocks_of, kernel_of, odd_view
-from test_fuzz import calls, layouts
-from test_triton_gpu import GIB, check_allocations, check_repeated, needs_memory, unasked
+from on_gpu import GIB, check_allocations, check_repeated, needs_memory, unasked
+from random_calls import calls, layouts
 from torch.library import opcheck
 from triton_cases import DEVICE, DTYPES, HAS_GPU, dtype_name, make_inputs
 

@@ -24,7 +24,7 @@ from cuda_cases import (
     why_far_is_wrong,
 )
 from emulated_cuda import A100, H200, KERNELS, SCHEDULES
-from test_numerics import skipping_reference, why_unlike
+from special_values import skipping_reference, why_unlike
 
 from mnv2_kernels import FoldedWeights
 from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig

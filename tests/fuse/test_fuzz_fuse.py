@@ -17,6 +17,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from model_edits import EDITS
 from random_blocks import BESIDE, BLOCKS, CHAINS, RELATIVES, Piece
+from random_calls import as_it_is, layouts, on_threads
 from random_networks import (
     CHANGES,
     Network,
@@ -27,7 +28,6 @@ from random_networks import (
     networks,
     settle,
 )
-from test_fuzz import layouts, on_threads
 from torch import Tensor, nn
 
 import mnv2_kernels as mk
@@ -204,10 +204,6 @@ def act(kind: str, original: nn.Module, model: nn.Module, x: Tensor) -> str | No
         allowed = 2 * eager_error + FLOOR * torch.finfo(torch.bfloat16).eps * truth.abs().max()
         return None if error <= allowed else f"autocast: error {error:.1e}, allowed {allowed:.1e}"
     return None
-
-
-def as_it_is(x: Tensor) -> Tensor:
-    return x
 
 
 def found(*pieces: Piece, **settings):

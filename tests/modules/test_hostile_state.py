@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torchvision
-from test_hostile_models import answers, assert_same, block, image
+from answers import answers, assert_same, block, image
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode

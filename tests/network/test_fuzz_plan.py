@@ -13,11 +13,10 @@ from cases import Expected, why_wrong
 from fuzzing import at_least, in_parts, of_few, search, searched
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from plan_cases import why_bits_differ
 from random_blocks import BLOCKS, CHAINS, HARMLESS, RELATIVES, SPOILING, Piece, is_spoiled
+from random_calls import as_it_is, layouts
 from random_networks import Network, build, expected, keeps_shape, networks, settle
-from test_fuzz import layouts
-from test_fuzz_fuse import as_it_is
-from test_plan import why_bits_differ
 from torch import Tensor, nn
 
 import mnv2_kernels as mk
@@ -118,13 +117,6 @@ def check_plan(covered, set_threads, network, size, dtype, layout):
     assert torch.equal(mk.plan(mk.fuse(model), shape, dtype=dtype)(x), y)
     covered.update({"planned": 1, str(dtype): 1, "steps": len(plan.steps)})
     covered["streams"] += sum(step.streams for step in plan.steps)
-
-
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @in_parts(10)

@@ -15,8 +15,7 @@ import pytest
 import torch
 import torchvision_first  # noqa: F401
 from plan_cases import image, network
-from test_plan_arena import MARK, between_marks
-from test_plan_op import HOSTILE, PROGRAMS, one_by_one
+from programs import HOSTILE, MARK, PROGRAMS, between_marks, one_by_one
 
 import mnv2_kernels as mk
 from mnv2_kernels.network.plan import Plan

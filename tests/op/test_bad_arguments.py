@@ -12,6 +12,7 @@ import cases
 import numpy as np
 import pytest
 import torch
+from random_blocks import OddNorm
 from torch import nn
 
 import mnv2_kernels as mk
@@ -113,11 +114,6 @@ def bad_blocks():
     for value in ("gpu", "", 1, b"cpu"):
         sentence = f"backend must be one of cpu, cuda, triton, reference, got {value!r}"
         yield ValueError, sentence, {"backend": value}
-
-
-class OddNorm(nn.BatchNorm2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
 
 
 BAD_NORMS = [

@@ -29,13 +29,6 @@ def ten_cases() -> list[Case]:
     return groups["S1-width1"][::3] + groups["S2"][::48] + groups["S3"][::70] + groups["S4"][-1:]
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("case", ten_cases(), ids=lambda case: case.id)
 def test_repeated_calls(kernel_backend, tested_dtype, case, set_threads):
     x, weights = make_inputs(case, tested_dtype)

@@ -8,14 +8,11 @@ call.
 
 import ctypes
 import mmap
-import platform
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import cases
 import pytest
@@ -193,18 +190,6 @@ def check_child(done: subprocess.CompletedProcess, part: str) -> None:
 def check_caught(done: subprocess.CompletedProcess) -> None:
     assert len(done.stdout.splitlines()) == 1, done.stderr
     assert done.returncode == -signal.SIGSEGV, f"exit {done.returncode}: {done.stderr}"
-
-
-@pytest.fixture(scope="module")
-def guarded_heap(tmp_path_factory):
-    """The variables of a process whose heap is guard_malloc.c."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if platform.libc_ver()[0] != "glibc" or compiler is None:
-        pytest.skip("needs glibc and a C compiler")
-    library = tmp_path_factory.mktemp("heap") / "guard_malloc.so"
-    source = Path(__file__).parents[1] / "helpers" / "guard_malloc.c"
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
-    return {"LD_PRELOAD": str(library)}
 
 
 # float16 goes the ways of a bfloat16 that is not multiplied in pairs.

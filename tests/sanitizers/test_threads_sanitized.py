@@ -10,7 +10,7 @@ import cpu_driver
 import pytest
 import torch
 from cases import LONG
-from test_seeded_bugs import FAULTS, seeded_texts
+from seeded_faults import FAULTS, seeded_texts
 
 import mnv2_kernels as mk
 

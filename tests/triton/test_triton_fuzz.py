@@ -8,7 +8,7 @@ import torch
 from cases import Case
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from test_fuzz import calls, layouts
+from random_calls import calls, layouts
 from triton_cases import DEVICE, DTYPES, HAS_GPU, QUICK, make_inputs, run_config, steps
 
 from mnv2_kernels.ops import reference

@@ -5,8 +5,8 @@ from dataclasses import replace
 import cases
 import pytest
 import torch
+from bad_calls import BAD_CALLS, NAMES, call_reference, fill, good_call
 from cases import Case
-from test_bad_calls import BAD_CALLS, NAMES, call_reference, fill, good_call
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 from triton_cases import DEVICE, DTYPES, HAS_GPU, QUICK, each_dtype, make_inputs, run, steps
