@@ -35,29 +35,6 @@ def _seed():
 
 
 @pytest.fixture
-def cases_checked(record_property):
-    """Says how many cases a test has checked inside itself; the counts of several calls add up.
-
-    `make test-report` counts these where there are any, and otherwise the test as one case.
-    """
-
-    def say(count: int) -> None:
-        assert count >= 0
-        record_property("cases", count)
-
-    return say
-
-
-@pytest.fixture(autouse=True)
-def _calls_of_kernels(record_property):
-    """How often the test has called each backend, for `make test-report`."""
-    before = cases.CALLS.copy()
-    yield
-    for backend, number in (cases.CALLS - before).items():
-        record_property(f"calls {backend}", number)
-
-
-@pytest.fixture
 def fresh_compiler():
     """The test begins and ends with nothing compiled."""
     torch._dynamo.reset()

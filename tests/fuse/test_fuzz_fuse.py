@@ -299,7 +299,7 @@ def check_gradients(covered, action, network, original, model, x) -> None:
 
 
 @torch.no_grad()
-def test_every_change_of_every_family(cases_checked):
+def test_every_change_of_every_family():
     """What a search may not come to: each family as it is and with each of its layers changed."""
     wrong, count = {}, 0
     for kind in (*BLOCKS, *CHAINS, *RELATIVES):
@@ -314,7 +314,6 @@ def test_every_change_of_every_family(cases_checked):
                 wrong[str(piece)] = states, reason
             count += 1
     assert not wrong and count >= 350, wrong
-    cases_checked(count)
 
 
 EDITED = (
@@ -326,7 +325,7 @@ EDITED = (
 
 @pytest.mark.parametrize("edit", EDITS)
 @torch.no_grad()
-def test_every_edit(edit, cases_checked):
+def test_every_edit(edit):
     """Of any layer: each number is another one of them."""
     wrong, images = {}, torch.randn(4, 4, 9, 7)
     for number, network in enumerate(EDITED):
@@ -340,11 +339,10 @@ def test_every_edit(edit, cases_checked):
             if reason is not None:
                 wrong[number, which] = reason
     assert not wrong
-    cases_checked(15 + 2 * 8)
 
 
 @in_parts(20)
-def test_random_networks(calls, part, cases_checked):
+def test_random_networks(calls, part):
     covered = search(check_network, part, calls)
     seen = [n for n in (*BLOCKS, *CHAINS, *RELATIVES, *BESIDE, *EDITS) if covered[n]]
     assert len(seen) >= at_least(45), covered
@@ -352,4 +350,3 @@ def test_random_networks(calls, part, cases_checked):
         assert covered[name] >= at_least(8), covered
     assert covered["blocks fused"] >= at_least(covered["cases"]), covered
     assert covered["cases"] >= 200, covered
-    cases_checked(covered["cases"])

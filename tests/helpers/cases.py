@@ -12,7 +12,6 @@ The floors are for tensors so small that eager can be exact by luck.
 import os
 import random
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -39,8 +38,6 @@ from mnv2_kernels.ops.backends import BACKENDS, last_backend
 FLOOR = 8
 # Whether tests that have a short and a long form take the long one: `make test-long` asks for it.
 LONG = os.environ.get("MNV2_LONG") == "1"
-# Calls of `run` in this process, by backend.
-CALLS: Counter[str] = Counter()
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -187,7 +184,6 @@ def run(backend: str, x: Tensor, weights: FoldedWeights, **settings) -> Tensor:
     """One call, which must have run on this backend and no other."""
     y = inverted_residual(x, weights, backend=backend, **settings)
     assert last_backend() == backend, f"asked for {backend}, {last_backend()} ran"
-    CALLS[backend] += 1
     return y
 
 

@@ -239,10 +239,9 @@ def check_a_chain(covered, set_threads, chain):
     assert why_bits_differ(plan, x, set_threads, (1, 2, 3), (1, 2, 3, 5)) is None, str(plan)
 
 
-def test_random_chains(set_threads, cases_checked):
+def test_random_chains(set_threads):
     covered = Counter()
     check_a_chain(covered, set_threads)
     for name in ("streams", "overwrites", "dilated", "asymmetric", "without expansion"):
         assert covered[name] >= 60, covered
     assert covered["chains"] >= 150 and covered["streams thrice"] >= 20, covered
-    cases_checked(covered["chains"])
