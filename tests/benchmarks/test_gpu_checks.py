@@ -11,10 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import harness
 from benchmarks.gpu import checks as gpu_checks
 from benchmarks.gpu import sanitized
-from benchmarks.gpu.part import Context, Failed
 from benchmarks.machine import ROOT
 from mnv2_kernels.block.config import NO_CLIP, RELU6
 from mnv2_kernels.ops import extension
@@ -100,30 +98,6 @@ def test_outcomes_and_launches_are_counted(tmp_path):
     assert gpu_checks.kept(tmp_path / "none") == ({}, Counter())
 
 
-def test_what_is_known_outlives_a_process_that_is_killed(tmp_path):
-    source = TESTS + "def test_killed(): import os; os.kill(os.getpid(), 9)\n"
-    code, tests, launches = run_plugin(tmp_path, source, 60)
-    assert code == -9 and sum(launches.values()) == 2
-    assert tests["test_values"] == "passed" and tests["test_killed"] == "unfinished"
-
-
-def test_the_row_of_a_run_that_is_ended_says_so(tmp_path, monkeypatch):
-    def ended(command, seconds, **variables):
-        assert seconds == pytest.approx(100 - gpu_checks.END_SECONDS, abs=1)
-        folder = Path(variables["MNV2_DEVICE_TESTS"])
-        (folder / "1.outcomes").write_text("unfinished a::b\npassed a::b\nunfinished a::c[x y]\n")
-        (folder / "1.json").write_text('{"device": 7}')
-        return None, "the end"
-
-    monkeypatch.setattr(gpu_checks, "child", ended)
-    context = Context(tmp_path, time.monotonic() + 100)
-    with pytest.raises(Failed, match="ended: their time was over"):
-        gpu_checks.run_tests(context)
-    (row,) = harness.load("gpu_tests", tmp_path)
-    assert (row["passed"], row["failed"], row["device_launches"]) == (1, 0, 7)
-    assert row["unfinished_tests"] == ["a::c[x y]"] and row["output"] == "the end"
-
-
 def test_the_device_runs_what_needs_it():
     names = {Path(file).name for file in gpu_checks.device_files()}
     left_out = set(gpu_checks.LEFT_OUT)
@@ -140,11 +114,8 @@ HAZARDS = "========= RACECHECK SUMMARY: {} hazards displayed ({} errors, 0 warni
     ("tool", "code", "output", "words"),
     [
         ("memcheck", 0, CALLS + CLEAN, None),
-        ("racecheck", 0, CALLS + HAZARDS.format(0, 0), None),
         ("racecheck", 0, CALLS + HAZARDS.format(2, 2), "summary of 0 errors is missing"),
-        ("memcheck", 0, CALLS, "summary of 0 errors is missing"),
         ("memcheck", 0, CALLS + CLEAN.replace(" 0 ", " 10 "), "summary of 0 errors is missing"),
-        ("memcheck", 0, CLEAN, "not every call was made"),
         ("memcheck", 0, f"1{CALLS}{CLEAN}", "not every call was made"),
         ("initcheck", 1, CALLS + CLEAN, "ended with 1"),
         ("synccheck", None, "", "did not end in time"),
@@ -153,14 +124,6 @@ HAZARDS = "========= RACECHECK SUMMARY: {} hazards displayed ({} errors, 0 warni
 def test_a_sanitizer_that_saw_nothing_is_told(tool, code, output, words):
     reason = gpu_checks.found_nothing(tool, code, output, calls=72)
     assert reason is None if words is None else words in reason
-
-
-def test_the_seeded_bug_must_be_found():
-    report = "========= Invalid __global__ write of size 4 bytes\n"
-    assert gpu_checks.found_the_bug("memcheck", 1, report) is None
-    assert "must be reported" in gpu_checks.found_the_bug("memcheck", 1, "Error: no device")
-    assert "got 0" in gpu_checks.found_the_bug("memcheck", 0, report)
-    assert "got None" in gpu_checks.found_the_bug("memcheck", None, report)
 
 
 def test_what_the_sanitizer_watches_runs(one_thread):

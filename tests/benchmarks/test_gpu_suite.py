@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -11,13 +10,11 @@ import torch
 
 from benchmarks import harness
 from benchmarks.gpu import blocks as gpu_blocks
-from benchmarks.gpu import build as gpu_build
 from benchmarks.gpu import machine as gpu_machine
 from benchmarks.gpu import peers as gpu_peers
 from benchmarks.gpu import rows as gpu_rows
-from benchmarks.gpu import suite as gpu_suite
 from benchmarks.gpu import timing as gpu_timing
-from benchmarks.gpu.part import Context, Failed
+from benchmarks.gpu.part import Context
 from benchmarks.machine import ROOT
 from mnv2_kernels.block.config import inverted_residual_config
 from mnv2_kernels.ops import extension
@@ -81,69 +78,6 @@ def test_a_dry_run_goes_all_the_way(tmp_path):
             assert row["images_per_second"] == pytest.approx(1 / row["seconds"]["50%"])
         else:
             assert row["error"] == "RuntimeError: needs a GPU"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path):
-    done = suite("--out", str(tmp_path / "rows"))
-    assert done.returncode == 2 and "there is no GPU" in done.stdout
-    assert not (tmp_path / "rows").exists()
-
-
-def test_unknown_parts_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        gpu_suite.parse(["--out", "x", "--parts", "blocks,speed"])
-    assert "--parts must be of build, device, tests, sanitizer" in capsys.readouterr().err
-
-
-def test_what_no_longer_fits_is_left_out(tmp_path, context):
-    options = Namespace(out=tmp_path, dry_run=True, commit=None)
-    became = gpu_suite.run_suite(["blocks", "network"], options, time.monotonic() + 5)
-    assert became == dict.fromkeys(["blocks", "network"], "skipped: no time left")
-    gpu_blocks.run_blocks(Context(tmp_path, time.monotonic() - 1, dry_run=True))
-    (row,) = harness.load("gpu_blocks", tmp_path)
-    assert (row["skipped"], row["block"], row["batch"]) == ("no time left", 1, 2)
-
-
-def test_what_is_measured_is_not_measured_again(context, one_thread):
-    gpu_blocks.run_blocks(context)
-    rows = harness.load("gpu_blocks", context.out)
-    gpu_blocks.run_blocks(context)
-    assert harness.load("gpu_blocks", context.out) == rows
-    assert not Context(context.out, 0).done("gpu_blocks", block=1), "a dry run is no result"
-    assert context.done("gpu_blocks", block=1) and not context.done("gpu_blocks", block=2)
-    late = {**rows[0], "error": "OutOfTime: no time left to build it"}
-    context.keep([late])
-    assert not context.done("gpu_blocks", block=1), "one provider is missing"
-
-
-def test_a_part_that_fails_is_one_that_failed(context, monkeypatch, capsys):
-    def fail(context):
-        raise Failed("no good")
-
-    monkeypatch.setitem(gpu_suite.PARTS, "device", gpu_suite.Part(fail, 1))
-    assert gpu_suite.run_part("device", context) == 1
-    assert "device: FAILED: no good" in capsys.readouterr().out
-
-
-def test_a_provider_that_cannot_be_built_is_told():
-    def slow(model, x):
-        time.sleep(30)
-
-    def broken(model, x):
-        raise ValueError("no such\n  thing")
-
-    providers = {"slow": slow, "broken": broken, "fine": lambda model, x: model}
-    calls, errors = gpu_peers.build(
-        providers, torch.nn.Identity(), torch.ones(1), seconds=lambda: 0.2
-    )
-    assert list(calls) == ["fine"]
-    assert errors == {
-        "slow": "OutOfTime: not built within 0 s",
-        "broken": "ValueError: no such thing",
-    }
-    calls, errors = gpu_peers.build(providers, None, None, seconds=lambda: 0)
-    assert not calls and set(errors.values()) == {"OutOfTime: no time left to build it"}
 
 
 def test_wrong_results_are_not_timed(workload, context, one_thread):
@@ -243,21 +177,6 @@ def test_a_backend_does_not_pass_for_another(workload, one_thread):
             gpu_rows.check("fused-cuda", calls["fused-triton"], shared)
 
 
-def test_a_build_that_fails_says_what_the_compiler_said(context, monkeypatch):
-    lines = ["a line"] * 50 + ["patch.cu(135): error: no instance", "more", "ninja: stopped"]
-    printed = iter([(1, "\n".join(lines)), (None, "\n".join(lines[:50])), (0, ""), (1, "bad so")])
-    monkeypatch.setattr(gpu_build, "child", lambda *args, **variables: next(printed))
-    real = replace(context, dry_run=False)
-    with pytest.raises(Failed, match=r"it ended with 1:\npatch.cu\(135\): error: no instance$"):
-        gpu_build.run_build(real)
-    with pytest.raises(Failed, match=r"its time was over:\n(a line\n){19}a line$"):
-        gpu_build.run_build(real)
-    with pytest.raises(Failed, match="cannot be loaded:\nbad so"):
-        gpu_build.run_build(real)
-    rows = harness.load("gpu_build", context.out)
-    assert [row["exit_code"] for row in rows] == [1, None, 0] and rows[2]["loaded"] is False
-
-
 def test_rows_say_which_kernel_ran():
     block = harness.block_module(inverted_residual_config(24, 24, 1, 6))
     x = torch.empty(2, 24, 56, 56, dtype=torch.float16)
@@ -303,17 +222,6 @@ def test_rates_of_ordinary_cores(monkeypatch):
     assert gpu_machine.core_rates() is None
 
 
-def test_distinct_blocks_are_the_17():
-    found = harness.distinct_blocks()
-    assert sorted(number for numbers in found.values() for number in numbers) == list(range(1, 18))
-    assert [numbers for numbers in found.values() if len(numbers) > 1] == [
-        [5, 6],
-        [8, 9, 10],
-        [12, 13],
-        [15, 16],
-    ]
-
-
 @needs_gpu
 def test_a_graph_holds_one_result_an_input():
     inputs = [torch.full((4,), float(i), device="cuda") for i in range(3)]
@@ -324,10 +232,3 @@ def test_a_graph_holds_one_result_an_input():
         graph.replay()
         torch.cuda.synchronize()
     assert [y[0].item() for y in graph.outputs] == [1.0, 2.0, 3.0]
-
-
-@needs_gpu
-def test_events_time_the_device():
-    x = torch.randn(4096, 4096, device="cuda")
-    samples = gpu_timing.interleave({"product": lambda: x @ x}, rounds=3, device=x.device)
-    assert all(1e-5 < sample < 0.1 for sample in samples["product"])
