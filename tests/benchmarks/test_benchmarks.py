@@ -71,7 +71,6 @@ def test_a_wrong_result_is_not_timed(tiny):
 
 
 @needs_extension
-@pytest.mark.timeout(120)
 def test_a_benchmark_file_runs_as_users_run_it(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks/cpu/bench_block.py"]
     done = subprocess.run(

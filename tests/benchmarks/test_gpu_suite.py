@@ -49,7 +49,6 @@ def workload():
     ), model
 
 
-@pytest.mark.timeout(180)
 def test_a_dry_run_goes_all_the_way(tmp_path):
     parts = "build,device,sanitizer,tune,blocks,network"
     done = suite("--dry-run", "--out", str(tmp_path), "--parts", parts, "--commit", "abc")

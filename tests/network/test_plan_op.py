@@ -246,6 +246,7 @@ def run_hostile_programs() -> None:
         print("checked", name, calls, accepted, flush=True)
 
 
+@pytest.mark.timeout(900)
 def test_hostile_programs(python):
     done = python(__file__, "run_hostile_programs")
     printed = done.stdout.splitlines()

@@ -12,7 +12,7 @@ import cases
 import numpy as np
 import pytest
 import torch
-from random_blocks import OddNorm
+from declined_blocks import OddNorm
 from torch import nn
 
 import mnv2_kernels as mk
