@@ -22,9 +22,6 @@ CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -nam
 # Two workers share the cores, so each test process computes on one. Neighbouring tests, which share
 # what they have built, stay in one worker until another has nothing left to do.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not serial"
-# Where the runs of one `make test` or `make test-long` leave what they did, for the report.
-RUN := short
-JUNIT = --junitxml=build/tests/$(RUN)
 
 export MAX_JOBS
 # torch looks for ninja, which compiles the files side by side, on the path.
@@ -33,34 +30,25 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MNV2_KERNELS_FORCE_BUILD := 1
 
 .NOTPARALLEL:
-.PHONY: demo test test-isa test-long test-oldest test-report begin lint format models bench bench-peers report \
+.PHONY: demo test test-isa test-long test-oldest lint format models bench bench-peers report \
     clean
 
 demo: .venv/built
 	$(BIN)/python -m mnv2_kernels demo
 
 # The largest run comes last, so that its closing line is the last one.
-test: lint begin test-isa
+test: lint test-isa
 	@echo "== Tests that run alone"
-	$(BIN)/python -m pytest -q -m serial $(JUNIT)/serial.xml
+	$(BIN)/python -m pytest -q -m serial
 	@echo "== All other tests"
-	$(PYTEST) $(JUNIT)/main.xml
-
-begin:
-	@rm -rf build/tests/$(RUN)
-
-# Cases by the rows of tests/helpers/matrix.py of the last `make test`, or with RUN=long of
-# `make test-long`.
-test-report: .venv/installed
-	PYTHONPATH=. $(BIN)/python tests/helpers/matrix_report.py $(RUN) build/tests/$(RUN)
+	$(PYTEST)
 
 # Every check of docs/models.md for every model, and the table itself: an hour on one core.
 models: .venv/built
 	OMP_NUM_THREADS=1 MNV2_MODELS=write $(BIN)/python -m pytest -q tests/fuse/test_models.py
 
 # Every test in its long form (an hour or so), then what users of the newest Triton get: beside
-# .venv, whose own is the oldest supported. The report writes docs/testing.md.
-test-long: RUN := long
+# .venv, whose own is the oldest supported.
 test-long: ISA_TESTS += $(addprefix tests/,op/test_determinism.py op/test_fuzz.py \
     op/test_layouts.py op/test_numerics.py fuse/test_joined.py network/test_plan.py \
     profiling/test_workspace.py sanitizers/test_memory_safety.py)
@@ -70,16 +58,14 @@ test-long: test
 	@echo "== Triton tests with the newest release"
 	@$(PIP) install -q --upgrade --no-deps --target build/newest-triton triton
 	PYTHONPATH=$(CURDIR)/build/newest-triton $(PYTEST) $(wildcard tests/triton/test_*.py) \
-	    tests/benchmarks/test_tune_triton.py tests/benchmarks/test_unfused_triton.py \
-	    $(JUNIT)/newest-triton.xml
-	$(MAKE) test-oldest RUN=$(RUN)
-	PYTHONPATH=. $(BIN)/python tests/helpers/matrix_report.py $(RUN) build/tests/$(RUN)
+	    tests/benchmarks/test_tune_triton.py tests/benchmarks/test_unfused_triton.py
+	$(MAKE) test-oldest
 
 # The core tests with the versions of constraints-oldest.txt, in a copy built with them.
 test-oldest: $(OLDEST)/built
 	@echo "== Core tests with the oldest versions supported"
 	cd $(OLDEST)/source && MNV2_LONG=0 OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -q \
-	    $(OLDEST_TESTS) --junitxml=$(CURDIR)/build/tests/$(RUN)/oldest.xml
+	    $(OLDEST_TESTS)
 
 # A machine has the instruction sets up to its best one, which all other tests run on.
 test-isa: .venv/built
@@ -87,7 +73,7 @@ test-isa: .venv/built
 	for isa in default avx2 avx512; do \
 	    if [ $$isa = $$(echo $$best | tr A-Z a-z) ]; then break; fi; \
 	    echo "== Kernel tests with ATEN_CPU_CAPABILITY=$$isa"; \
-	    ATEN_CPU_CAPABILITY=$$isa $(PYTEST) $(ISA_TESTS) $(JUNIT)/isa-$$isa.xml || exit 1; \
+	    ATEN_CPU_CAPABILITY=$$isa $(PYTEST) $(ISA_TESTS) || exit 1; \
 	done
 
 lint: .venv/installed

@@ -1,8 +1,11 @@
 """Set-up shared by all tests."""
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import cases
 import pytest
@@ -32,26 +35,11 @@ def _seed():
 
 
 @pytest.fixture
-def cases_checked(record_property):
-    """Says how many cases a test has checked inside itself; the counts of several calls add up.
-
-    `make test-report` counts these where there are any, and otherwise the test as one case.
-    """
-
-    def say(count: int) -> None:
-        assert count >= 0
-        record_property("cases", count)
-
-    return say
-
-
-@pytest.fixture(autouse=True)
-def _calls_of_kernels(record_property):
-    """How often the test has called each backend, for `make test-report`."""
-    before = cases.CALLS.copy()
+def fresh_compiler():
+    """The test begins and ends with nothing compiled."""
+    torch._dynamo.reset()
     yield
-    for backend, number in (cases.CALLS - before).items():
-        record_property(f"calls {backend}", number)
+    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -61,6 +49,26 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def guarded_heap(tmp_path_factory):
+    """The variables of a process whose heap is guard_malloc.c."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if platform.libc_ver()[0] != "glibc" or compiler is None:
+        pytest.skip("needs glibc and a C compiler")
+    library = tmp_path_factory.mktemp("heap") / "guard_malloc.so"
+    source = Path(__file__).parent / "helpers" / "guard_malloc.c"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
+    return {"LD_PRELOAD": str(library)}
 
 
 @pytest.fixture

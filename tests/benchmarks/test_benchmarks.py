@@ -1,7 +1,6 @@
 """The benchmarks work: one tiny block measured, one file run as users run it, tables from rows."""
 
 import json
-import re
 import subprocess
 import sys
 
@@ -11,8 +10,7 @@ import torch
 from benchmarks import harness, machine
 from benchmarks.cpu import bench_widths
 from benchmarks.peers import turns
-from benchmarks.report import __main__ as report
-from benchmarks.report import plot, summary
+from benchmarks.report import plot, report, summary
 from mnv2_kernels import plan
 from mnv2_kernels.block import cost
 from mnv2_kernels.block.config import inverted_residual_config
@@ -72,27 +70,7 @@ def test_a_wrong_result_is_not_timed(tiny):
         measure((module, x, expected * float("nan")))
 
 
-def test_both_clips_work_on_both_hidden_tensors(tiny):
-    module, x, _ = tiny
-    for stage in (module.block_layers.expand, module.block_layers.depthwise):
-        seen = []
-        handle = stage.norm.register_forward_hook(lambda m, i, y, seen=seen: seen.append(y + 0))
-        module.plain_forward(x)
-        handle.remove()
-        assert (seen[0] < 0).float().mean() > 0.02
-        assert (seen[0] > 6).float().mean() > 0.02
-
-
-def test_machine_facts_are_complete():
-    facts = machine.facts()
-    assert facts["cores"] >= 1
-    assert facts["instruction_set"] in ("avx512", "avx2", "default", "neon")
-    assert facts["torch"] == torch.__version__
-    assert facts["commit"] is None or re.fullmatch(r"[0-9a-f]{12}\+?", facts["commit"])
-
-
 @needs_extension
-@pytest.mark.timeout(120)
 def test_a_benchmark_file_runs_as_users_run_it(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks/cpu/bench_block.py"]
     done = subprocess.run(
@@ -143,6 +121,25 @@ def synthetic_rows() -> list[harness.Row]:
     return rows
 
 
+def test_acceptance_figures():
+    rows = synthetic_rows()
+    values = {row["name"]: row["value"] for row in summary.acceptance(rows)}
+    assert values == {
+        "17 blocks, geometric mean: share of FMA peak": pytest.approx((0.5 * 0.8**16) ** (1 / 17)),
+        "worst block: share of FMA peak": 0.5,
+        "block 1: share of FMA peak": 0.5,
+        "17 blocks, geometric mean: speed-up over folded eager": pytest.approx(3),
+        "worst block: speed-up over folded eager": 3,
+        "block 1: speed-up over folded eager": 3,
+        "17 blocks, geometric mean: 2 threads over 1": pytest.approx(1.8),
+        "worst block: 2 threads over 1": 1.8,
+        "net, threads 1, batch 8: speed-up over folded eager": 4.5,
+    }
+    assert (
+        summary.acceptance([row for row in rows if row.get("block") != 4 and "block" in row]) == []
+    )
+
+
 def test_the_bound_is_the_most_of_the_run():
     def row(isa, threads, peak):
         return {"instruction_set": isa, "threads": threads, "gflops": 50.0, "fma_peak_gflops": peak}
@@ -153,36 +150,26 @@ def test_the_bound_is_the_most_of_the_run():
     assert [r.get("share_of_fma_peak") for r in bounded] == [0.5, 0.5, 50 / 190, None]
 
 
-def test_lines_are_aligned_and_the_mean_comes_last():
-    blocks = [row for row in synthetic_rows() if row["suite"] == "block"]
-    head, *body, mean = summary.lines(blocks)
-    assert head.startswith("blocks, ") and "geometric mean" in mean
-    assert len(body) == 17
-    assert len({line.index("GFLOP/s") for line in [*body, mean]}) == 1
-    assert "153000.0 us" in mean and "3.00x folded" in mean
-
-
 def test_tables_and_figures_come_from_the_newest_rows(tmp_path):
     rows = synthetic_rows()
     old = {**rows[0], "seconds": {"50%": 9.0}, "date": "2026-01-01T00:00:00+00:00"}
     elsewhere = {**rows[0], "cpu": "other", "date": "2025-12-31T00:00:00+00:00"}
     harness.append([old, elsewhere, *rows], tmp_path)
     assert len(harness.load("block", tmp_path)) == 17 * 3 + 2
+    figures = [{**row, "cpu": "test", "date": "2026"} for row in summary.acceptance(rows)]
+    harness.append(figures, tmp_path)
     made = report.tables(results := report.latest(tmp_path))
+    assert "| worst block: share of FMA peak (block 1) | 50% |" in made["acceptance"]
     block = made["blocks"].splitlines()
     assert len(block) == 2 + 17
-    assert block[1].startswith("| ---: | --- | --- | ---: |")
-    assert block[2] == (
-        "| 1 | 32x32x16-s1-k3 | 112x112 | 1000 | 80 | 50% | 3.00x | 4.00x | 1.00 | 3.00 |"
-    )
-    assert "| 1 | 1 | 153.00 | 78% | 3.00x | 4.00x |" in made["block-runs"]
-    assert "| net | fused | 1 | 8 | 5.00 | 60% | 4.50x |" in made["network"]
-    assert "| fused | 8 | 9.00 | 8.00 | 1.00 |" in made["memory"]
-    assert made["machine"].startswith("test, ")
-    written = list(plot.figures(results, tmp_path))
-    assert [path.name for path in written] == ["share_of_peak.svg", "peak_memory.svg"]
-    before = [path.read_bytes() for path in written]
-    assert [p.read_bytes() for p in plot.figures(results, tmp_path)] == before
+    assert block[2].endswith("| 112x112 | 1000 | 80 | 50% | 3.00x | 4.00x | 1.00 | 3.00 |")
+    assert "| 153.00 | 78% | 3.00x | 4.00x |" in made["block-runs"]
+    assert "| 5.00 | 60% | 4.50x |" in made["network"]
+    assert "| 9.00 | 8.00 | 1.00 |" in made["memory"]
+    assert [path.name for path in plot.figures(results, tmp_path)] == [
+        "share_of_peak.svg",
+        "peak_memory.svg",
+    ]
 
 
 def peer_rows() -> list[harness.Row]:
@@ -228,66 +215,7 @@ def test_tables_and_a_figure_of_peers(tmp_path):
     assert memory[2] == "| planned | float32 | 10.0 | 1.0 | 10.0 | 8.0 | 1.00 |"
     assert memory[4] == "| half | bfloat16 | 10.0 | 0.5 | 10.0 | 4.0 | 0.50 |"
     (path,) = plot.peer_figures(results, tmp_path)
-    before = path.read_bytes()
-    assert before.count(b"<path") > 6
-    assert [p.read_bytes() for p in plot.peer_figures(results, tmp_path)] == [before]
-    assert list(plot.peer_figures(report.latest(tmp_path / "none"), tmp_path)) == []
-
-
-def test_table_of_peers_at_other_sizes(tmp_path):
-    """These rows go to a table of their own, and to no other."""
-    size = {"model": "net", "width": 0.35, "resolution": 96}
-    rows = [{**row, **size} for row in peer_rows() if row["suite"] == "peers" and "model" in row]
-    rows = [{**row, "seconds": {"50%": 3 * row["seconds"]["50%"]}} for row in rows]
-    rows = [row for row in rows if row["batch"] == 1]
-    harness.append([*peer_rows(), *rows], tmp_path)
-    made = report.tables(report.latest(tmp_path))
-    assert made["peers-sizes"].splitlines() == [
-        "| width | input | ms, planned | of FMA peak | slow |",
-        "| ---: | --- | ---: | ---: | ---: |",
-        "| 0.35 | 96x96 | 3.000 | 80% | 2.00x (40%) |",
-    ]
-    without = tmp_path / "without"
-    harness.append(peer_rows(), without)
-    others = report.tables(report.latest(without))
-    assert {name: made[name] for name in others} == others
-
-
-def test_tables_of_peers_held_back_to_avx2(tmp_path):
-    """The same runs twice, the second with half the speed; "slow" does not keep to AVX2."""
-    best = [{**row, "instruction_set": "avx512"} for row in peer_rows() if row["suite"] == "peers"]
-    asked = [
-        {
-            **row,
-            "instruction_set": "avx2",
-            "limited": row["provider"] != "slow",
-            "seconds": {"50%": 2 * row["seconds"]["50%"]},
-        }
-        for row in best
-    ]
-    # Of a run in which this package alone was held back, by hand: the others are not known.
-    by_hand = {**asked[0], "provider": "other"}
-    del by_hand["limited"]
-    of_another_size = {**asked[0], "width": 0.35, "resolution": 96, "seconds": {"50%": 9.0}}
-    harness.append([*asked, by_hand], tmp_path / "avx2 alone")
-    assert "peers-avx2-network" not in report.tables(report.latest(tmp_path / "avx2 alone"))
-    harness.append([*best, *asked, by_hand, of_another_size], tmp_path)
-    made = report.tables(report.latest(tmp_path))
-    assert made["peers-avx2-network"].splitlines()[2:] == [
-        "| planned | float32 | 2.00 (80%) | 2.00 (80%) |",
-        r"| slow \* | float32 | 4.00 (2.00x, 40%) | 4.00 (2.00x, 40%) |",
-        "| half | bfloat16 | 1.00 (0.50x, 160%) | 1.00 (0.50x, 160%) |",
-    ]
-    head, _, *blocks = made["peers-avx2-blocks"].splitlines()
-    assert head.endswith(r"| us, planned | of FMA peak | slow \* |")
-    assert blocks == ["| 3 | 24x144x24-s1-k3 | 2000 | 80% | 2.00x (40%) |"]
-    assert "| planned | float32 | 1.00 (80%) | 1.00 (80%) |" in made["peers-network"]
-
-
-def test_no_rows_give_no_tables(tmp_path):
-    results = report.latest(tmp_path)
-    assert report.tables(results) == {}
-    assert list(plot.figures(results, tmp_path)) == []
+    assert path.read_bytes().count(b"<path") > 6
 
 
 def test_only_what_stands_between_markers_is_replaced():
@@ -347,30 +275,3 @@ def test_a_wrong_or_lost_size_has_no_rows(monkeypatch):
     monkeypatch.setattr(bench_widths, "plan", wrong)
     with pytest.raises(AssertionError, match="largest error must be at most 0.0001"):
         bench_widths.measure([size], tolerance=1e9, **settings)
-
-
-def test_table_and_figure_of_widths(tmp_path):
-    facts = {**machine.facts(), "date": "2026-01-02T00:00:00+00:00", "cpu": "test"}
-    facts |= {"suite": "widths", "instruction_set": "avx512", "threads": 1}
-    shares = {
-        (0.5, 96, "planned", "float32"): (0.7, 0.875),
-        (0.5, 224, "planned", "float32"): (0.75, 0.9375),
-        (1.0, 224, "planned", "float32"): (0.8, 1.0),
-        (1.0, 224, "planned-bf16", "bfloat16"): (1.2, 1.0),
-    }
-    rows = []
-    for (width, resolution, provider, dtype), (share, over) in shares.items():
-        size = {"width": width, "resolution": resolution, "provider": provider, "dtype": dtype}
-        details = {"share_of_fma_peak": share, "share_over_reference": over, "batch": 1}
-        rows.append({**facts, **size, **details, "seconds": {"50%": 0.001}, "gflops": 80.0})
-    harness.append(rows, tmp_path)
-    assert report.tables(report.latest(tmp_path))["widths"].splitlines() == [
-        "| instruction set | dtype | threads | batch | width | 96x96 | 224x224 |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-        "| avx512 | float32 | 1 | 1 | 0.5 | 70% (88%) | 75% (94%) |",
-        "| avx512 | float32 | 1 | 1 | 1.0 | - | 80% (100%) |",
-        "| avx512 | bfloat16 | 1 | 1 | 1.0 | - | 120% (100%) |",
-    ]
-    printed = list(summary.lines(rows))
-    assert len({line.index("GFLOP/s") for line in printed[:3]}) == 1
-    assert printed[0].endswith("70% of peak    88% of that of 1.0 at 224")

@@ -1,7 +1,6 @@
 """Tables and the figure of the GPU suite come from its rows, and from no others."""
 
 from benchmarks import harness
-from benchmarks.report import __main__ as report
 from benchmarks.report import gpu_tables, plot
 
 FACTS = {"gpu": "NVIDIA X", "driver": "580", "cuda": "13.0", "torch": "2.11", "triton": "3.6.0"}
@@ -50,39 +49,21 @@ def filled(folder) -> dict[str, str]:
     return gpu_tables.gpu_tables(gpu_tables.latest_on_gpu(folder))
 
 
-def test_without_rows_it_says_so(tmp_path):
-    assert filled(tmp_path) == dict.fromkeys(["gpu-network", "gpu-blocks"], gpu_tables.UNMEASURED)
-    harness.append([row("gpu_network", "fused", 1, dry_run=True)], tmp_path)
-    harness.append([{"suite": "gpu_blocks", "skipped": "no time left", **FACTS}], tmp_path)
-    assert set(filled(tmp_path).values()) == {gpu_tables.UNMEASURED}
-    assert list(plot.gpu_figures(gpu_tables.latest_on_gpu(tmp_path), tmp_path)) == []
-
-
 def test_blocks(tmp_path):
     old = row("gpu_blocks", "fused", 256, block=1, blocks=[1], date="2025", gpu="NVIDIA Y")
     harness.append([old, *block_rows(256), *block_rows(1)], tmp_path)
     text = filled(tmp_path)["gpu-blocks"]
-    head, blocks, means = text.split("\n\n")
-    assert head == (
-        "NVIDIA X, driver 580, CUDA 13.0, torch 2.11, Triton 3.6.0; commit abc, 2026-01-02."
-    )
+    _, blocks, means = text.split("\n\n")
     lines = blocks.splitlines()
     assert len(lines) == 2 + 12
     assert lines[2] == (
         "| 1 | 32x32x16-s1-k3 | 112x112 | tile | 10.0 | 50% | bytes"
         " | 2.00x | 3.00x | 4.00x | 8.00x | 1.0 | 4.0 |"
     )
-    assert any(line.startswith("| 8-10 | 64x384x64-s1-k3 |") for line in lines)
     assert "| float16 | 256 | 170 | 50% | 2.00x | 3.00x | 4.00x | 8.00x |" in means
     assert "| float16 | 1 | 170 |" in means
     (path,) = plot.gpu_figures(gpu_tables.latest_on_gpu(tmp_path), tmp_path)
-    assert path.name == "gpu_speedup.svg" and "over unfused" in path.read_text()
-
-
-def test_a_run_that_was_cut_short_has_no_mean(tmp_path):
-    harness.append(block_rows(256)[: -len(TIMES)], tmp_path)
-    assert "17 blocks" not in filled(tmp_path)["gpu-blocks"]
-    assert list(plot.gpu_figures(gpu_tables.latest_on_gpu(tmp_path), tmp_path)) == []
+    assert "over unfused" in path.read_text()
 
 
 def test_the_network(tmp_path):
@@ -99,12 +80,3 @@ def test_the_network(tmp_path):
         "| 256 | eager | 3200000 | 0.080 | 6% | 8.00x |",
         "| 256 | compiled | - | failed | - | - |",
     ]
-
-
-def test_the_readme_has_the_places(tmp_path):
-    text = (report.ROOT / "README.md").read_text()
-    for name in filled(tmp_path):
-        assert f"<!-- begin:{name} -->" in text
-    assert report.fill("<!-- begin:gpu-blocks --><!-- end:gpu-blocks -->", filled(tmp_path)) == (
-        f"<!-- begin:gpu-blocks -->\n{gpu_tables.UNMEASURED}\n<!-- end:gpu-blocks -->"
-    )

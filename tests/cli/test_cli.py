@@ -1,6 +1,5 @@
 """The command line: what it prints, its exit status, and hostile image files."""
 
-import io
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from functools import cache
 import cases
 import pytest
 import torch
+from image_files import assert_cannot_classify, encoded
 from PIL import Image
 
 from mnv2_kernels.cli import demo, memory, pretrained
@@ -32,12 +32,6 @@ needs_kernel = pytest.mark.skipif(not cases.kernel_backends(), reason="no kernel
 @cache
 def coffee() -> Image.Image:
     return pretrained.photograph("coffee")
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def huge_png() -> bytes:
@@ -115,14 +109,6 @@ def test_classify_what_is_not_a_file(kind, tmp_path, capsys, monkeypatch):
 
         monkeypatch.setattr(Image, "open", denied)
     assert_cannot_classify(path, sentence, capsys)
-
-
-def assert_cannot_classify(path, sentence, capsys):
-    assert cli.main(["classify", str(path)]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert re.fullmatch(rf"mnv2 classify: IMAGE must .*{sentence}.*\n", printed.err), printed.err
-    assert str(path) in printed.err
 
 
 def rotated() -> bytes:

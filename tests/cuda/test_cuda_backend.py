@@ -8,7 +8,7 @@ import cases
 import pytest
 import torch
 from cases import Case
-from test_cuda_op import DTYPES, GENERIC, PATCH, TILE, backends, compiles, inputs
+from cuda_calls import DTYPES, GENERIC, PATCH, TILE, backends, compiles, inputs
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 

@@ -9,8 +9,8 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
+import cpu_driver
 import pytest
 import torch
 from cases import expect, why_wrong
@@ -78,13 +78,8 @@ def run_calls(kernel: str, change: str | None = None) -> None:
 
 
 def run_sanitized(*arguments: str) -> subprocess.CompletedProcess:
-    libraries = [
-        subprocess.run(
-            ["g++", f"-print-file-name={name}"], capture_output=True, text=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    if not all(Path(library).is_absolute() for library in libraries):
+    libraries = [cpu_driver.library(name) for name in ("libasan.so", "libubsan.so")]
+    if not all(libraries):
         pytest.skip("g++ has no sanitizers")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),

@@ -14,7 +14,7 @@ import torch
 from cases import Case, expect
 from cuda_cases import make_inputs, needs_emulator, why_far_is_wrong
 from emulated_cuda import H200, KERNELS, ROOT, EmulatorError, Library
-from test_numerics import skipping_reference, why_unlike
+from special_values import skipping_reference, why_unlike
 
 from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
 

@@ -2,46 +2,34 @@
 
 import subprocess
 from dataclasses import replace
-from functools import cache
-from importlib import import_module
 
 import cases
-import cuda_cases
 import emulated_cuda
 import emulated_cuda_op
 import pytest
 import torch
+from bad_calls import BAD_CALLS, fill, good_call
 from cases import Case, expect, make_inputs, why_wrong
-from test_bad_calls import BAD_CALLS, fill, good_call
-from torch import Tensor
+from cuda_calls import (
+    DTYPES,
+    GENERIC,
+    PATCH,
+    TILE,
+    arguments,
+    backends,
+    blocks_of,
+    compiles,
+    inputs,
+    kernel_of,
+    odd_view,
+)
 
-from mnv2_kernels import FoldedWeights
-from mnv2_kernels.block.config import BlockConfig, mobilenet_v2_block_inputs
+from mnv2_kernels.block.config import mobilenet_v2_block_inputs
 from mnv2_kernels.ops.extension import module as _C
 
-# The package has a function of that name.
-backends = import_module("mnv2_kernels.ops.backends")
 REASON = emulated_cuda_op.why_not()
 emulates = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-compiles = pytest.mark.skipif(_C is None, reason="needs the compiled extension")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-
-PATCH = Case(BlockConfig(16, 48, 16, residual=True), 21, 23, batch=2)
-TILE = Case(BlockConfig(40, 80, 48, stride=2), 9, 10, batch=2)
-GENERIC = Case(BlockConfig(5, 19, 7, padding=(0, 2, 1, 1)), 6, 5, batch=2)
-
-
-def arguments(x: Tensor, weights: FoldedWeights, case: Case) -> tuple:
-    return x, *weights.tensors(), *case.settings.values(), *weights.clips()
-
-
-def inputs(case: Case, dtype: torch.dtype = torch.float16) -> tuple[Tensor, FoldedWeights]:
-    """x and weights in dtype, biases in float32."""
-    x, weights = make_inputs(case)
-    names = ("b_expand", "b_dw", "b_project")
-    biases = {name: getattr(weights, name) for name in names}
-    return x.to(dtype), replace(weights.to(dtype), **biases)
 
 
 def test_the_op_compiles_with_the_headers_of_pytorch():
@@ -85,14 +73,6 @@ def test_biases_of_the_dtype_of_x():
     half = weights.to(torch.float16)
     y = emulated_cuda_op.op()(*arguments(x, half, TILE))
     assert why_wrong(y, expect(TILE, x, half)) is None
-
-
-def odd_view(tensor: Tensor) -> Tensor:
-    """The same numbers one element behind an address that is a multiple of 16."""
-    storage = tensor.new_empty(tensor.numel() + 1)[1:]
-    view = storage.as_strided(tensor.shape, tensor.stride())
-    assert view.data_ptr() % 16 == tensor.element_size()
-    return view.copy_(tensor)
 
 
 @emulates
@@ -145,11 +125,11 @@ def test_what_else_is_refused():
 
 
 OLD_GPU = """
-import cases, emulated_cuda_op, test_cuda_op
+import cases, cuda_calls, emulated_cuda_op
 op = emulated_cuda_op.op()
 op.runtime.mnv2_set_capability(75)
-x, weights = cases.make_inputs(test_cuda_op.GENERIC)
-arguments = test_cuda_op.arguments(x, weights, test_cuda_op.GENERIC)
+x, weights = cases.make_inputs(cuda_calls.GENERIC)
+arguments = cuda_calls.arguments(x, weights, cuda_calls.GENERIC)
 for i in range(2):
     try:
         op(*arguments)
@@ -166,20 +146,6 @@ def test_an_old_gpu_is_refused_and_asked_once(python):
     assert done.returncode == 0, done.stderr
     sentence = "inverted_residual: x must be on a GPU of compute capability 8.0 or later, got 7.5"
     assert done.stdout.splitlines() == [f"4 {sentence}"] * 2 + ["0"]
-
-
-def kernel_of(case: Case, dtype: torch.dtype) -> str:
-    return backends.cuda_kernel(
-        torch.empty((), dtype=dtype).expand(1, case.config.in_channels, case.height, case.width),
-        backends.Block.of(case.config, case.clips),
-    )
-
-
-@cache
-def blocks_of(kernel: str, dtype: torch.dtype) -> list[Case]:
-    """Every case of the tests that this kernel is chosen for."""
-    groups = [*cases.groups().values(), cuda_cases.large_images(), cuda_cases.whole_octets()]
-    return [case for group in groups for case in group if kernel_of(case, dtype) == kernel]
 
 
 @compiles

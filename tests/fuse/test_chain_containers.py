@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torchvision
+from chains import assert_same, fuse, image, mobilenet_v1, pair, spans
 from foreign_blocks import ConvBNReLU, Flat, conv_norm_act, flow, randomise, transformers_stem
-from test_chains import assert_same, fuse, image, mobilenet_v1, pair, spans
 from timm.layers import Conv2dSame
 from torch import nn
 from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleNetBlock

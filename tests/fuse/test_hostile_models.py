@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from answers import answers, assert_same, block, image
 from foreign_blocks import randomise
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -21,28 +22,9 @@ pytestmark = pytest.mark.usefixtures("one_thread", "settled")
 FIRST, NORM, CLIP = "conv.0.0", "conv.0.1", "conv.0.2"
 
 
-def image(*shape: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(len(shape))
-    return torch.randn(shape or (2, 8, 9, 7), generator=generator)
-
-
-def block(kind: type[nn.Module] = TorchvisionBlock) -> nn.Module:
-    torch.manual_seed(0)
-    return randomise(kind(8, 8, 1, 6)).eval()
-
-
 def own(kind: type[nn.Module] = mk.InvertedResidual) -> nn.Module:
     torch.manual_seed(0)
     return randomise(kind(8, 8)).eval()
-
-
-def answers(model: nn.Module, x: torch.Tensor | None = None) -> torch.Tensor:
-    with torch.no_grad():
-        return model(image() if x is None else x)
-
-
-def assert_same(model: nn.Module, truth: torch.Tensor, what: str) -> None:
-    torch.testing.assert_close(answers(model), truth, rtol=1e-4, atol=1e-4, msg=what)
 
 
 class DoubledCall:

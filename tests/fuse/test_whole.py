@@ -12,10 +12,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from whole_networks import assert_same, count_calls, expect, ready
 
 import mnv2_kernels as mk
-from benchmarks.harness import randomise_norms
-from mnv2_kernels.fuse import live_network as joined
 from mnv2_kernels.fuse.model import WholeNetwork
 from mnv2_kernels.ops.extension import missing
 
@@ -35,28 +34,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The dimensions of the result of every call from now on that runs several layers."""
-    seen: list[int] = []
-    run_plan = joined.run_plan
-
-    def counted(x, *args):
-        y = run_plan(x, *args)
-        seen.append(y.dim())
-        return y
-
-    monkeypatch.setattr(joined, "run_plan", counted)
-    return seen
-
-
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
     return count_calls(monkeypatch)
-
-
-def ready(model: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    return randomise_norms(model, torch.randn(4, 3, 64, 64))
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +52,6 @@ def model(original) -> nn.Module:
 @pytest.fixture
 def x() -> Tensor:
     return torch.randn(2, 3, 64, 64)
-
-
-def expect(original: nn.Module, x: Tensor) -> Tensor:
-    return copy.deepcopy(original).double()(x.double())
-
-
-def assert_same(found: Tensor, expected: Tensor, within: float = 1e-4) -> None:
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= within * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -226,7 +197,7 @@ def test_values_that_the_forward_branches_on(calls, x):
     model = mk.fuse(ready(NETWORKS["timm"]()))
     y = model(x)
     model.drop_rate = 0.5
-    assert torch.equal(model(x), y) or torch.allclose(model(x), y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
     assert calls[0] == 2 and 2 not in calls[1:]
     model.drop_rate = 0.0
     model(x)

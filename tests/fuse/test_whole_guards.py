@@ -11,9 +11,9 @@ import pytest
 import timm
 import torch
 import torchvision
-from test_whole import assert_same, count_calls, expect, ready
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from whole_networks import assert_same, count_calls, expect, ready
 
 import mnv2_kernels as mk
 from mnv2_kernels.fuse.model import WholeNetwork

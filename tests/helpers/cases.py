@@ -12,12 +12,12 @@ The floors are for tensors so small that eager can be exact by luck.
 import os
 import random
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import combinations, product
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -39,8 +39,11 @@ from mnv2_kernels.ops.backends import BACKENDS, last_backend
 FLOOR = 8
 # Whether tests that have a short and a long form take the long one: `make test-long` asks for it.
 LONG = os.environ.get("MNV2_LONG") == "1"
-# Calls of `run` in this process, by backend.
-CALLS: Counter[str] = Counter()
+
+# Whether the kernels of another instruction set than the machine's best run: `make test-isa`. What
+# does not depend on that is left to the other runs.
+NARROWER = "ATEN_CPU_CAPABILITY" in os.environ and not LONG
+once = pytest.mark.skipif(NARROWER, reason="the same on every instruction set")
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,6 +51,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def backends() -> list[str]:
     """The backends to test here. A missing compiled kernel is kept, so that its tests fail."""
+    if NARROWER:
+        return ["cpu"]
     without_cpp = os.environ.get("MNV2_KERNELS_SKIP_CPP") == "1"
     return [
         b.name
@@ -187,7 +192,6 @@ def run(backend: str, x: Tensor, weights: FoldedWeights, **settings) -> Tensor:
     """One call, which must have run on this backend and no other."""
     y = inverted_residual(x, weights, backend=backend, **settings)
     assert last_backend() == backend, f"asked for {backend}, {last_backend()} ran"
-    CALLS[backend] += 1
     return y
 
 
@@ -333,3 +337,21 @@ def groups() -> dict[str, list[Case]]:
         "S3": list(channel_counts()),
         "S4": list(batches_and_options()),
     }
+
+
+def tested(group: str) -> list[Case]:
+    """The shapes of a group to test here: on a narrower instruction set one of each kind.
+
+    Kinds differ in what is compiled for each: stride, kernel, dilation, expansion, and what is left
+    of the channels behind whole vectors.
+    """
+    if not NARROWER:
+        return groups()[group]
+    kinds: dict[tuple, Case] = {}
+    for case in groups()[group]:
+        config = case.config
+        counts = config.in_channels, config.hidden_channels, config.out_channels
+        tails = [next(n for n in (16, 8, 1) if count % n == 0) for count in counts]
+        kind = config.stride, config.kernel_size, config.dilation, config.expansion, *tails
+        kinds.setdefault(kind, case)
+    return list(kinds.values())

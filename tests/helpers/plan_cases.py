@@ -227,3 +227,16 @@ def settle(model: nn.Module, x: Tensor) -> nn.Module:
         if isinstance(norm, nn.BatchNorm2d):
             norm.running_var.clamp_(min=0.1)
     return model
+
+
+def why_bits_differ(plan: Plan, x: Tensor, set_threads, batches, counts) -> str | None:
+    """None where every image of x has the bits that it has alone, in one thread."""
+    set_threads(1)
+    alone = torch.cat([plan(x[i : i + 1]) for i in range(len(x))])
+    for threads in counts:
+        set_threads(threads)
+        for batch in batches:
+            for first in {0, len(x) - batch}:
+                if not torch.equal(plan(x[first : first + batch]), alone[first : first + batch]):
+                    return f"{threads} threads, images {first} to {first + batch}"
+    return None

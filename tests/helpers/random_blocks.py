@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torchvision
+from declined_blocks import OddNorm, OddReLU, ignore
 from foreign_blocks import (
     Flat,
     Kuangliu,
@@ -214,20 +215,6 @@ BESIDE: dict[str, Callable[[int, Piece], list[nn.Module]]] = {
 }
 KEEP_CHANNELS = ("max-pool", "average-pool", "upsample", "relu", "identity", "dropout")
 CHANGE_SIZE = ("stem", "max-pool", "upsample")
-
-
-class OddReLU(nn.ReLU6):
-    def forward(self, x):
-        return super().forward(x) + 1
-
-
-class OddNorm(nn.BatchNorm2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def ignore(*args) -> None:
-    """A hook that does nothing."""
 
 
 def _reflect(conv: nn.Conv2d) -> None:

@@ -13,11 +13,10 @@ from cases import Expected, why_wrong
 from fuzzing import at_least, in_parts, of_few, search, searched
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from plan_cases import why_bits_differ
 from random_blocks import BLOCKS, CHAINS, HARMLESS, RELATIVES, SPOILING, Piece, is_spoiled
+from random_calls import as_it_is, layouts
 from random_networks import Network, build, expected, keeps_shape, networks, settle
-from test_fuzz import layouts
-from test_fuzz_fuse import as_it_is
-from test_plan import why_bits_differ
 from torch import Tensor, nn
 
 import mnv2_kernels as mk
@@ -120,18 +119,10 @@ def check_plan(covered, set_threads, network, size, dtype, layout):
     covered["streams"] += sum(step.streams for step in plan.steps)
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @in_parts(10)
-def test_random_plans(set_threads, part, cases_checked):
+def test_random_plans(set_threads, part):
     covered = search(check_plan, part, set_threads)
     assert covered["planned"] >= at_least(covered["cases"] // 4), covered
     assert min(covered["streams"], covered["refused"]) >= at_least(20), covered
     assert covered["steps"] >= at_least(3 * covered["planned"]), covered
     assert min(covered[str(dtype)] for dtype in cases.DTYPES) >= at_least(8), covered
-    cases_checked(covered["cases"])

@@ -7,12 +7,21 @@ import pytest
 import torch
 from cases import why_wrong
 from hypothesis import HealthCheck, assume, given, settings
-from plan_cases import NETWORKS, WIDTHS, chains, expect, features, image, network, settle
-from test_layouts import layouts_of
-from torch import Tensor, nn
+from memory_layouts import layouts_of
+from plan_cases import (
+    NETWORKS,
+    WIDTHS,
+    chains,
+    expect,
+    features,
+    image,
+    network,
+    settle,
+    why_bits_differ,
+)
+from torch import nn
 
 import mnv2_kernels as mk
-from mnv2_kernels.network.plan import Plan
 from mnv2_kernels.network.program import Block, Linear, Pool, Stem
 
 pytestmark = pytest.mark.skipif(
@@ -43,13 +52,6 @@ CALLS = [
         if (w, n) != (0.35, 224)
     ],
 ]
-
-
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("name", "size"), CALLS, ids=str)
@@ -100,19 +102,6 @@ IN_BITS = [
     ("timm-mobilenetv1", (64, 64)),
 ]
 in_bits = pytest.mark.parametrize(("name", "size"), IN_BITS, ids=str)
-
-
-def why_bits_differ(plan: Plan, x: Tensor, set_threads, batches, counts) -> str | None:
-    """None where every image of x has the bits that it has alone, in one thread."""
-    set_threads(1)
-    alone = torch.cat([plan(x[i : i + 1]) for i in range(len(x))])
-    for threads in counts:
-        set_threads(threads)
-        for batch in batches:
-            for first in {0, len(x) - batch}:
-                if not torch.equal(plan(x[first : first + batch]), alone[first : first + batch]):
-                    return f"{threads} threads, images {first} to {first + batch}"
-    return None
 
 
 @pytest.mark.parametrize("name", ["timm-tf-lite0", "torchvision-mnasnet", "flat"])
@@ -250,10 +239,9 @@ def check_a_chain(covered, set_threads, chain):
     assert why_bits_differ(plan, x, set_threads, (1, 2, 3), (1, 2, 3, 5)) is None, str(plan)
 
 
-def test_random_chains(set_threads, cases_checked):
+def test_random_chains(set_threads):
     covered = Counter()
     check_a_chain(covered, set_threads)
     for name in ("streams", "overwrites", "dilated", "asymmetric", "without expansion"):
         assert covered[name] >= 60, covered
     assert covered["chains"] >= 150 and covered["streams thrice"] >= 20, covered
-    cases_checked(covered["chains"])

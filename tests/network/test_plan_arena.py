@@ -20,6 +20,7 @@ import pytest
 import torch
 import torchvision_first  # noqa: F401
 from plan_cases import image, network
+from programs import MARK, between_marks
 from torch import Tensor, nn
 from torch.library import opcheck
 
@@ -41,13 +42,6 @@ NETWORKS = [
     ("block-residual", (9, 40)),
 ]
 networks = pytest.mark.parametrize(("name", "size"), NETWORKS, ids=str)
-
-
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def owning(name: str, size: tuple[int, int]) -> Plan:
@@ -293,16 +287,6 @@ def test_opcheck(name, batch):
     arena = torch.empty(plan.owned_bytes, dtype=torch.uint8)
     passed = opcheck(OP, (x, arena, *arguments(plan)))
     assert len(passed) == 4 and set(passed.values()) == {"SUCCESS"}
-
-
-MARK = 0xA5
-
-
-def between_marks(nbytes: int) -> tuple[Tensor, Tensor]:
-    """(bytes with marks around, the arena of `nbytes` in it, which is marked too)."""
-    buffer = torch.full((nbytes + 256,), MARK, dtype=torch.uint8)
-    begin = 64 + -buffer.data_ptr() % 64
-    return buffer, buffer[begin : begin + nbytes]
 
 
 @networks

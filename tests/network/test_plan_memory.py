@@ -12,7 +12,6 @@ import pytest
 import torch
 import torchvision_first  # noqa: F401
 from plan_cases import WIDTHS, features, image, network
-from test_memory_safety import guarded_heap  # noqa: F401
 
 import mnv2_kernels as mk
 from mnv2_kernels.network.plan import Plan
@@ -45,13 +44,6 @@ GUARDED = [
     ("block-residual", (3, 3, 9, 8)),
     ("timm-mobilenetv1", (3, 3, 33, 32)),
 ]
-
-
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def workspace(plan: Plan, batch: int, threads: int) -> int:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision_first  # noqa: F401
 from plan_cases import image, network
+from programs import HOSTILE, PROGRAMS, one_by_one
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -45,13 +46,6 @@ def prepared(name: str, shape: tuple) -> tuple[Plan, Tensor]:
 def arguments(plan: Plan) -> tuple:
     """What the op gets behind x."""
     return plan._program.weights, plan._program.integers, plan._program.bounds
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @samples
@@ -214,77 +208,6 @@ def test_biases_may_be_missing():
         assert len(biases) == len(weights) // 2
 
 
-def one_by_one(x: Tensor, weights: list[Tensor], integers: list[int], bounds: list[float]):
-    """What a program says, in float64, layer by layer: no matter where in memory and in what order.
-
-    Written against the format in csrc/program.cpp and not with what wrote the program.
-    """
-    number, weight, bound = iter(integers), iter(weights), iter(bounds)
-
-    def take(count: int) -> list[int]:
-        return [next(number) for _ in range(count)]
-
-    def tensor(*shape: int) -> Tensor:
-        return next(weight).double().view(shape)
-
-    def clip(y: Tensor) -> Tensor:
-        return y.clamp(next(bound), next(bound))
-
-    def pad(y: Tensor, top: int, left: int, rows: int, cols: int) -> Tensor:
-        return F.pad(y, (left, cols - left - y.shape[3], top, rows - top - y.shape[2]))
-
-    take(3)
-    take(take(1)[0])
-    _, count = take(2)
-    x = x.double()
-    for _ in range(count):
-        kind, _, _ = take(3)
-        if kind == 0:
-            _, _, rows, cols, c_in, c_out, top, left = take(8)
-            taps = tensor(3, 3, c_in, c_out).permute(3, 2, 1, 0)
-            x = pad(x, top, left, 2 * rows + 1, 2 * cols + 1)
-            x = clip(F.conv2d(x, taps, tensor(c_out), 2))
-        elif kind == 1:
-            _, _, rows, cols, c_in, hidden, c_out, k, stride, dilation, top, left = take(12)
-            residual, expansion = take(2)
-            y = x
-            if expansion:
-                w_expand = tensor(c_in, hidden).t()[:, :, None, None]
-                y = F.conv2d(y, w_expand, tensor(hidden))
-            y = clip(y)
-            reach = dilation * (k - 1) + 1
-            y = pad(y, top, left, (rows - 1) * stride + reach, (cols - 1) * stride + reach)
-            w_dw = tensor(k, k, hidden).permute(2, 0, 1)[:, None]
-            y = clip(F.conv2d(y, w_dw, tensor(hidden), stride, 0, dilation, hidden))
-            w_project = tensor(hidden, c_out).t()[:, :, None, None]
-            y = clip(F.conv2d(y, w_project, tensor(c_out)))
-            x = x + y if residual else y
-        elif kind == 2:
-            _, _, c_in, c_out, convolves = take(5)
-            if convolves:
-                x = F.conv2d(x, tensor(c_in, c_out).t()[:, :, None, None], tensor(c_out))
-            x = clip(x).mean((2, 3))
-        elif kind == 4:
-            _, _, c_in, c_out = take(4)
-            x = clip(F.conv2d(x, tensor(c_in, c_out).t()[:, :, None, None], tensor(c_out)))
-        else:
-            features, classes = take(2)
-            x = F.linear(x.flatten(1), tensor(classes, features), tensor(classes))
-    return x
-
-
-HOSTILE = (-1, 0, 1, 2, 3, 5, 16, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 16, 2**63 - 1, -(2**63))
-PROGRAMS = [
-    ("short", (2, 3, 48, 40)),
-    ("features-3", (2, 3, 24, 20)),
-    ("features-8", (2, 3, 24, 20)),
-    ("residuals", (2, 3, 24, 20)),
-    ("mean-alone", (2, 3, 24, 20)),
-    ("pointwise", (2, 3, 24, 20)),
-    ("block-residual", (2, 3, 9, 8)),
-]
-
-
 def check_program(x: Tensor, weights: list, integers: list[int], bounds: list[float]) -> bool:
     """Whether a program runs; one that does must do what it says."""
     try:
@@ -323,6 +246,7 @@ def run_hostile_programs() -> None:
         print("checked", name, calls, accepted, flush=True)
 
 
+@pytest.mark.timeout(900)
 def test_hostile_programs(python):
     done = python(__file__, "run_hostile_programs")
     printed = done.stdout.splitlines()

@@ -38,7 +38,7 @@ def share_between(values: torch.Tensor, clip) -> float:
 @pytest.mark.parametrize("group", ("S1-width1", "S1-lite0", "S2", "S3", "S4"))
 def test_every_gradient_to_the_bit(group):
     failed = {}
-    for case in cases.groups()[group]:
+    for case in cases.tested(group):
         call = make_call(case)
         names = wrong(found_gradients(*call), true_gradients(*call))
         if names:
@@ -46,6 +46,7 @@ def test_every_gradient_to_the_bit(group):
     assert not failed
 
 
+@cases.once
 def test_those_inputs_are_exact_and_reach_the_clips():
     """Gradients are not zero throughout, values lie at the bounds, and no sum is too long."""
     for case in cases.groups()["S2"][::20] + cases.groups()["S1-width1"][1:4]:
@@ -75,6 +76,7 @@ def test_many_bands_and_chunks_and_images():
         assert wrong(found_gradients(*call), true_gradients(*call)) == [], case.id
 
 
+@cases.once
 @each_case
 @pytest.mark.parametrize("piece", (1, 700, 1 << 20))
 def test_pieces_of_any_size(monkeypatch, case, piece):
@@ -86,7 +88,9 @@ def test_pieces_of_any_size(monkeypatch, case, piece):
     assert wrong(found_gradients(*call), true_gradients(*call)) == []
 
 
-@pytest.mark.parametrize("by", (pytest.param("kernel", marks=compiled), "pieces"))
+@pytest.mark.parametrize(
+    "by", (pytest.param("kernel", marks=compiled), pytest.param("pieces", marks=cases.once))
+)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_half_precision_is_summed_in_float32(monkeypatch, dtype, by):
     """Integers are exact in float16 up to 2048: what is larger is rounded once, at the end."""
@@ -181,6 +185,7 @@ def test_the_same_bits_at_any_number_of_threads():
     assert not differing
 
 
+@cases.once
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_a_gradient_of_another_shape_is_refused(dtype):
     tensors, settings, grad_y = make_call(FEW[0])
@@ -189,6 +194,7 @@ def test_a_gradient_of_another_shape_is_refused(dtype):
         found_gradients(tensors, settings, grad_y[:, :, :3].to(dtype))
 
 
+@cases.once
 @compiled
 def test_nothing_as_large_as_an_expanded_tensor_is_allocated():
     """Scratch is a few hundred KiB a thread; parts of sums are as large as x or the weights."""

@@ -12,6 +12,7 @@ import cases
 import numpy as np
 import pytest
 import torch
+from declined_blocks import OddNorm
 from torch import nn
 
 import mnv2_kernels as mk
@@ -63,7 +64,7 @@ def tensor_names():
     return ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
 
 
-def test_the_function(backend, cases_checked):
+def test_the_function(backend):
     good = {"x": X, "weights": weights(), "backend": backend}
     before = inverted_residual(**good)
     calls = list(bad_calls())
@@ -71,7 +72,6 @@ def test_the_function(backend, cases_checked):
         with pytest.raises(TypeError, match=f"^inverted_residual: {re.escape(sentence)}$"):
             inverted_residual(**(good | changes))
         assert torch.equal(inverted_residual(**good), before), sentence
-    cases_checked(len(calls))
 
 
 def test_integers_of_numpy_are_integers(backend):
@@ -115,11 +115,6 @@ def bad_blocks():
         yield ValueError, sentence, {"backend": value}
 
 
-class OddNorm(nn.BatchNorm2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 BAD_NORMS = [
     (TypeError, "norm_layer must be a constructor, got None", None),
     (TypeError, "norm_layer must be a constructor, got 1", 1),
@@ -151,7 +146,7 @@ BAD_NORMS = [
 ]
 
 
-def test_the_block(cases_checked):
+def test_the_block():
     good = {"in_channels": 8, "out_channels": 8}
     calls = list(bad_blocks())
     for error, sentence, changes in calls:
@@ -165,7 +160,6 @@ def test_the_block(cases_checked):
             sentence = sentence if make is not mk.mobilenet_v2 else sentence.split(" of 48")[0]
             with pytest.raises(error, match=f"^{re.escape(sentence)}"):
                 make(norm_layer=norm_layer)
-    cases_checked(len(calls) + 2 * len(BAD_NORMS))
 
 
 def bad_networks():
@@ -180,12 +174,11 @@ def bad_networks():
         yield ValueError, f"num_classes must be at least 1, got {value}", {"num_classes": value}
 
 
-def test_the_network(cases_checked):
+def test_the_network():
     calls = list(bad_networks())
     for error, sentence, changes in calls:
         with pytest.raises(error, match=f"^mobilenet_v2: {re.escape(sentence)}$"):
             mk.mobilenet_v2(**changes)
-    cases_checked(len(calls))
 
 
 SHAPE = "input_shape must be (C, H, W) or (N, C, H, W), got "
@@ -234,7 +227,7 @@ needs_cpp = pytest.mark.skipif(
 
 @needs_cpp
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_a_plan(cases_checked):
+def test_a_plan():
     model = mk.mobilenet_v2(0.35, 10).eval()
     plan = mk.plan(model, (3, 32, 32))
     before = plan(IMAGE)
@@ -251,7 +244,6 @@ def test_a_plan(cases_checked):
         assert torch.equal(plan(IMAGE), before), sentence
     made = mk.plan(model, [np.int64(3), np.int32(32), 32])
     assert made.input_shape == (3, 32, 32) and torch.equal(made(IMAGE), before)
-    cases_checked(len(BAD_SHAPES) + len(images) + 4)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +252,7 @@ def test_a_plan(cases_checked):
     + [(mk.fold, "block"), (partial(mk.plan, input_shape=(3, 32, 32)), "model")],
     ids=["fuse", "unfuse", "explain", "freeze_bn", "fold", "plan"],
 )
-def test_what_is_no_module(function, argument, request, cases_checked):
+def test_what_is_no_module(function, argument, request):
     name = request.node.callspec.id
     others = (None, 1, "model", nn.Module, {}, [nn.Linear(2, 2)], X, nn.Parameter(X), weights())
     for other in others:
@@ -268,4 +260,3 @@ def test_what_is_no_module(function, argument, request, cases_checked):
         sentence = f"^{name}: {argument} must be a torch.nn.Module, got {kind}$"
         with pytest.raises(TypeError, match=sentence):
             function(other)
-    cases_checked(len(others))

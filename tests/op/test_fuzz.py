@@ -1,7 +1,5 @@
 """Random calls of the op, forward and backward, against the float64 reference."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from math import inf, nan
 
@@ -11,26 +9,17 @@ import torch
 from cases import Case
 from exact_gradients import found_gradients, make_call, true_gradients, wrong
 from fuzzing import at_least, in_parts, search, searched
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
+from random_calls import CHANNELS, SIZES, calls, layouts, on_threads
 from rounding import why_not_rounded_once
-from test_numerics import skipping_reference
+from special_values import skipping_reference
 from torch import Tensor
 
 from mnv2_kernels import FoldedWeights
-from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
+from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6
 from mnv2_kernels.ops import reference
 
-CHANNELS = st.one_of(st.integers(1, 40), st.sampled_from((48, 64, 80, 96, 144, 208)))
-SIZES = st.integers(1, 23)
-CLIPS = st.one_of(
-    st.sampled_from((NO_CLIP, RELU, RELU6)),
-    st.tuples(
-        # Between bounds that are nearly equal, the least error of a sum is as large as a result.
-        st.one_of(st.just(0.0), st.floats(-2, -1 / 64, width=32)),
-        st.one_of(st.just(0.0), st.floats(1 / 64, 3, width=32)),
-    ),
-)
 # (channels, sizes): now and then many channels of small images, or large images of few channels.
 EXTENTS = (
     *[(CHANNELS, SIZES)] * 18,
@@ -39,60 +28,6 @@ EXTENTS = (
 )
 # A sum of integers is exact in any order only while all of them are integers.
 WHOLE_CLIPS = st.sampled_from((NO_CLIP, RELU, RELU6, (-3.0, 4.0), (-1.0, 2.0)))
-
-
-@st.composite
-def calls(
-    draw, channels=CHANNELS, sizes=SIZES, least_batch: int = 0, clips=CLIPS, extents=None
-) -> Case:
-    if extents is not None:
-        channels, sizes = draw(st.sampled_from(extents))
-    kernel, dilation = draw(st.sampled_from((3, 5))), draw(st.sampled_from((1, 2)))
-    expansion = draw(st.booleans())
-    in_channels = draw(channels)
-    extent = dilation * (kernel - 1)
-    config = BlockConfig(
-        in_channels=in_channels,
-        hidden_channels=draw(channels) if expansion else in_channels,
-        out_channels=draw(channels),
-        stride=draw(st.sampled_from((1, 2))),
-        expansion=expansion,
-        kernel_size=kernel,
-        dilation=dilation,
-        padding=draw(st.tuples(*[st.integers(0, extent)] * 4)),
-    )
-    if config.stride == 1 and draw(st.booleans()):
-        before, beside = config.padding[:2]
-        padding = before, beside, extent - before, extent - beside
-        config = replace(config, out_channels=in_channels, padding=padding, residual=True)
-    height, width = draw(sizes), draw(sizes)
-    assume(min(config.output_hw(height, width)) >= 1)
-    return Case(
-        config,
-        height,
-        width,
-        batch=draw(st.integers(least_batch, 3)),
-        clips=draw(st.tuples(clips, clips, clips)),
-        biases=draw(st.tuples(*[st.booleans()] * 3)),
-    )
-
-
-@st.composite
-def layouts(draw):
-    """Puts a tensor into storage of another order, with gaps of NaN and an offset."""
-    orders = {n: draw(st.permutations(range(n))) for n in (1, 2, 3, 4)}
-    all_gaps = draw(st.tuples(*[st.integers(1, 2)] * 4))
-    offset = draw(st.integers(0, 7))
-
-    def place(x: Tensor) -> Tensor:
-        order, gaps = orders[x.dim()], all_gaps[: x.dim()]
-        sizes = [x.shape[i] * gaps[i] for i in order]
-        storage = torch.full([offset + torch.Size(sizes).numel()], torch.nan, dtype=x.dtype)
-        strided = storage[offset:].view(sizes)[tuple(slice(None, None, gaps[i]) for i in order)]
-        placed = strided.permute([order.index(i) for i in range(x.dim())])
-        return placed.copy_(x)
-
-    return place
 
 
 def rearranged(weights: FoldedWeights, place) -> FoldedWeights:
@@ -108,16 +43,6 @@ def require_gradients(x: Tensor, weights: FoldedWeights, which: int) -> int:
     for tensor in asked:
         tensor.requires_grad_()
     return len(asked)
-
-
-@contextmanager
-def on_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def assert_near(y: Tensor, truth: Tensor, case: Case) -> None:
@@ -163,11 +88,10 @@ def check_call(covered, backend, case, layout, of_weights, gradients, threads):
 
 
 @in_parts(20)
-def test_random_calls(kernel_backend, part, cases_checked):
+def test_random_calls(kernel_backend, part):
     covered = search(check_call, part, kernel_backend)
     few = [name for name in covered if covered[name] < at_least(20)]
     assert len(covered) == 7 and not few, covered
-    cases_checked(covered["cases"])
 
 
 @searched(250, 750)
@@ -183,10 +107,9 @@ def check_call_in_16_bits(covered, backend, dtype, case, layout):
 
 @in_parts(2)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_random_calls_in_16_bits(kernel_backend, dtype, part, cases_checked):
+def test_random_calls_in_16_bits(kernel_backend, dtype, part):
     covered = search(check_call_in_16_bits, part, kernel_backend, dtype)
     assert covered["cases"] >= 200, covered
-    cases_checked(covered["cases"])
 
 
 @st.composite
@@ -217,10 +140,9 @@ def check_special_values(covered, backend, case, places):
 
 
 @in_parts(2)
-def test_random_special_values(kernel_backend, part, cases_checked):
+def test_random_special_values(kernel_backend, part):
     covered = search(check_special_values, part, kernel_backend)
     assert min(covered["partly"], covered["nan"]) >= at_least(40), covered
-    cases_checked(covered["cases"])
 
 
 @searched(200, 500)
@@ -246,8 +168,7 @@ def check_gradients(covered, case, layout, of_gradient, needed, threads):
 
 @pytest.mark.skipif("cpu" not in cases.kernel_backends(), reason="needs the compiled extension")
 @in_parts(2)
-def test_random_gradients(part, cases_checked):
+def test_random_gradients(part):
     covered = search(check_gradients, part)
     assert covered["nonzero"] >= at_least(covered["cases"] // 3), covered
     assert covered["cases"] >= 150, covered
-    cases_checked(covered["cases"])

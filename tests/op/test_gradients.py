@@ -121,20 +121,18 @@ def check_finite_differences(case: Case, **options) -> None:
     assert torch.autograd.gradcheck(block, [leaves[i] for i in present], **options), case.id
 
 
-def test_reference_against_finite_differences(cases_checked):
+def test_reference_against_finite_differences():
     members = tiny_cases()
     assert len(members) >= 40
     for case in members:
         check_finite_differences(case)
-    cases_checked(len(members))
 
 
-def test_larger_blocks_against_finite_differences(cases_checked):
+def test_larger_blocks_against_finite_differences():
     """Along random directions: one number for all elements of a Jacobian."""
     members = larger_cases()
     for case in members:
         check_finite_differences(case, fast_mode=True)
-    cases_checked(len(members))
 
 
 def gradients(
@@ -175,7 +173,7 @@ GRAD_LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", GRAD_LAYOUTS)
-def test_any_layout_of_the_incoming_gradient(kernel_backend, layout, cases_checked):
+def test_any_layout_of_the_incoming_gradient(kernel_backend, layout):
     def grad_y(y):
         torch.manual_seed(1)
         return GRAD_LAYOUTS[layout](y)
@@ -183,15 +181,13 @@ def test_any_layout_of_the_incoming_gradient(kernel_backend, layout, cases_check
     members = cases.groups()["S4"] + cases.groups()["S2"][::16]
     for case in members:
         assert_same_gradients(kernel_backend, case, grad_y)
-    cases_checked(len(members))
 
 
-def test_every_subset_of_gradients(kernel_backend, cases_checked):
+def test_every_subset_of_gradients(kernel_backend):
     case = Case(BlockConfig(6, 20, 6, residual=True), 5, 6, batch=2)
     subsets = [needs for needs in product((False, True), repeat=7) if any(needs)]
     for needs_grad in subsets:
         assert_same_gradients(kernel_backend, case, torch.ones_like, needs_grad)
-    cases_checked(len(subsets))
 
 
 def test_gradient_is_zero_at_and_beyond_the_clips(backend):

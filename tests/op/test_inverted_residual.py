@@ -19,9 +19,9 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("group", cases.groups())
-def test_values(backend, tested_dtype, group, cases_checked):
+def test_values(backend, tested_dtype, group):
     failures = []
-    for case in cases.groups()[group]:
+    for case in cases.tested(group):
         x, weights = make_inputs(case, tested_dtype)
         expected = expect(case, x, weights)
         known = None
@@ -35,7 +35,6 @@ def test_values(backend, tested_dtype, group, cases_checked):
             if reason:
                 failures.append(f"{case.id} {layout}: {reason}")
     assert not failures, "\n".join(failures)
-    cases_checked(len(LAYOUTS) * len(cases.groups()[group]))
 
 
 # Mean error over that of PyTorch's layers in the same dtype, of the real blocks: may only fall.
@@ -45,8 +44,8 @@ NEARER = {torch.bfloat16: 0.95, torch.float16: 0.70}
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_nearer_to_the_truth_than_the_layers(dtype):
     ratios = {}
-    for name, group in cases.groups().items():
-        for case in group if name.startswith("S1") else ():
+    for name in cases.groups():
+        for case in cases.tested(name) if name.startswith("S1") else ():
             x, weights = make_inputs(case, dtype)
             expected = expect(case, x, weights)
             y = run("cpu", x, weights, **case.settings)
@@ -55,15 +54,18 @@ def test_nearer_to_the_truth_than_the_layers(dtype):
     assert geometric_mean(ratios.values()) <= NEARER[dtype]
 
 
+@cases.once
 def test_about_half_a_thousand_distinct_shapes():
     assert len({case.id for group in cases.groups().values() for case in group}) >= 500
 
 
+@cases.once
 def test_edges_cover_every_pair_of_sizes():
     sizes = {(case.height, case.width) for case in cases.groups()["S2"]}
     assert len(sizes) >= 12 * 12 - 4, "a pair is only left out where no output row would exist"
 
 
+@cases.once
 def test_both_clips_are_active_in_both_hidden_tensors():
     for case in (case for group in cases.groups().values() for case in group):
         config = case.config
@@ -89,6 +91,7 @@ def _check_clips(case: Case) -> None:
         assert 0.01 <= sixes <= 0.3, f"{case.id}: {sixes:.1%} at the upper clip"
 
 
+@cases.once
 def test_other_dtypes_run_on_the_reference_unasked():
     case = cases.groups()["S4"][-1]
     x, weights = make_inputs(case, torch.float64)
@@ -105,14 +108,13 @@ def test_the_first_kernel_runs_unasked(kernel_backend, tested_dtype):
 
 
 @pytest.mark.parametrize("group", ["S1-width1", "S4"])
-def test_biases_may_have_the_dtype_of_x(kernel_backend, tested_dtype, group, cases_checked):
-    for case in cases.groups()[group]:
+def test_biases_may_have_the_dtype_of_x(kernel_backend, tested_dtype, group):
+    for case in cases.tested(group):
         x, weights = make_inputs(case, tested_dtype)
         y = run(kernel_backend, x, weights, **case.settings)
         assert torch.equal(run(kernel_backend, x, weights.to(tested_dtype), **case.settings), y), (
             case.id
         )
-    cases_checked(len(cases.groups()[group]))
 
 
 def test_padding_left_out_keeps_the_size(backend):

@@ -146,6 +146,7 @@ def test_wheel_without_torch_says_what_is_left_out(source, tmp_path):
     assert "building without the extension: no torch here" in printed
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(os.environ.get("MNV2_KERNELS_SKIP_CPP") == "1", reason="no C++ compiler asked")
 def test_sdist_to_wheel_to_call(source, tmp_path, setup_py):
     sdist, printed = build("sdist", source, tmp_path / "sdist", **SKIP)

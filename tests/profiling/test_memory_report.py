@@ -375,7 +375,6 @@ def test_a_figure_without_matplotlib_ends_in_a_sentence(tmp_path, monkeypatch):
 
 @needs_cpu_kernel
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.timeout(120)
 def test_a_fresh_process_grows_by_what_the_allocator_says(python):
     """By no less than the tensors of the one call, but for pages.
 

@@ -14,7 +14,7 @@ def test_calls_take_turns_within_a_round():
     samples = timing.interleave(calls, rounds=3, warmup=1, repeats=2)
     assert "".join(order) == "AB" + 3 * "AABB"
     assert list(samples) == ["A", "B"]
-    assert all(len(s) == 3 and min(s) > 0 for s in samples.values())
+    assert all(len(s) == 3 for s in samples.values())
 
 
 def test_samples_are_seconds_per_call(monkeypatch):

@@ -18,13 +18,6 @@ BLOCKS = [
 ]
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def prepare(
     backend: str,
     case: Case,

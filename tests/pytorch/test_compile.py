@@ -18,18 +18,12 @@ from mnv2_kernels.block.config import BlockConfig
 from mnv2_kernels.modules import compiled as compiled_blocks
 
 torchvision = pytest.importorskip("torchvision")
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 NETWORKS = {
     "torchvision": lambda: mk.fuse(torchvision.models.mobilenet_v2(width_mult=0.35)),
     "ours": lambda: mk.mobilenet_v2(0.35),
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 OP = torch.ops.mnv2.inverted_residual.default

@@ -184,7 +184,7 @@ def test_a_difference_would_be_seen():
 
 
 @pytest.mark.parametrize("name", CAPABILITIES)
-def test_every_instruction_set(python, name, cases_checked):
+def test_every_instruction_set(python, name):
     from mnv2_kernels import _C
 
     kernels = {kernel["name"]: kernel for kernel in _C.cpu_kernels()}
@@ -195,7 +195,6 @@ def test_every_instruction_set(python, name, cases_checked):
     assert done.returncode == 0, done.stderr
     selected, *wrong, count = done.stdout.splitlines()
     assert selected == name and not wrong and int(count) >= 200
-    cases_checked(int(count))
 
 
 def test_the_best_kernel_is_selected_unasked():
@@ -240,14 +239,13 @@ def test_threads_that_end_leave_none_behind(python):
     assert unequal == 0 and more < 5, done.stderr
 
 
-def test_processes_end(python, cases_checked):
+def test_processes_end(python):
     import cases
 
     count = 50 if cases.LONG else 5
     for number in range(count):
         done = python(__file__, "import_and_call")
         assert done.returncode == 0 and not done.stderr, (number, done.returncode, done.stderr)
-    cases_checked(count)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import close
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "infer_distributed.py"
 PROCESSES = 2
@@ -34,10 +35,6 @@ def networks():
     torch.manual_seed(0)
     plain = randomise(nn.Sequential(InvertedResidual(8, 8, 1, 6), InvertedResidual(8, 16, 2, 6)))
     return plain, mk.fuse(plain)
-
-
-def close(found, expected) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def shards() -> torch.Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision
+from closeness import close
 from foreign_blocks import randomise
 from torch import nn
 
@@ -18,10 +19,6 @@ def network() -> nn.Module:
     """Stem and three blocks: without expansion, with stride 2, with residual."""
     features = torchvision.models.mobilenet_v2(width_mult=0.35).features[:4]
     return randomise(features)
-
-
-def close(found, expected) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def targets(program: torch.export.ExportedProgram) -> list:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from closeness import close
 from foreign_blocks import randomise
 from torch import nn
 from torch.autograd import forward_ad
@@ -27,10 +28,6 @@ def networks():
     """(plain, fused) and images."""
     plain = network()
     return plain, mk.fuse(plain), torch.randn(3, 4, 7, 6)
-
-
-def close(found, expected) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def parameters_of(model) -> dict:

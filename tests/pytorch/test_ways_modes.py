@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from closeness import close
 from foreign_blocks import largest_difference, randomise
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -35,10 +36,6 @@ def networks():
     """(plain, fused) and images."""
     plain = randomise(Network())
     return plain, mk.fuse(plain), torch.randn(2, 3, 18, 20)
-
-
-def close(found, expected) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from closeness import close
 from foreign_blocks import randomise
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -38,10 +39,6 @@ def networks():
     """(plain, fused) and an image."""
     plain = randomise(Network())
     return plain, mk.fuse(plain), torch.randn(2, 3, 18, 20)
-
-
-def close(found, expected) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

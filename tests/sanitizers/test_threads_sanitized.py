@@ -10,7 +10,7 @@ import cpu_driver
 import pytest
 import torch
 from cases import LONG
-from test_seeded_bugs import FAULTS, seeded_texts
+from seeded_faults import FAULTS, seeded_texts
 
 import mnv2_kernels as mk
 
@@ -39,7 +39,7 @@ def intra_op_threads(request):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("kernel_backend")
 @torch.no_grad()
-def test_one_network_in_eight_threads(intra_op_threads, dtype, cases_checked):
+def test_one_network_in_eight_threads(intra_op_threads, dtype):
     """A plan and a fused model, whose weights and packed forms all threads share."""
     calls = 200 if LONG else 20
     model = mk.mobilenet_v2(0.35).eval().to(dtype)
@@ -62,16 +62,14 @@ def test_one_network_in_eight_threads(intra_op_threads, dtype, cases_checked):
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(unequal, range(8))) == 0
-    cases_checked(2 * 8 * calls)
 
 
 @marked
-def test_no_thread_reads_what_another_writes(cases_checked):
+def test_no_thread_reads_what_another_writes():
     driver = cpu_driver.build(["default"], cpu_driver.THREADS)
     outcome = cpu_driver.run(driver, "default", "threads")
     assert not outcome.found, (outcome.printed[-500:], outcome.errors[:3000])
     assert outcome.counts["calls"] >= 190
-    cases_checked(outcome.counts["calls"])
 
 
 @marked

@@ -1,6 +1,5 @@
 """What only a GPU can show: every shape, sizes beyond 2**31, streams, graphs and memory."""
 
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -9,6 +8,7 @@ import cases
 import pytest
 import torch
 from cases import LAYOUTS, Case, expect, why_wrong
+from on_gpu import check_allocations, check_repeated, needs_memory, unasked
 from triton_cases import DEVICE, DTYPES, dtype_name, each_dtype, make_inputs, needs_gpu, run
 
 from mnv2_kernels import FoldedWeights, inverted_residual
@@ -17,7 +17,6 @@ from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
 pytestmark = needs_gpu
 
 REPEATS = 100
-GIB = 2**30
 BLOCKS = [
     *cases.real_blocks(1.0, 56)[::3],
     *cases.efficientnet_lite0_blocks(56)[3::5],
@@ -27,16 +26,9 @@ BLOCKS = [
 each_case = pytest.mark.parametrize("case", BLOCKS, ids=lambda case: case.id)
 
 
-def needs_memory(gib: int) -> None:
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    if free < gib * GIB:
-        pytest.skip(f"needs {gib} GiB of GPU memory, {free / GIB:.0f} are free")
-
-
 @each_dtype
 @pytest.mark.parametrize("group", cases.groups())
-def test_values(group, dtype, cases_checked):
+def test_values(group, dtype):
     failures = []
     for case in cases.groups()[group]:
         x, weights = make_inputs(case, dtype)
@@ -46,14 +38,6 @@ def test_values(group, dtype, cases_checked):
             if reason := why_wrong(y, expected):
                 failures.append(f"{case.id} {layout}: {reason}")
     assert not failures, "\n".join(failures)
-    cases_checked(len(LAYOUTS) * len(cases.groups()[group]))
-
-
-def unasked(case: Case, dtype: torch.dtype) -> str | None:
-    """The backend that a call chooses by itself."""
-    x, weights = make_inputs(case, dtype)
-    inverted_residual(x, weights, **case.settings)
-    return cases.last_backend()
 
 
 @contextmanager
@@ -107,24 +91,6 @@ def test_places_in_a_batch(case, dtype):
         x[places] = image
         together = run(x, weights, **case.settings)
         assert all(torch.equal(together[i], alone[0]) for i in places), batch
-
-
-def repeated(case: Case, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, FoldedWeights]:
-    """One image many times, and another one behind them."""
-    x, weights = make_inputs(replace(case, batch=2), dtype)
-    x = x.permute(0, 2, 3, 1).contiguous()
-    many = x[:1].expand(count, -1, -1, -1).contiguous()
-    many[-1] = x[1]
-    return many.permute(0, 3, 1, 2), weights
-
-
-def check_repeated(case: Case, count: int, dtype: torch.dtype, run: Callable = run) -> None:
-    x, weights = repeated(case, count, dtype)
-    y = run(x, weights, **case.settings)
-    ends = torch.stack([x[0], x[-1]])
-    assert why_wrong(y[[0, -1]], expect(case, ends, weights)) is None
-    # In pieces: a comparison of the whole would need its size in memory again.
-    assert all(bool((piece == y[0]).all()) for piece in y[:-1].split(max(1, count // 64)))
 
 
 def test_seventy_thousand_images():
@@ -223,19 +189,6 @@ def test_a_call_never_waits_for_the_gpu(case, no_synchronisation):
 @each_case
 def test_only_the_result_is_allocated(case, dtype):
     check_allocations(run, replace(case, batch=8), dtype)
-
-
-def check_allocations(run, case: Case, dtype: torch.dtype) -> None:
-    """A call of `run` takes memory for its result and for nothing else."""
-    x, weights = make_inputs(case, dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
-    run(x, weights, **case.settings)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-    torch.cuda.reset_peak_memory_stats()
-    y = run(x, weights, **case.settings)
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_stats()["requested_bytes.all.peak"] - before == y.nbytes
 
 
 class Block(torch.nn.Module):

@@ -16,7 +16,7 @@ import pytest
 import torch
 import triton
 from cases import Case, expect, make_inputs, why_wrong
-from test_numerics import skipping_reference, why_unlike
+from special_values import skipping_reference, why_unlike
 from torch import Tensor
 from triton_cases import QUICK, launch_into, plan, with_biases_in_float
 

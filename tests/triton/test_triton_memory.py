@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import LAYOUTS, Case, expect, why_wrong
-from test_layouts import at_offset, in_memory_order, inside_nan
+from memory_layouts import at_offset, in_memory_order, inside_nan
 from torch import Tensor
 from triton_cases import (
     CONFIGS,

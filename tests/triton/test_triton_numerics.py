@@ -9,7 +9,7 @@ import cases
 import pytest
 import torch
 from cases import Case, expect
-from test_numerics import skipping_reference, why_unlike
+from special_values import skipping_reference, why_unlike
 from triton_cases import DEVICE, HAS_GPU, QUICK, make_inputs, run_config
 
 from mnv2_kernels import FoldedWeights, inverted_residual

@@ -1,0 +1,151 @@
+"""Faults for the C++ kernels, compiled in and switched on by a variable."""
+
+from dataclasses import dataclass
+
+from cpu_driver import ROOT
+
+
+@dataclass(frozen=True)
+class Fault:
+    """file: in csrc/cpu; old becomes new, in which ON is whether the fault is on."""
+
+    file: str
+    old: str
+    new: str
+    kernel: str = "default"
+
+
+WHICH_FAULT = """#include <cstdlib>
+inline const int seeded_fault = std::atoi(std::getenv("MNV2_SEEDED_FAULT"));
+"""
+FAULTS = {
+    "rows of the ring collide": Fault(
+        "inverted_residual.inc",
+        "(r - first + c.ring.slots) % c.ring.slots",
+        "(r - first + c.ring.slots) % (c.ring.slots - ON)",
+    ),
+    "last input row not expanded": Fault(
+        "inverted_residual.inc",
+        "std::min(window_end, c.args.H);",
+        "std::min(window_end, c.args.H - ON);",
+    ),
+    "a row below the image": Fault(
+        "inverted_residual.inc", "r >= args.H) continue;", "r >= args.H + ON) continue;"
+    ),
+    "a column right of the image": Fault(
+        "depthwise.inc", "first + q >= d.W)", "first + q >= d.W + ON)"
+    ),
+    "tail lanes read whole": Fault(
+        "product.inc",
+        "return kEnd == End::kTail && j == kVectors - 1 ?",
+        "return kEnd == End::kTail && j == kVectors - 1 && !ON ?",
+    ),
+    "tail lanes written whole": Fault(
+        "product.inc",
+        "if (kEnd == End::kTail && j == kVectors - 1)",
+        "if (kEnd == End::kTail && j == kVectors - 1 && !ON)",
+    ),
+    "tail of the taps read whole": Fault("elements.h", ": n == kLanes ", ": n == kLanes || ON "),
+    "NaN clipped": Fault(
+        "vec.h",
+        "x.v < lower.v ? lower.v : x.v;",
+        "(ON ? !(x.v > lower.v) : x.v < lower.v) ? lower.v : x.v;",
+    ),
+    "bias of the projection in every chunk": Fault(
+        "inverted_residual.inc",
+        "p.bias = first_chunk && c.tile",
+        "p.bias = (first_chunk || ON) && c.tile",
+    ),
+    "residual of the row before": Fault(
+        "inverted_residual.inc",
+        "x_pixel<float>(c, row, c.tile.col_begin) : nullptr",
+        "x_pixel<float>(c, row - (ON && row > 0), c.tile.col_begin) : nullptr",
+    ),
+    "last column of a strip left out": Fault(
+        "inverted_residual.inc", "args.pad_left + reach + 1;", "args.pad_left + reach + 1 - ON;"
+    ),
+    "16-bit rows finished in whole vectors": Fault(
+        "inverted_residual.inc",
+        "const int64_t n = std::min(size - i, kLanes);\n            Vec v",
+        "const int64_t n = ON ? kLanes : std::min(size - i, kLanes);\n            Vec v",
+    ),
+    "16-bit rows of the first sums": Fault(
+        "inverted_residual.inc", "row++, sums += size)", "row++, sums += ON ? 0 : size)"
+    ),
+    "16-bit NaN rounded": Fault(
+        "elements.h",
+        "a != a ? bits | 0x400000 : bits + 0x7fff",
+        "a != a && !ON ? bits | 0x400000 : bits + 0x7fff",
+    ),
+    "scratch of the depthwise a column short": Fault(
+        "schedule.cpp",
+        "piece(schedule.rows_per_step * schedule.strip_cols * chunk)",
+        "piece(schedule.rows_per_step * (schedule.strip_cols - ON) * chunk)",
+    ),
+    "every second result of a network further on": Fault(
+        "network.cpp", "* steps[last].output;", "* (steps[last].output + 16 * ON * (last % 2));"
+    ),
+    "a row of a stream too few": Fault(
+        "network.cpp",
+        "rows_per_step(step) - 1;\n    return std::min(most",
+        "rows_per_step(step) - 1 - ON;\n    return std::min(most",
+    ),
+    "rows beside a band not copied": Fault(
+        "network.cpp", "if (from < to)", "if (from < to && !ON)"
+    ),
+    "rows of the band behind read late": Fault(
+        "network.cpp",
+        "if (band + 1 < bands) own.own_end",
+        "if (band + 1 < bands && !ON) own.own_end",
+    ),
+    "last feature of a part left out": Fault(
+        "network.cpp",
+        "(part + 1) * args.out_features / parts);",
+        "(part + 1) * args.out_features / parts - ON);",
+    ),
+    "a column right of the stem's image": Fault(
+        "ends.inc",
+        "(stem.W - 3 + stem.pad_left) / 2;",
+        "(stem.W - 3 + 2 * ON + stem.pad_left) / 2;",
+    ),
+    "gradient through the clip's bounds": Fault(
+        "backward_math.inc",
+        "(x.v > lower.v) & (x.v < upper.v);",
+        "ON ? (x.v >= lower.v) & (x.v <= upper.v) : (x.v > lower.v) & (x.v < upper.v);",
+    ),
+    "a row kept that is not there": Fault(
+        "backward.inc", "(expanded - b.in_begin, 0);", "(expanded - b.in_begin + ON, 0);"
+    ),
+    "scratch of gradients a row short": Fault(
+        "backward.cpp",
+        "(schedule.rows + schedule.grad_rows) * sizes.W_out + taps)",
+        "(schedule.rows + schedule.grad_rows - ON) * sizes.W_out + taps)",
+    ),
+    "pairs exchanged": Fault(
+        "inverted_residual.inc",
+        "load_pairs(weight + n, weight + ld + n, lanes)",
+        "load_pairs(weight + n + ON * ld, weight + n + !ON * ld, lanes)",
+        "avx512",
+    ),
+    "half a vector in another row": Fault(
+        "product.inc",
+        "store_halves(low, low + ld, shared[i]);",
+        "store_halves(ON ? low + ld : low, ON ? low : low + ld, shared[i]);",
+        "avx512",
+    ),
+}
+
+
+def seeded_texts() -> dict[str, str]:
+    """The sources with all faults, each on where the process is told its number."""
+    texts = {}
+    for number, fault in enumerate(FAULTS.values(), 1):
+        name = f"csrc/cpu/{fault.file}"
+        text = texts.get(name) or (ROOT / name).read_text()
+        assert text.count(fault.old) == 1, f"{text.count(fault.old)} times in {name}: {fault.old}"
+        texts[name] = text.replace(
+            fault.old, fault.new.replace("ON", f"(seeded_fault == {number})")
+        )
+    header = "csrc/block.h"
+    first, rest = (ROOT / header).read_text().split("#pragma once\n")
+    return texts | {header: f"{first}#pragma once\n{WHICH_FAULT}{rest}"}
