@@ -150,7 +150,9 @@ def test_a_change_is_seen_where_gradients_are_recorded(pair, name):
 def test_a_flat_vector_that_is_refilled(pair):
     """After `vector_to_parameters` all parameters are views of one tensor, which is written."""
     plain, fused, x = pair
-    vectors = [parameters_to_vector(model.parameters()).detach().clone() for model in (plain, fused)]
+    vectors = [
+        parameters_to_vector(model.parameters()).detach().clone() for model in (plain, fused)
+    ]
     for model, vector in zip((plain, fused), vectors, strict=True):
         vector_to_parameters(vector, model.parameters())
     check(*pair)

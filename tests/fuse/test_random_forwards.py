@@ -94,6 +94,15 @@ def test_those_without_edits_run_fused():
 def test_the_edits_are_of_every_kind():
     """The seeds reach blocks with and without edits, second inputs, both ways of writing."""
     sources = [write(seed).source for seed in SEEDS]
-    for part in ("F.pad", "* 0.5", "clamp", "torch.cat", "other", "self.same", "dropout", "self.drop"):
+    for part in (
+        "F.pad",
+        "* 0.5",
+        "clamp",
+        "torch.cat",
+        "other",
+        "self.same",
+        "dropout",
+        "self.drop",
+    ):
         assert sum(part in source for source in sources) >= 5, part
     assert len(set(sources)) > 150
