@@ -18,7 +18,7 @@ class Forward:
     """How to build a module and call it.
 
     arguments: x -> (args, kwargs). is_block: it is an inverted residual for x, exactly.
-    in_float64: it can be run in float64, for the truth.
+    in_float64: it can be run in float64, for the truth. has_gradients: PyTorch gives some.
     """
 
     build: Callable[[], nn.Module]
@@ -26,19 +26,26 @@ class Forward:
     shape: tuple[int, ...]
     is_block: bool
     in_float64: bool
+    has_gradients: bool
 
 
 FORWARDS: dict[str, Forward] = {}
 
 
 def forward(
-    name=None, arguments=lambda x: ((x,), {}), shape=(2, 8, 9, 7), is_block=False, in_float64=True
+    name=None,
+    arguments=lambda x: ((x,), {}),
+    shape=(2, 8, 9, 7),
+    is_block=False,
+    in_float64=True,
+    has_gradients=True,
 ):
     """Enter a class, or a function that makes a module, into FORWARDS under its name in words."""
 
     def enter(build):
         words = re.sub(r"(?<=.)(?=[A-Z])", " ", build.__name__).lower()
-        FORWARDS[name or words] = Forward(build, arguments, shape, is_block, in_float64)
+        case = Forward(build, arguments, shape, is_block, in_float64, has_gradients)
+        FORWARDS[name or words] = case
         return build
 
     return enter
@@ -135,7 +142,7 @@ of_result("by gradient", lambda m, x, y: x + y if x.requires_grad else x - y)
 of_result("by grad mode", lambda m, x, y: x + y if torch.is_grad_enabled() else x - y)
 of_result("by mode", lambda m, x, y: x + y if m.training else y)
 of_result("by values", lambda m, x, y: x + y if x.mean() > 9 else y)
-of_result("in place on x", lambda m, x, y: x.add_(y))
+of_result("in place on x", lambda m, x, y: x.add_(y), has_gradients=False)
 of_result("twice the same block", lambda m, x, y: x + m.conv(y))
 of_result("view of the result", lambda m, x, y: (x + y).flatten(2))
 of_result("part of the batch", lambda m, x, y: (x + y)[:1])
