@@ -75,8 +75,9 @@ def guarded_heap(tmp_path_factory):
 def settled(monkeypatch):
     """Blocks and chains that ran stand as after many calls: a snapshot says what has changed."""
     from mnv2_kernels.fuse.live_network import Joined
-    from mnv2_kernels.modules.fused_module import FusedModule
     from mnv2_kernels.modules.snapshot import Remembered
+
+    from mnv2_kernels.modules.fused_module import FusedModule
 
     run, look = Joined.run, FusedModule._look
 

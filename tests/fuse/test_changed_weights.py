@@ -8,14 +8,14 @@ import gc
 
 import pytest
 import torch
-from helpers.forwards import layers
-from helpers.other_process import scale_what_arrives
-from helpers.same_answers import enliven, image
-from helpers.weight_changes import CHANGES
+from forwards import layers
+from other_process import scale_what_arrives
+from same_answers import enliven, image
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torchvision.models import mobilenet_v2
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
+from weight_changes import CHANGES
 
 import mnv2_kernels as mk
 

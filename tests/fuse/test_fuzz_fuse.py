@@ -15,6 +15,7 @@ from cases import FLOOR, Expected, why_wrong
 from fuzzing import at_least, in_parts, of_few, search, searched
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from mnv2_kernels.fuse.links import BlockLink
 from model_edits import EDITS
 from random_blocks import BESIDE, BLOCKS, CHAINS, RELATIVES, Piece
 from random_calls import as_it_is, layouts, on_threads
@@ -33,7 +34,6 @@ from torch import Tensor, nn
 import mnv2_kernels as mk
 from mnv2_kernels.fuse import live_network as joined
 from mnv2_kernels.fuse import model as whole
-from mnv2_kernels.fuse.links import BlockLink
 from mnv2_kernels.modules import fused_module as fused
 from mnv2_kernels.profiling.variants import plain
 

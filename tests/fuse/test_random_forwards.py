@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.same_answers import (
+from same_answers import (
     gradients,
     image,
     in_double,
@@ -11,9 +11,9 @@ from helpers.same_answers import (
     why_other,
     why_other_gradient,
 )
-from helpers.written_forwards import write
 from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
+from written_forwards import write
 
 import mnv2_kernels as mk
 

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from mnv2_kernels.modules.snapshot import Snapshot
 from random_networks import BLOCKS, CHAINS, Network, Piece, build, settle
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
@@ -21,7 +22,6 @@ from mnv2_kernels.fuse import live_network as joined
 from mnv2_kernels.fuse.sequential import FusedChain
 from mnv2_kernels.modules import snapshot
 from mnv2_kernels.modules.fused_module import FusedModule
-from mnv2_kernels.modules.snapshot import Snapshot
 from mnv2_kernels.ops.extension import missing
 from mnv2_kernels.profiling.variants import plain
 

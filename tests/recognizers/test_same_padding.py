@@ -13,12 +13,12 @@ from foreign_blocks import (
     smp_block,
     transformers_block,
 )
+from mnv2_kernels.fuse.same_padding import FusedSamePadding
 from timm.layers import Conv2dSame
 from torch import nn
 
 import mnv2_kernels as mk
 from mnv2_kernels.block.fold import same_padding_by_two
-from mnv2_kernels.fuse.same_padding import FusedSamePadding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
