@@ -278,7 +278,10 @@ class _Seen:
         kind, keys = type(tensor).__name__, torch._C._dispatch_keys(tensor)
         if tensor.layout is not torch.strided or any(map(keys.has, _FOREIGN)):
             raise _Blind(f"the values of a {kind} do not follow from its memory alone")
-        storage, size = tensor.untyped_storage(), tensor.element_size()
+        try:
+            storage, size = tensor.untyped_storage(), tensor.element_size()
+        except NotImplementedError as error:
+            raise _Blind(f"a {kind} has no memory of its own") from error
         memory, first = torch._C._data_address(tensor), tensor.storage_offset() * size
         shape, stride = tensor.shape, tensor.stride()
         samples = _samples(shape, stride, size) if tensor.is_cpu else []
