@@ -1,10 +1,12 @@
 """What has to hold of modules for their forward to be read, and for a call of it to be left out."""
 
+import sys
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import chain
-from types import CodeType, FunctionType
+from types import FrameType
 
 import torch
 from torch import nn
@@ -14,9 +16,15 @@ from torch.nn.utils import parametrize
 from .declined import Declined, describe
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Functions that do something besides computing a result, or whose answer a trace cannot know.
-_EFFECTS = {"print", "open", "input", "exec", "eval", "setattr", "delattr", "breakpoint"}
-_QUESTIONS = {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"}
+# Functions that do something besides computing a result, or whose answer is another one later.
+_EFFECTS = {
+    *(print, open, input, exec, breakpoint, warnings.warn, torch.manual_seed),
+    *(torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.is_autocast_enabled),
+    *(time.time, time.perf_counter, time.monotonic),
+}
+# Who may ask: PyTorch, and what records here.
+_KNOWN = ("torch.", __package__)
+_MODULES_WITH_EFFECTS = ("logging", "random", "subprocess")
 
 
 def check_module(function: str, module: object, argument: str = "model") -> None:
@@ -57,9 +65,6 @@ def check_untouched(module: nn.Module) -> None:
             raise Declined(f"{where} overrides __call__")
         if inner is not module and has_hooks(inner):
             raise Declined(f"{where} has hooks, which would not be called")
-        effect = _effect_of(type(inner))
-        if effect is not None:
-            raise Declined(f"the forward of {where} {effect}")
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         if is_lazy(tensor):
             raise Declined(f"{name} is not initialised yet")
@@ -69,21 +74,31 @@ def check_untouched(module: nn.Module) -> None:
             raise Declined(f"{name} is not dense: {tensor.layout}")
 
 
-@lru_cache(4096)
-def _effect_of(kind: type[nn.Module]) -> str | None:
-    if kind.__module__.partition(".")[0] == "torch":
-        return None
-    forward = kind.forward
-    return _effect_in(forward.__code__) if isinstance(forward, FunctionType) else None
+@contextmanager
+def only_computing() -> Iterator[None]:
+    """Declines if functions are called from outside of PyTorch that do more than compute.
 
+    Nothing is seen while another profiler of Python runs.
+    """
+    called: list[str] = []
 
-def _effect_in(code: CodeType) -> str | None:
-    for names, what in ((_EFFECTS, "does more than compute: it calls"), (_QUESTIONS, "asks for")):
-        called = names.intersection(code.co_names)
-        if called:
-            return f"{what} {sorted(called)[0]}"
-    inner = (_effect_in(c) for c in code.co_consts if isinstance(c, CodeType))
-    return next(filter(None, inner), None)
+    def see(frame: FrameType, event: str, function: object) -> None:
+        name = frame.f_globals.get("__name__", "")
+        if event == "call" and name.partition(".")[0] in _MODULES_WITH_EFFECTS:
+            called.append(f"{name}.{frame.f_code.co_name}")
+        elif event == "c_call" and function in _EFFECTS and not name.startswith(_KNOWN):
+            called.append(function.__name__)
+
+    watches = sys.getprofile() is None
+    if watches:
+        sys.setprofile(see)
+    try:
+        yield
+    finally:
+        if watches:
+            sys.setprofile(None)
+    if called:
+        raise Declined(f"its forward does more than compute: it calls {called[0]}")
 
 
 @contextmanager
@@ -92,6 +107,8 @@ def left_as_it_was(module: nn.Module) -> Iterator[None]:
     attributes back and declines.
     """
     modules = list(module.modules())
+    # What stands in for another module runs the forward of that one.
+    modules += [m for inner in modules if isinstance(m := vars(inner).get("original"), nn.Module)]
     before = [_state_of(m) for m in modules]
     tensors = [*module.parameters(), *module.buffers()]
     versions = [_version_of(t) for t in tensors]

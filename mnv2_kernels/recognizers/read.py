@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .assemble import layers_of
-from .checks import check_untouched, has_hooks, left_as_it_was
+from .checks import check_untouched, has_hooks, left_as_it_was, only_computing
 from .declined import Declined, describe
 from .layers import Reading
 from .operations import ChannelsDiffer
@@ -44,13 +44,15 @@ def follow(
     trace = Trace(module)
     error = None
     try:
-        with torch.inference_mode(False), torch.enable_grad(), left_as_it_was(module):
+        with torch.inference_mode(False), torch.enable_grad():
             x = first = trace.begin(shape, like)
             for trace.call, call in enumerate(calls):
+                called = call if isinstance(call, nn.Module) else module
                 before = len(trace.made)
                 try:
-                    _check_call(module, call)
-                    x = call(x)
+                    _check_call(called, is_forward=called is not call)
+                    with left_as_it_was(called), only_computing():
+                        x = call(x)
                     _check_result(trace, x, first)
                 except Exception:
                     del trace.made[before:]
@@ -63,12 +65,13 @@ def follow(
     return trace, error
 
 
-def _check_call(module: nn.Module, call: Callable[[Tensor], Tensor]) -> None:
-    """Decline what may not be called, or would be missed if it was not."""
-    is_module = isinstance(call, nn.Module)
-    called = call if is_module else module
-    if is_module and has_hooks(call):
-        raise Declined(f"{describe(call)} has hooks, which would not be called")
+def _check_call(called: nn.Module, is_forward: bool) -> None:
+    """Decline what may not be called, or would be missed if it was not.
+
+    Where the forward alone is read, the hooks of the module itself are called all the same.
+    """
+    if not is_forward and has_hooks(called):
+        raise Declined(f"{describe(called)} has hooks, which would not be called")
     check_untouched(called)
     for inner in called.modules():
         # Before it counts its batches.

@@ -115,7 +115,7 @@ def other_depthwise(model: nn.Module) -> list[str]:
 def _modules_of(found: Found) -> list[nn.Module]:
     if found.span is None:
         return [found.module]
-    return list(chain(found.module).values())[slice(*found.span)]
+    return list(found.module.children())[slice(*found.span)]
 
 
 def error(found: nn.Module, expected: nn.Module, x: Tensor) -> float:
