@@ -53,8 +53,8 @@ class Row:
 class Report(tuple[Row, ...]):
     """The rows in the order of the model; prints as a table and a summary.
 
-    outside: names of the depthwise convolutions that are in none of the blocks. runs_as_one:
-    whether calls for inference on a CPU run as one. why_no_plan: why `plan` would refuse the model,
+    outside: names of the depthwise convolutions that are in no block which runs fused or could.
+    runs_as_one: whether calls for inference on a CPU run as one. why_no_plan: why `plan` would refuse the model,
     None where it would not.
     """
 
@@ -140,9 +140,11 @@ def _why_no_plan(model: nn.Module) -> str | None:
 
 
 def _outside(model: nn.Module, blocks: list[Found]) -> Iterator[str]:
-    """The depthwise convolutions that are in none of the blocks."""
+    """The depthwise convolutions that are in no block that runs fused, or could."""
     inside: set[nn.Module] = set()
     for found in blocks:
+        if found.reason is not None:
+            continue
         parts = [found.module]
         if found.span is not None:
             parts = list(found.module.children())[slice(*found.span)]

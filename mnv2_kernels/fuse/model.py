@@ -47,6 +47,12 @@ class WholeNetwork(nn.Module):
         done = None if state is None else whole.run(state, x)
         return None if done is None else done[0]
 
+    def train(self, mode: bool = True) -> nn.Module:
+        whole = self._whole
+        if whole is not None and whole.module is self and whole.is_in_mode(mode):
+            return self
+        return super().train(mode)
+
     def _replicate_for_data_parallel(self) -> nn.Module:
         """A replica that runs the layers: the weights are those of the first device."""
         replica = super()._replicate_for_data_parallel()

@@ -141,6 +141,9 @@ class FusedSequential(_Sliced, FusedChain, nn.Sequential):
             x, at = self._run_one(x, at) if done is None else done
         return x
 
+    def train(self, mode: bool = True) -> "FusedSequential":
+        return self if self._live.is_in_mode(mode) else super().train(mode)
+
     def _slice(self, index: slice) -> nn.Sequential:
         part = super()._slice(index)
         start, stop, step = index.indices(len(self))

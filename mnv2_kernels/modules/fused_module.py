@@ -218,6 +218,9 @@ class FusedModule(nn.Module):
         state.readings.keep((key, shape) if is_sized else key, call)
         return call
 
+    def train(self, mode: bool = True) -> "FusedModule":
+        return self if self._kept.is_in_mode(mode) else super().train(mode)
+
     def _replicate_for_data_parallel(self) -> "FusedModule":
         """A replica that runs the layers: what is folded are the weights of the first device."""
         replica = super()._replicate_for_data_parallel()

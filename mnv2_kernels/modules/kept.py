@@ -1,7 +1,7 @@
 """What was found out about modules, for as long as they are what they were."""
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -47,8 +47,15 @@ class State:
     cannot be seen; nothing may then be kept.
     """
 
-    def __init__(self, guard: Guard | None, why_blind: str | None):
+    def __init__(
+        self,
+        guard: Guard | None,
+        why_blind: str | None = None,
+        modules: Sequence[nn.Module] = (),
+    ):
         self.guard = guard
+        self._modules = modules
+        self._modes: set[bool] | None = None
         self.why_blind = why_blind
         self.readings = Entries()
         self._of_weights = (guard and guard.version, Entries())
@@ -62,6 +69,14 @@ class State:
             entries = Entries()
             self._of_weights = self.guard.version, entries
         return entries
+
+    def is_in_mode(self, training: bool) -> bool:
+        """Whether `train(training)` would do nothing, as far as the structure says it."""
+        if self._modes is None:
+            modes = {module.training for module in self._modules}
+            own = not all(_is_usual(type(module).train) for module in self._modules)
+            self._modes = {True, False} if own else modes
+        return self._modes == {training}
 
     @property
     def requires_grad(self) -> bool:
@@ -102,12 +117,27 @@ class Kept:
         elif state is not None and self._rest > 0:
             self._rest -= 1
             return state
-        guard = Guard(everything_in(self._roots))
-        self._state = state = State(guard if guard.watches else None, guard.why_blind)
+        modules = everything_in(self._roots)
+        guard = Guard(modules)
+        self._state = state = State(guard if guard.watches else None, guard.why_blind, modules)
         if guard.watches:
             return state
         self._rest = _LONGEST_REST
         return state
+
+    def is_in_mode(self, training: bool) -> bool:
+        """Whether all the modules are known to be in a mode, so that `train` has nothing to do.
+
+        Servers call `eval()` before every request: for a network that takes longer than this look.
+        """
+        state = self._state
+        if state is None or state.guard is None or not state.is_in_mode(training):
+            return False
+        return state.guard.check() is not Change.STRUCTURE
+
+
+def _is_usual(train: Callable) -> bool:
+    return train is nn.Module.train or train.__module__.partition(".")[0] == "mnv2_kernels"
 
 
 def everything_in(modules: Iterable[nn.Module]) -> list[nn.Module]:

@@ -51,6 +51,10 @@ class LiveNetwork:
         """What runs now: modules inside of `module`, or functions that use its parameters."""
         raise NotImplementedError
 
+    def is_in_mode(self, training: bool) -> bool:
+        """Whether `train(training)` of the module would change nothing."""
+        return self._kept.is_in_mode(training)
+
     def look(self) -> State | None:
         """The state of the modules as it is now; None where every call has to be made itself."""
         state = self._kept.look()

@@ -223,7 +223,9 @@ def _owners(module: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return found
 
 
-def _autocast_state(device: str) -> tuple:
+def _autocast_state(device: str) -> tuple | None:
+    if not torch.amp.is_autocast_available(device):
+        return None
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
