@@ -6,8 +6,8 @@ from types import MethodType
 import numpy as np
 import pytest
 import torch
-from helpers.forwards import Copied
-from helpers.fused_states import (
+from forwards import Copied
+from fused_states import (
     FEATURES,
     IMAGE,
     STATES,
@@ -16,7 +16,7 @@ from helpers.fused_states import (
     small_network,
     states,
 )
-from helpers.same_answers import enliven, image
+from same_answers import enliven, image
 from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 

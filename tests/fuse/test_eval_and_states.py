@@ -10,8 +10,8 @@ import time
 
 import pytest
 import torch
-from helpers.forwards_of_libraries import with_leftovers
-from helpers.fused_states import (
+from forwards_of_libraries import with_leftovers
+from fused_states import (
     IMAGE,
     STATES,
     answer,
@@ -20,7 +20,7 @@ from helpers.fused_states import (
     small_network,
     states,
 )
-from helpers.same_answers import enliven, image, ran_fused
+from same_answers import enliven, image, ran_fused
 from torch import nn
 from torchvision.models import mobilenet_v2
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock

@@ -9,8 +9,8 @@ import re
 
 import pytest
 import torch
-from helpers.forwards_of_libraries import FORWARDS
-from helpers.same_answers import (
+from forwards_of_libraries import FORWARDS
+from same_answers import (
     call,
     doubled,
     gradients,

@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers.forwards import Copied, conv_norm_act, layers
-from helpers.forwards_of_libraries import FORWARDS, WrittenOut
-from helpers.same_answers import image, randomise, why_other
+from forwards import Copied, conv_norm_act, layers
+from forwards_of_libraries import FORWARDS, WrittenOut
+from same_answers import image, randomise, why_other
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import mobilenet_v2

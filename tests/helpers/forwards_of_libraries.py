@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from helpers.forwards import FORWARDS, Copied, conv_norm_act, forward, layers
+from forwards import FORWARDS, Copied, conv_norm_act, forward, layers
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock

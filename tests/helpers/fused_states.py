@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
-from helpers.forwards import Copied
-from helpers.forwards_of_libraries import with_leftovers
-from helpers.same_answers import enliven, image
+from forwards import Copied
+from forwards_of_libraries import with_leftovers
+from same_answers import enliven, image
 from torch import nn
 from torchvision.models import mobilenet_v2
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock

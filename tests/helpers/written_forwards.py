@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 
 import torch
-from helpers.forwards import conv_norm_act
+from forwards import conv_norm_act
 from torch import nn
 from torch.nn import functional as F
 
