@@ -18,9 +18,7 @@ import mnv2_kernels as mk
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Names of what `fuse` makes of a block; no user has given such a tensor.
-INTERNAL = re.compile(
-    r"w_expand|w_dw|w_project|b_expand|b_dw|b_project|C_in|C_hidden|FoldedWeights"
-)
+INTERNAL = re.compile(r"[wb]_(expand|dw|project)|C_hidden|FoldedWeights")
 
 
 class NoNorms(Copied):
