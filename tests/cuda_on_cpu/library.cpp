@@ -1,4 +1,4 @@
-// One kernel for Python (tests/helpers/emulated_cuda.py), which gives the name of its launcher as MNV2_RUN,
+// One kernel for Python (helpers/emulated_cuda.py), which gives the name of its launcher as MNV2_RUN,
 // and what is asked about all of them.
 #include "../../csrc/cuda/kernels.h"
 #include "../../csrc/cuda/patch_plan.h"
