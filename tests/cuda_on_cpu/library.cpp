@@ -1,5 +1,5 @@
-// One kernel for Python (tests/helpers/emulated_cuda.py), which gives the name of its launcher as MNV2_RUN,
-// and what is asked about all of them.
+// One kernel for Python (helpers/emulated_cuda.py), which gives the name of its launcher as
+// MNV2_RUN, and what is asked about all of them.
 #include "../../csrc/cuda/kernels.h"
 #include "../../csrc/cuda/patch_plan.h"
 #include "../../csrc/cuda/tile_plan.h"

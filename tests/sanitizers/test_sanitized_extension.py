@@ -86,7 +86,7 @@ def run(package: Path, *command: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("part", PARTS)
 def test_nothing_is_reported(package, part):
     file, *chosen = PARTS[part]
-    arguments = [f"tests/{file}", *chosen, "-p", "no:cacheprovider"]
+    arguments = [f"tests/{file}", *chosen, "-p", "no:cacheprovider", "--import-mode=importlib"]
     done = run(package, "-m", "pytest", "-q", "-x", "--rootdir", str(package), *arguments)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 1
