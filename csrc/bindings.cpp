@@ -145,8 +145,8 @@ pybind11::object take_snapshot(const pybind11::list& objects, const pybind11::li
     return pybind11::make_tuple(std::move(taken->snapshot), taken->dicts, taken->alive);
 }
 
-// Of the inputs of the node that the autograd engine runs now, in this thread: which need a gradient
-// in this backward pass.
+// Of the inputs of the node that the autograd engine runs now, in this thread: which need a
+// gradient in this backward pass.
 std::vector<bool> asked_for() {
     const auto node = torch::autograd::get_current_node();
     std::vector<bool> asked(node ? node->num_outputs() : 0);
