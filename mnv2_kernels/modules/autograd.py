@@ -65,6 +65,28 @@ def run_with_gradients(
     return _FromLayers.apply(backend, arguments, [s.eps for s in stages], x, *tensors)
 
 
+def fold_without_graph(stages: Sequence[StageTensors | None]) -> tuple[Tensor | None, ...] | None:
+    """The six folded tensors of three stages, to the bit those of `block.fold.fold_layers`.
+
+    In a few calls, since an optimizer's step changes all weights of a network; None where the
+    tensors are not those of float32 layers on the CPU.
+    """
+    tensors = [t for stage in stages if stage is not None for t in stage[:_TENSORS]]
+    if _C is None or not _are_plain(tensors) or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    if not all(s is None or (s.weight.dtype is torch.float32 and s.weight.is_cpu) for s in stages):
+        return None
+    op = torch.ops.mnv2.fold_layer_cpu.default
+    with torch._C._AutoDispatchBelowAutograd():
+        pairs = [(None, None) if stage is None else op(*stage) for stage in stages]
+    return tuple(t for pair in pairs for t in pair)
+
+
+def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether none of them is of a class of its own."""
+    return all(type(t) in _PLAIN for t in tensors)
+
+
 class _FromLayers(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend: str, arguments: tuple, eps: list, *tensors: Tensor | None) -> Tensor:
@@ -102,7 +124,7 @@ def _is_compiled(ctx, grad_y: Tensor, x: Tensor, tensors: Sequence[Tensor | None
         and grad_y.dtype is torch.float32
         and ctx.arguments[12] == NO_CLIP
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(t) in _PLAIN for t in (grad_y, x, *tensors))
+        and _are_plain((grad_y, x, *tensors))
     )
 
 

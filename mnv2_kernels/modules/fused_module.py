@@ -16,7 +16,7 @@ from ..block.config import NO_CLIP, BlockConfig
 from ..block.fold import BlockLayers, ConvNorm, fold_layers
 from ..ops.backends import Block, choose, why_no_kernel
 from ..ops.inverted_residual import op_arguments, run
-from .autograd import StageTensors, run_with_gradients
+from .autograd import StageTensors, fold_without_graph, run_with_gradients
 from .compiled import folds_when_run, forget, run_layers
 from .freeze import is_frozen, why_mode_matters
 from .snapshot import Remembered
@@ -147,13 +147,20 @@ class FusedModule(nn.Module):
         which `train()`, `eval()` and `to()` drop the cache too.
         """
         known = self._folded  # Read once: another thread may drop it.
-        folded = fold_once(self._watched, known, self._fold_arguments)
+        folded = fold_once(self._watched, known, self._fold_without_graph)
         if folded is None:
             with torch.no_grad():
                 return self._fold_arguments()
         if folded is not known:
             self.__dict__["_folded"] = folded
         return folded.value
+
+    def _fold_without_graph(self) -> tuple:
+        watched = self._watched
+        folded = fold_without_graph([*map(_tensors_of, watched.stages)])
+        if folded is None:
+            return self._fold_arguments()
+        return *folded, *watched.settings.values(), *watched.clips
 
     def _fold_arguments(self) -> tuple:
         return op_arguments(fold_layers(self.block_layers), **self._watched.settings)
