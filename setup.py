@@ -26,6 +26,7 @@ CPU_SOURCES = [
     "csrc/host.cpp",
     "csrc/ops_backward.cpp",
     "csrc/ops_cpu.cpp",
+    "csrc/ops_layers.cpp",
     "csrc/ops_plan.cpp",
     "csrc/program.cpp",
     "csrc/tensor_facts.cpp",

@@ -150,8 +150,8 @@ int check_guard(mnv2::Guard& guard, const pybind11::list& objects, const pybind1
     return static_cast<int>(guard.check(objects, dicts, alive));
 }
 
-// Of the inputs of the node that the autograd engine runs now, in this thread: which need a gradient
-// in this backward pass.
+// Of the inputs of the node that the autograd engine runs now, in this thread: which need a
+// gradient in this backward pass.
 std::vector<bool> asked_for() {
     const auto node = torch::autograd::get_current_node();
     std::vector<bool> asked(node ? node->num_outputs() : 0);

@@ -1,4 +1,6 @@
 // Gradients of the op on CPU tensors: float32, a range of images and of hidden channels a task.
+#include "ops_backward.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
@@ -18,7 +20,7 @@ namespace mnv2::cpu {
 
 namespace {
 
-constexpr size_t kTensors = 6;  // x, w_expand, b_expand, w_dw, b_dw, w_project
+constexpr size_t kTensors = 6;
 
 using Tensors = std::array<at::Tensor, kTensors>;
 
@@ -33,7 +35,8 @@ Gradients pointers(const Tensors& tensors) {
     return {p[0], p[1], p[2], p[3], p[4], p[5]};
 }
 
-// The gradients that are asked for, of all but b_project; before clip_project and residual.
+}  // namespace
+
 std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor& x,
                                      const OptionalTensor& w_expand, const OptionalTensor& b_expand,
                                      const at::Tensor& w_dw, const OptionalTensor& b_dw,
@@ -60,13 +63,10 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor&
     const auto pointer = [](const at::Tensor& t) {
         return t.defined() ? t.const_data_ptr<float>() : nullptr;
     };
-    const at::Tensor w_expand_t = args.expansion ? call.inputs[1].t().contiguous() : at::Tensor();
-    const at::Tensor w_project_t = call.inputs[5].t().contiguous();
     args.x = pointer(call.inputs[0]), args.grad_y = pointer(grad);
     args.w_expand = pointer(call.inputs[1]), args.b_expand = pointer(call.inputs[2]);
     args.w_dw = pointer(call.inputs[3]), args.b_dw = pointer(call.inputs[4]);
     args.w_project = pointer(call.inputs[5]);
-    args.w_expand_t = pointer(w_expand_t), args.w_project_t = pointer(w_project_t);
 
     const Kernel& isa = select_kernel(at::get_cpu_capability().c_str());
     const BackwardSchedule schedule = choose_backward_schedule(args, isa.lanes);
@@ -120,8 +120,6 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor&
     }
     return gradients;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(mnv2, CPU, m) { m.impl("inverted_residual_backward_cpu", &backward_cpu); }
 

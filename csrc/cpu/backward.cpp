@@ -49,13 +49,16 @@ BackwardSchedule choose_backward_schedule(const BlockSizes& sizes, int64_t lanes
     // The last band finishes all rows, so it may have more of them than the others.
     schedule.in_rows = bands == 1 ? sizes.H : input_rows(sizes, schedule.rows);
     schedule.grad_rows = schedule.rows + rows_kept(sizes);
+    const int64_t fit = kBandFloats / band_floats(sizes, schedule.chunk, schedule.rows);
+    schedule.images = bands > 1 ? 1 : std::clamp<int64_t>(fit, 1, std::max<int64_t>(sizes.N, 1));
     return schedule;
 }
 
 int64_t backward_scratch(const BlockSizes& sizes, const BackwardSchedule& schedule) {
-    const int64_t taps = 2 * sizes.kernel * sizes.kernel + 2;
-    return schedule.chunk * (2 * schedule.in_rows * sizes.W +
-                             (schedule.rows + schedule.grad_rows) * sizes.W_out + taps);
+    const int64_t weights = 2 * sizes.kernel * sizes.kernel + 2 +
+                            sizes.in_channels * sizes.expansion + sizes.out_channels;
+    const int64_t pixels = 2 * schedule.in_rows * sizes.W + 2 * schedule.rows * sizes.W_out;
+    return schedule.chunk * (schedule.images * pixels + rows_kept(sizes) * sizes.W_out + weights);
 }
 
 BackwardSplit choose_backward_split(const BlockSizes& sizes, const BackwardSchedule& schedule) {

@@ -26,7 +26,7 @@ from ..recognizers import (
     read,
     read_unknown,
 )
-from .autograd import run_with_gradients, tensors_of
+from .autograd import fold_without_graph, run_with_gradients, tensors_of
 from .compiled import folds_when_run, run_layers
 from .kept import Kept, State
 from .stand_in import StandIn
@@ -279,9 +279,7 @@ def _folded(state: State, layers: BlockLayers) -> OpArguments:
         # Blocks of several shapes of x have the same weights.
         weights = kept.get(layers.stages)
         if weights is None:
-            # Not inference tensors: a later call may need gradients of x through them.
-            with torch.inference_mode(False), torch.no_grad():
-                weights = fold_layers(layers)
+            weights = fold_without_graph(layers)
             kept.keep(layers.stages, weights)
         arguments = op_arguments(weights, layers.config)
         kept.keep(layers, arguments)
