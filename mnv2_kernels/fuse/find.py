@@ -10,13 +10,13 @@ from ..block.fold import BlockLayers
 from ..modules.fused_module import FusedInvertedResidual, FusedModule
 from ..recognizers import (
     Declined,
-    Layer,
     Reading,
     block_of,
     follow,
     guess_channels,
     has_depthwise,
     read_unknown,
+    same_layers,
     spans_of,
 )
 from ..recognizers.checks import overrides_call
@@ -153,16 +153,10 @@ def _runs(module: nn.Module, reading: Reading | None) -> Iterator[tuple[tuple[in
 def _runs_in_order(module: nn.Module, children: list[nn.Module], reading: Reading) -> bool:
     if len(reading.layers) < 2:
         return False
-    spans, _ = _longest(module, children)
+    spans, is_sized = _longest(module, children)
     stop = spans[-1].last_call + 1 if spans else 0
-    layers = [span.layer for span in spans]
-    return stop == len(children) and _same_layers(layers, list(reading.layers))
-
-
-def _same_layers(first: list[Layer], second: list[Layer]) -> bool:
-    return len(first) == len(second) and all(
-        vars(a) == vars(b) and type(a) is type(b) for a, b in zip(first, second, strict=True)
-    )
+    layers = tuple(span.layer for span in spans)
+    return stop == len(children) and same_layers(reading, Reading(layers, is_sized))
 
 
 def _longest(module: nn.Module, children: list[nn.Module]) -> tuple[list, bool]:

@@ -8,7 +8,7 @@ known of any class or library: what counts is what runs. docs/recognizers.md say
 from .assemble import layers_of, spans_of
 from .checks import check_module, evaluation_mode
 from .declined import Declined
-from .layers import AverageLayer, ConvLayer, Layer, LinearLayer, Reading, block_of
+from .layers import AverageLayer, ConvLayer, Layer, LinearLayer, Reading, block_of, same_layers
 from .read import (
     follow,
     guess_channels,
@@ -37,5 +37,6 @@ __all__ = [
     "layers_of",
     "read",
     "read_unknown",
+    "same_layers",
     "spans_of",
 ]
