@@ -5,7 +5,6 @@ weights are kept, and before every call a guard says whether both still hold.
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from .autograd import fold_without_graph, run_with_gradients, tensors_of
 from .compiled import folds_when_run, run_layers
 from .kept import Kept, State
 from .stand_in import StandIn
-from .tracing import is_observed, trace_symbolically
+from .tracing import has_global_hooks, is_observed, trace_symbolically
 
 
 class Call(NamedTuple):
@@ -41,16 +40,20 @@ class Call(NamedTuple):
     reason: str | None
 
 
-@dataclass
 class _Block:
     """What a plain forward was last read as, and whether that holds for one shape of x alone."""
 
-    layers: BlockLayers
-    is_sized: bool
+    def __init__(self, layers: BlockLayers, is_sized: bool):
+        self.take(layers, is_sized)
 
-    @property
-    def norms(self) -> list[nn.Module]:
-        return [stage.norm for stage in self.layers.stages if stage.norm is not None]
+    def take(self, layers: BlockLayers, is_sized: bool) -> None:
+        norms = [stage.norm for stage in layers.stages]
+        self.batch_norms = [n for n in norms if isinstance(n, nn.modules.batchnorm._BatchNorm)]
+        self.layers, self.is_sized = layers, is_sized
+
+    def uses_batches(self) -> bool:
+        """Whether a batch norm is in training mode, and needs the statistics of whole tensors."""
+        return any(norm.training for norm in self.batch_norms)
 
 
 class FusedModule(nn.Module):
@@ -68,13 +71,17 @@ class FusedModule(nn.Module):
         """The block layer by layer; any further arguments are those of the original module."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor | None = None, *args, **kwargs) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H_out, W_out), channels_last where the kernel ran.
 
         A graph that is recorded holds the op and the folding before it, one that is compiled for
         inference on a CPU an op that folds when it has to (`compiled`). Inside the transforms of
         `torch.func` (vmap, grad, jvp ...) and in ONNX files the plain layers stand for the block.
+        The layers also run where x has another name in the forward of the original, and is given
+        by it.
         """
+        if x is None:
+            return self._by_name(kwargs)
         if not isinstance(x, Tensor):
             return trace_symbolically(self, x, args, kwargs)
         if torch.compiler.is_compiling():
@@ -87,9 +94,15 @@ class FusedModule(nn.Module):
         return self._eager_forward(x, *args, **kwargs)
 
     def _eager_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        # First: where no kernel takes x, nothing has to be looked at.
+        # First what takes no time to say: the layers run without a look at anything else.
         backend = choose(self.backend, x, None)
-        if backend == "reference" != self.backend or torch._C._are_functorch_transforms_active():
+        if (
+            backend == "reference" != self.backend
+            or torch._C._are_functorch_transforms_active()
+            or has_global_hooks()
+            or self._block.uses_batches()
+        ):
+            self._pass_on_mode()
             return self.plain_forward(x, *args, **kwargs)
         state = self._look()
         layers, chosen_by, _ = self._call_for(state, x, args, kwargs)
@@ -121,7 +134,7 @@ class FusedModule(nn.Module):
 
     def _backend_when_compiled(self, x: Tensor) -> str | None:
         """What a compiled call runs on; the modes that the modules have now become a part of it."""
-        if self._block.is_sized or any(norm.training for norm in self._block.norms):
+        if self._block.is_sized or self._block.uses_batches():
             return None
         if not self._reads_the_same():
             return None
@@ -182,6 +195,10 @@ class FusedModule(nn.Module):
         self._pass_on_mode()
         return self._kept.look()
 
+    def _by_name(self, kwargs: dict) -> Tensor:
+        """A call without an x by position."""
+        return self.plain_forward(**kwargs)
+
     def _pass_on_mode(self) -> None:
         """Give the module whose forward is read the mode that was set on this one."""
 
@@ -207,6 +224,7 @@ class FusedModule(nn.Module):
             else:
                 reading = read(self, shape, [lambda x: self.plain_forward(x, *args, **kwargs)])
             layers = block_of(reading)
+            _check_weights(layers)
         except Declined as reason:
             # Another shape may be read.
             call = Call(None, None, str(reason))
@@ -214,7 +232,7 @@ class FusedModule(nn.Module):
             is_sized = reading.is_sized
             call = Call(layers, Block.of(layers.config, layers.clips), None)
             if key is None:
-                self._block.layers, self._block.is_sized = layers, is_sized
+                self._block.take(layers, is_sized)
         state.readings.keep((key, shape) if is_sized else key, call)
         return call
 
@@ -260,6 +278,14 @@ def _fits(layers: BlockLayers, x: Tensor) -> bool:
     if x.device != weight.device or min(layers.config.output_hw(height, width)) < 1:
         return False
     return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+
+
+def _check_weights(layers: BlockLayers) -> None:
+    """Decline weights that the layers themselves could not all be called with."""
+    kinds = {(s.conv.weight.dtype, s.conv.weight.device) for s in layers.stages}
+    if len(kinds) > 1:
+        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise Declined(f"its weights differ in dtype or device: {found}")
 
 
 def _key_of(args: tuple, kwargs: dict) -> Hashable | None:
