@@ -32,6 +32,9 @@ from .stand_in import StandIn
 from .tracing import has_global_hooks, is_observed, trace_symbolically
 
 
+_NOT_GIVEN: Any = object()
+
+
 class Call(NamedTuple):
     """What a call comes to: the block that it computes, or why its layers have to run."""
 
@@ -71,7 +74,7 @@ class FusedModule(nn.Module):
         """The block layer by layer; any further arguments are those of the original module."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor | None = None, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor = _NOT_GIVEN, *args, **kwargs) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H_out, W_out), channels_last where the kernel ran.
 
         A graph that is recorded holds the op and the folding before it, one that is compiled for
@@ -80,9 +83,9 @@ class FusedModule(nn.Module):
         The layers also run where x has another name in the forward of the original, and is given
         by it.
         """
-        if x is None:
-            return self._by_name(kwargs)
         if not isinstance(x, Tensor):
+            if x is _NOT_GIVEN:
+                return self._by_name(kwargs)
             return trace_symbolically(self, x, args, kwargs)
         if torch.compiler.is_compiling():
             return self._compiled_forward(x, *args, **kwargs)
