@@ -139,16 +139,16 @@ class FusedModule(nn.Module):
         """What a compiled call runs on; the modes that the modules have now become a part of it."""
         if self._block.is_sized or self._block.uses_batches():
             return None
-        if not self._reads_the_same():
+        # The mode is given for the compiler to see that the answer depends on it.
+        if not self._reads_as_block(self.training):
             return None
         backend = choose(self.backend, x, self.chosen_by)
         return None if backend == "reference" != self.backend else backend
 
     @asked_once_a_graph
-    def _reads_the_same(self) -> bool:
-        """Whether `block_layers` is what the plain forward computes in the modes of now."""
-        call = self._call_for(self._look(), None, (), {})
-        return call.layers is not None
+    def _reads_as_block(self, training: bool) -> bool:
+        """Whether the plain forward is a block in the modes of now; `block_layers` is then that."""
+        return self._call_for(self._look(), None, (), {}).layers is not None
 
     @property
     def block_layers(self) -> BlockLayers:
@@ -183,6 +183,9 @@ class FusedModule(nn.Module):
         """
         state = self._look()
         self._call_for(state, None, (), {})
+        if state.why_blind is not None:
+            with torch.no_grad():
+                return _fold(self.block_layers)
         return _folded(state, self.block_layers)
 
     def _take_over(self, reading: Reading | None = None) -> None:
