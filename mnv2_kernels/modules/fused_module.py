@@ -31,7 +31,6 @@ from .kept import Kept, State
 from .stand_in import StandIn
 from .tracing import has_global_hooks, is_observed, trace_symbolically
 
-
 _NOT_GIVEN: Any = object()
 
 
@@ -230,7 +229,6 @@ class FusedModule(nn.Module):
             else:
                 reading = read(self, shape, [lambda x: self.plain_forward(x, *args, **kwargs)])
             layers = block_of(reading)
-            _check_weights(layers)
         except Declined as reason:
             # Another shape may be read.
             call = Call(None, None, str(reason))
@@ -284,14 +282,6 @@ def _fits(layers: BlockLayers, x: Tensor) -> bool:
     if x.device != weight.device or min(layers.config.output_hw(height, width)) < 1:
         return False
     return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
-
-
-def _check_weights(layers: BlockLayers) -> None:
-    """Decline weights that the layers themselves could not all be called with."""
-    kinds = {(s.conv.weight.dtype, s.conv.weight.device) for s in layers.stages}
-    if len(kinds) > 1:
-        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-        raise Declined(f"its weights differ in dtype or device: {found}")
 
 
 def _key_of(args: tuple, kwargs: dict) -> Hashable | None:

@@ -286,7 +286,9 @@ def plan(
     try:
         with evaluation_mode(model):
             reading = read(model, (1, *shape))
-            if reading.is_sized and not same_layers(reading, read(model, (3, *shape))):
+            if reading.is_sized and not same_layers(
+                reading.layers, read(model, (3, *shape)).layers
+            ):
                 raise Declined("its forward depends on the number of images")
         layers = reading.layers
         named = lower(layers, names_of(layers, model))

@@ -8,14 +8,17 @@ known of any class or library: what counts is what runs. docs/recognizers.md say
 from .assemble import layers_of, spans_of
 from .checks import check_module, evaluation_mode
 from .declined import Declined
-from .layers import AverageLayer, ConvLayer, Layer, LinearLayer, Reading, block_of, same_layers
+from .layers import AverageLayer, ConvLayer, Layer, LinearLayer, Reading, block_of
 from .read import (
     follow,
     guess_channels,
     has_depthwise,
     is_depthwise_weight,
+    is_image_weight,
     read,
     read_unknown,
+    runs_in_order,
+    same_layers,
 )
 from .trace import Recorded
 
@@ -34,9 +37,11 @@ __all__ = [
     "guess_channels",
     "has_depthwise",
     "is_depthwise_weight",
+    "is_image_weight",
     "layers_of",
     "read",
     "read_unknown",
+    "runs_in_order",
     "same_layers",
     "spans_of",
 ]

@@ -57,14 +57,6 @@ class Reading:
     is_sized: bool
 
 
-def same_layers(first: Reading, second: Reading) -> bool:
-    """Whether two readings are of the same modules and the same sizes."""
-    return len(first.layers) == len(second.layers) and all(
-        type(a) is type(b) and vars(a) == vars(b)
-        for a, b in zip(first.layers, second.layers, strict=True)
-    )
-
-
 def block_of(reading: Reading) -> BlockLayers:
     """The one block that a reading consists of.
 
