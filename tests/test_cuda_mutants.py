@@ -185,7 +185,7 @@ MUTANTS = {
 @cache
 def source(kernel: str) -> str:
     """The kernel's file with the parts that are its own put in place."""
-    folder = ROOT / "csrc/cuda"
+    folder = ROOT / "csrc/cuda" / kernel
 
     def part(match: re.Match) -> str:
         return inlined(folder / match[1]).replace("#pragma once", "")
@@ -227,7 +227,7 @@ def why_found(library: Library) -> str | None:
 def library_of(kernel: str, text: str) -> Library:
     # Whichever takes less time to compile and run: one compiles for long and runs little.
     flag = "-O0" if kernel == "patch" else "-O1"
-    return Library(kernel, (flag,), {ROOT / f"csrc/cuda/{kernel}.cu": text})
+    return Library(kernel, (flag,), {ROOT / f"csrc/cuda/{kernel}/{kernel}.cu": text})
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -25,8 +25,8 @@ pytestmark = [
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
     pytest.mark.timeout(3000),
 ]
-HOST = [*(p for p in (ROOT / "csrc").glob("*.cpp") if "cuda" not in p.name)]
-HOST.append(ROOT / "csrc/cuda/choose.cpp")
+HOST = [*(p for p in (ROOT / "csrc/torch").glob("*.cpp") if "cuda" not in p.name)]
+HOST += [ROOT / "csrc/snapshot.cpp", ROOT / "csrc/cuda/choose.cpp"]
 PARTS = {
     "values": ["test_inverted_residual.py", "-k", "cpu and (S2 or S3 or S4)"],
     "canaries": ["test_memory_safety.py", "-k", "neighbours and cpu"],

@@ -1,8 +1,8 @@
 // One kernel for Python (tests/emulated_cuda.py), which gives the name of its launcher as MNV2_RUN,
 // and what is asked about all of them.
 #include "../../csrc/cuda/kernels.h"
-#include "../../csrc/cuda/patch_plan.h"
-#include "../../csrc/cuda/tile_plan.h"
+#include "../../csrc/cuda/patch/plan.h"
+#include "../../csrc/cuda/tile/plan.h"
 
 using namespace mnv2::cuda;
 

@@ -1,9 +1,9 @@
 // How x and the weights get into shared memory for the generic kernel: element by element, since
 // nothing is known of alignment, and as floats. What a tensor does not have is zero there.
 #pragma once
-#include "bias.cuh"
-#include "generic_plan.h"
-#include "ptx.h"
+#include "../bias.cuh"
+#include "../ptx.h"
+#include "plan.h"
 
 namespace mnv2::cuda {
 

@@ -1,9 +1,9 @@
 // How weights and x get into shared memory for the patch kernel.
 #pragma once
-#include "bias.cuh"
-#include "call.h"
-#include "patch_plan.h"
-#include "ptx.h"
+#include "../bias.cuh"
+#include "../call.h"
+#include "../ptx.h"
+#include "plan.h"
 
 namespace mnv2::cuda {
 

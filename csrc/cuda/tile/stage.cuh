@@ -1,8 +1,8 @@
 // Where a block of threads of the tile kernel is, and how x and weights get into shared memory.
 #pragma once
-#include "call.h"
-#include "ptx.h"
-#include "tile_plan.h"
+#include "../call.h"
+#include "../ptx.h"
+#include "plan.h"
 
 namespace mnv2::cuda::tile {
 

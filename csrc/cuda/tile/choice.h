@@ -4,7 +4,7 @@
 #include <cmath>
 #include <map>
 
-#include "tile_plan.h"
+#include "plan.h"
 
 namespace mnv2::cuda::tile {
 

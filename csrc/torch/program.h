@@ -7,7 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/network.h"
+#include "../cpu/network.h"
 
 namespace mnv2::cpu {
 

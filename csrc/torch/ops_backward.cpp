@@ -10,8 +10,8 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/backward.h"
-#include "cpu/kernels.h"
+#include "../cpu/backward.h"
+#include "../cpu/kernels.h"
 #include "host.h"
 
 namespace mnv2::cpu {

@@ -14,7 +14,7 @@
 #include <tuple>
 #include <utility>
 
-#include "cpu/kernels.h"
+#include "../cpu/kernels.h"
 #include "host.h"
 
 namespace mnv2::cpu {

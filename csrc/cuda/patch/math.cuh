@@ -1,7 +1,7 @@
 // What a warp of the patch kernel does with a chunk of the hidden channels, all of it in registers.
 #pragma once
-#include "patch_plan.h"
-#include "ptx.h"
+#include "../ptx.h"
+#include "plan.h"
 
 namespace mnv2::cuda {
 

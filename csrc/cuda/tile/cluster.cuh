@@ -5,7 +5,7 @@
 // of the depthwise. Each output is still the sum over all chunks in their order, in one block: the
 // same bits as without a cluster.
 #pragma once
-#include "tile_depthwise.cuh"
+#include "depthwise.cuh"
 
 namespace mnv2::cuda::tile {
 

@@ -3,7 +3,7 @@
 // A job is a few channels of a strip, two output columns wide. The thread walks down it and keeps
 // the sums of all output rows that the row of pixels at hand adds to.
 #pragma once
-#include "tile_products.cuh"
+#include "products.cuh"
 
 namespace mnv2::cuda::tile {
 

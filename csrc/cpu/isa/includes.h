@@ -14,4 +14,4 @@
 #include <arm_neon.h>
 #endif
 
-#include "kernels.h"
+#include "../kernels.h"

@@ -6,11 +6,11 @@
 // the image, and behind the depthwise its result. The projection of a chunk and the expansion of
 // the next need no barrier between them. Without expansion the pixels of x themselves are copied to
 // the haloed tile.
-#include "kernels.h"
-#include "launch.h"
-#include "pairs.h"
-#include "tile_choice.h"
-#include "tile_cluster.cuh"
+#include "../kernels.h"
+#include "../launch.h"
+#include "../pairs.h"
+#include "choice.h"
+#include "cluster.cuh"
 
 namespace mnv2::cuda {
 

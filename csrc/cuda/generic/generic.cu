@@ -5,11 +5,11 @@
 // convolution reads there; its result goes back to shared memory and from there into the sums of
 // the projection, which stay in registers. All products are of floats and in one order: k
 // ascending.
-#include "generic_plan.h"
-#include "generic_stage.cuh"
-#include "kernels.h"
-#include "launch.h"
-#include "ptx.h"
+#include "../kernels.h"
+#include "../launch.h"
+#include "../ptx.h"
+#include "plan.h"
+#include "stage.cuh"
 
 namespace mnv2::cuda {
 

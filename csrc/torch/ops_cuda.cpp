@@ -7,7 +7,7 @@
 #include <map>
 #include <mutex>
 
-#include "cuda/kernels.h"
+#include "../cuda/kernels.h"
 #include "host.h"
 
 namespace mnv2::cuda {

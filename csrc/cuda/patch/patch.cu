@@ -7,13 +7,13 @@
 // projection wants the operand. Shared memory holds a tile of x and all weights.
 #include <algorithm>
 
-#include "kernels.h"
-#include "launch.h"
-#include "pairs.h"
-#include "patch_math.cuh"
-#include "patch_plan.h"
-#include "patch_stage.cuh"
-#include "ptx.h"
+#include "../kernels.h"
+#include "../launch.h"
+#include "../pairs.h"
+#include "../ptx.h"
+#include "math.cuh"
+#include "plan.h"
+#include "stage.cuh"
 
 namespace mnv2::cuda {
 

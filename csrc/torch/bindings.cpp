@@ -12,12 +12,12 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "cuda/choose.h"
+#include "../cpu/kernels.h"
+#include "../cuda/choose.h"
+#include "../snapshot.h"
 #include "cuda_build.h"
 #include "host.h"
 #include "program.h"
-#include "snapshot.h"
 #include "source_hash.h"
 
 namespace {

@@ -1,6 +1,6 @@
 // Expansion and projection of the tile kernel: products of 16 x 16 by 16 x 8 matrices.
 #pragma once
-#include "tile_stage.cuh"
+#include "stage.cuh"
 
 namespace mnv2::cuda::tile {
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "call.h"
+#include "../call.h"
 
 namespace mnv2::cuda {
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "call.h"
+#include "../call.h"
 
 namespace mnv2::cuda {
 

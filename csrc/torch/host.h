@@ -7,7 +7,7 @@
 #include <optional>
 #include <string>
 
-#include "block.h"
+#include "../block.h"
 
 namespace mnv2 {
 
