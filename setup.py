@@ -23,6 +23,7 @@ from setuptools.command.sdist import sdist
 CPU_SOURCES = [
     "csrc/snapshot.cpp",
     "csrc/torch/bindings.cpp",
+    "csrc/torch/cpu.cpp",
     "csrc/torch/host.cpp",
     "csrc/torch/ops_backward.cpp",
     "csrc/torch/ops_cpu.cpp",
@@ -31,6 +32,7 @@ CPU_SOURCES = [
     "csrc/cpu/backward.cpp",
     "csrc/cpu/kernels.cpp",
     "csrc/cpu/network.cpp",
+    "csrc/cpu/run_block.cpp",
     "csrc/cpu/schedule.cpp",
     "csrc/cpu/isa/avx512.cpp",
     "csrc/cpu/isa/avx2.cpp",

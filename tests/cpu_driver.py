@@ -31,7 +31,7 @@ DRIVER = "tests/cpu_alone/driver.cpp"
 # Included ahead of every source.
 AHEAD = ("tests/cpu_alone/masked_lanes.h",)
 # What every driver consists of, and what each kernel adds.
-SHARED = ("kernels", "network", "schedule", "backward")
+SHARED = ("kernels", "network", "run_block", "schedule", "backward")
 KERNEL_FILES = {
     "avx512": ("isa/avx512", "isa/backward_avx512"),
     "avx2": ("isa/avx2", "isa/backward_avx2"),

@@ -150,8 +150,8 @@ MUTANTS = {
     },
     "generic": {
         "pixels in 32 bits": (
-            ": ((origin.image * call.H + row) * call.W + col) * call.in_channels",
-            ": static_cast<int>(((origin.image * call.H + row) * call.W + col) * call.in_channels)",
+            ": ((at.image * call.H + row) * call.W + col) * call.in_channels",
+            ": static_cast<int>(((at.image * call.H + row) * call.W + col) * call.in_channels)",
         ),
         "no barrier ahead of a slice": ("block_barrier();  // The slice", "// The slice"),
         "no barrier behind a slice": (

@@ -12,9 +12,9 @@
 #include <utility>
 #include <vector>
 
-#include "../cpu/kernels.h"
 #include "../cuda/choose.h"
 #include "../snapshot.h"
+#include "cpu.h"
 #include "cuda_build.h"
 #include "host.h"
 #include "program.h"
@@ -34,7 +34,7 @@ pybind11::list cpu_kernels() {
         row["name"] = kernel.name;
         row["lanes"] = kernel.lanes;
         row["available"] = mnv2::cpu::runs_on(kernel, capability.c_str());
-        row["selected"] = &kernel == &mnv2::cpu::select_kernel(capability.c_str());
+        row["selected"] = &kernel == &mnv2::cpu::kernel();
         rows.append(row);
     }
     return rows;
@@ -75,18 +75,18 @@ mnv2::Clip clip(const Bounds& bounds) {
 // The CUDA kernel that runs a block on x (N, in_channels, height, width), whatever N. A pure
 // function: needs no GPU.
 const char* cuda_kernel(int64_t in_channels, int64_t hidden_channels, int64_t out_channels,
-                        bool expansion, int64_t kernel, int64_t stride, int64_t dilation,
+                        bool expansion, int64_t kernel_size, int64_t stride, int64_t dilation,
                         const std::array<int64_t, 4>& padding, bool residual,
                         const Bounds& clip_expand, const Bounds& clip_dw,
                         const Bounds& clip_project, int64_t height, int64_t width,
                         const std::string& dtype) {
     mnv2::BlockSizes sizes{};
     sizes.N = 1, sizes.H = height, sizes.W = width;
-    sizes.H_out = mnv2::output_size(height, kernel, stride, padding[0] + padding[2], dilation);
-    sizes.W_out = mnv2::output_size(width, kernel, stride, padding[1] + padding[3], dilation);
+    sizes.H_out = mnv2::output_size(height, kernel_size, stride, padding[0] + padding[2], dilation);
+    sizes.W_out = mnv2::output_size(width, kernel_size, stride, padding[1] + padding[3], dilation);
     sizes.in_channels = in_channels, sizes.hidden_channels = hidden_channels;
     sizes.out_channels = out_channels;
-    sizes.kernel = kernel, sizes.stride = stride, sizes.dilation = dilation;
+    sizes.kernel_size = kernel_size, sizes.stride = stride, sizes.dilation = dilation;
     sizes.pad_top = padding[0], sizes.pad_left = padding[1];
     sizes.clip_expand = clip(clip_expand), sizes.clip_dw = clip(clip_dw);
     sizes.clip_project = clip(clip_project);
@@ -120,11 +120,11 @@ double fma_peak(const std::string& name, int64_t threads, double seconds) {
     return flops_per_second / 1e9;
 }
 
-// What a program needs beside its arena, and which of its steps go through the image row by row.
+// What a program needs besides its arena, and which of its steps go through the image row by row.
 pybind11::dict describe_program(const std::vector<int64_t>& integers,
                                 const std::vector<double>& bounds, const std::string& dtype,
                                 int64_t threads) {
-    const Kernel& kernel = mnv2::cpu::select_kernel(at::get_cpu_capability().c_str());
+    const Kernel& kernel = mnv2::cpu::kernel();
     const auto network = mnv2::cpu::read_network(integers, bounds, nullptr, element(dtype), kernel);
     pybind11::list row_by_row, rows;
     for (size_t i = 0; i < network.steps.size(); i++) {

@@ -64,6 +64,14 @@ std::optional<Element> element_of(at::ScalarType dtype) {
     }
 }
 
+Element checked_element(const at::Tensor& x, const char* kernels) {
+    const std::optional<Element> element = element_of(x.scalar_type());
+    TORCH_CHECK_TYPE(element.has_value(),
+                     "inverted_residual: x must be float32, float16 or bfloat16 for the ", kernels,
+                     ", got ", x.scalar_type(), "; backend='reference' takes any floating dtype");
+    return *element;
+}
+
 void check_memory(const char* op, const std::string& name, const at::Tensor& tensor) {
     const size_t needed = at::detail::computeStorageNbytes(
         tensor.sizes(), tensor.strides(), tensor.itemsize(), tensor.storage_offset());
@@ -73,20 +81,16 @@ void check_memory(const char* op, const std::string& name, const at::Tensor& ten
                       " bytes of ", needed);
 }
 
-int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-    const int64_t room = size + pad - dilation * (kernel - 1) - 1;
+int64_t output_size(int64_t size, int64_t kernel_size, int64_t stride, int64_t pad,
+                    int64_t dilation) {
+    const int64_t room = size + pad - dilation * (kernel_size - 1) - 1;
     return room < 0 ? 0 : room / stride + 1;
 }
 
-Call make_call(const at::Tensor& x_, const OptionalTensor& w_expand_,
-               const OptionalTensor& b_expand_, const at::Tensor& w_dw_,
-               const OptionalTensor& b_dw_, const at::Tensor& w_project_,
-               const OptionalTensor& b_project_, int64_t stride, at::IntArrayRef padding,
-               int64_t dilation, bool residual, at::ArrayRef<double> clip_expand,
-               at::ArrayRef<double> clip_dw, at::ArrayRef<double> clip_project) {
+Call make_call(const OpArguments& op) {
     const auto or_undefined = [](const OptionalTensor& t) { return t ? *t : at::Tensor(); };
-    Call call{{x_, or_undefined(w_expand_), or_undefined(b_expand_), w_dw_, or_undefined(b_dw_),
-               w_project_, or_undefined(b_project_)},
+    Call call{{op.x, or_undefined(op.w_expand), or_undefined(op.b_expand), op.w_dw,
+               or_undefined(op.b_dw), op.w_project, or_undefined(op.b_project)},
               {},
               {}};
     auto& [x, w_expand, b_expand, w_dw, b_dw, w_project, b_project] = call.inputs;
@@ -100,14 +104,14 @@ Call make_call(const at::Tensor& x_, const OptionalTensor& w_expand_,
         w_dw.dim() == 3 && w_dw.size(0) == w_dw.size(1) && (w_dw.size(0) == 3 || w_dw.size(0) == 5),
         "inverted_residual: w_dw must have shape (k, k, C_hidden) with k 3 or 5, got ",
         shape(w_dw));
-    sizes.kernel = w_dw.size(0), sizes.hidden_channels = w_dw.size(2);
+    sizes.kernel_size = w_dw.size(0), sizes.hidden_channels = w_dw.size(2);
     sizes.expansion = w_expand.defined();
     if (!sizes.expansion) {
         TORCH_CHECK_VALUE(!b_expand.defined(),
                           "inverted_residual: b_expand must be None where w_expand is None");
         TORCH_CHECK_VALUE(sizes.hidden_channels == sizes.in_channels,
-                          "inverted_residual: w_dw must have shape (", sizes.kernel, ", ",
-                          sizes.kernel, ", C_in=", sizes.in_channels,
+                          "inverted_residual: w_dw must have shape (", sizes.kernel_size, ", ",
+                          sizes.kernel_size, ", C_in=", sizes.in_channels,
                           ") where w_expand is None, got ", shape(w_dw));
     } else {
         TORCH_CHECK_VALUE(w_expand.dim() == 2 && w_expand.size(0) == sizes.in_channels &&
@@ -126,12 +130,13 @@ Call make_call(const at::Tensor& x_, const OptionalTensor& w_expand_,
     check_bias("b_expand", b_expand, "C_hidden", sizes.hidden_channels);
     check_bias("b_dw", b_dw, "C_hidden", sizes.hidden_channels);
     check_bias("b_project", b_project, "C_out", sizes.out_channels);
-    TORCH_CHECK_VALUE(stride == 1 || stride == 2, "inverted_residual: stride must be 1 or 2, got ",
-                      stride);
-    TORCH_CHECK_VALUE(dilation == 1 || dilation == 2,
-                      "inverted_residual: dilation must be 1 or 2, got ", dilation);
-    sizes.stride = stride, sizes.dilation = dilation;
-    const int64_t extent = dilation * (sizes.kernel - 1);
+    TORCH_CHECK_VALUE(op.stride == 1 || op.stride == 2,
+                      "inverted_residual: stride must be 1 or 2, got ", op.stride);
+    TORCH_CHECK_VALUE(op.dilation == 1 || op.dilation == 2,
+                      "inverted_residual: dilation must be 1 or 2, got ", op.dilation);
+    sizes.stride = op.stride, sizes.dilation = op.dilation;
+    const at::IntArrayRef padding = op.padding;
+    const int64_t extent = op.dilation * (sizes.kernel_size - 1);
     bool padding_fits = padding.size() == 4;
     for (const int64_t pad : padding) padding_fits = padding_fits && pad >= 0 && pad <= extent;
     TORCH_CHECK_VALUE(padding_fits,
@@ -139,25 +144,29 @@ Call make_call(const at::Tensor& x_, const OptionalTensor& w_expand_,
                       "from 0 to ",
                       extent, ", got ", padding);
     sizes.pad_top = padding[0], sizes.pad_left = padding[1];
-    sizes.H_out = output_size(sizes.H, sizes.kernel, stride, padding[0] + padding[2], dilation);
-    sizes.W_out = output_size(sizes.W, sizes.kernel, stride, padding[1] + padding[3], dilation);
+    sizes.H_out =
+        output_size(sizes.H, sizes.kernel_size, op.stride, padding[0] + padding[2], op.dilation);
+    sizes.W_out =
+        output_size(sizes.W, sizes.kernel_size, op.stride, padding[1] + padding[3], op.dilation);
     TORCH_CHECK_VALUE(sizes.H >= 1 && sizes.W >= 1 && sizes.H_out >= 1 && sizes.W_out >= 1,
                       "inverted_residual: x must be large enough for one output row and column, "
                       "got ",
                       sizes.H, "x", sizes.W, " with padding ", padding);
-    sizes.clip_expand = checked_clip("clip_expand", clip_expand);
-    sizes.clip_dw = checked_clip("clip_dw", clip_dw);
-    sizes.clip_project = checked_clip("clip_project", clip_project);
-    TORCH_CHECK_VALUE(!residual || (sizes.out_channels == sizes.in_channels &&
-                                    sizes.H_out == sizes.H && sizes.W_out == sizes.W),
+    sizes.clip_expand = checked_clip("clip_expand", op.clip_expand);
+    sizes.clip_dw = checked_clip("clip_dw", op.clip_dw);
+    sizes.clip_project = checked_clip("clip_project", op.clip_project);
+    TORCH_CHECK_VALUE(!op.residual || (sizes.out_channels == sizes.in_channels &&
+                                       sizes.H_out == sizes.H && sizes.W_out == sizes.W),
                       "inverted_residual: residual needs x and the result to have one shape, got ",
                       shape(x), " and (", sizes.N, ", ", sizes.out_channels, ", ", sizes.H_out,
                       ", ", sizes.W_out, ")");
-    sizes.residual = residual;
+    sizes.residual = op.residual;
 
     x = x.contiguous(at::MemoryFormat::ChannelsLast);
-    for (size_t i = 1; i < call.inputs.size(); i++)
-        if (call.inputs[i].defined()) call.inputs[i] = call.inputs[i].contiguous();
+    for (at::Tensor* weight : {&w_expand, &w_dw, &w_project})
+        if (weight->defined()) *weight = weight->contiguous();
+    for (at::Tensor* bias : {&b_expand, &b_dw, &b_project})
+        if (bias->defined()) *bias = bias->contiguous().to(at::kFloat);
     call.y = at::empty({sizes.N, sizes.out_channels, sizes.H_out, sizes.W_out},
                        x.options().memory_format(at::MemoryFormat::ChannelsLast));
     return call;

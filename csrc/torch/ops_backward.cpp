@@ -1,6 +1,5 @@
-// Gradients of the op on CPU tensors: float32, a range of images and of hidden channels a task.
+// Gradients of the op on CPU tensors: float32. A task is a range of images and of hidden channels.
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -11,7 +10,8 @@
 #include <vector>
 
 #include "../cpu/backward.h"
-#include "../cpu/kernels.h"
+#include "../cpu/sizes.h"
+#include "cpu.h"
 #include "host.h"
 
 namespace mnv2::cpu {
@@ -33,7 +33,8 @@ Gradients pointers(const Tensors& tensors) {
     return {p[0], p[1], p[2], p[3], p[4], p[5]};
 }
 
-// The gradients that are asked for, of all but b_project; before clip_project and residual.
+// The gradients that needs_grad names, without b_project. grad_y is that of the projection's
+// result, before clip_project and residual.
 std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor& x,
                                      const OptionalTensor& w_expand, const OptionalTensor& b_expand,
                                      const at::Tensor& w_dw, const OptionalTensor& b_dw,
@@ -42,8 +43,9 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor&
                                      at::ArrayRef<double> clip_expand, at::ArrayRef<double> clip_dw,
                                      std::array<bool, kTensors> needs_grad) {
     constexpr double kUnbounded[] = {-INFINITY, INFINITY};
-    Call call = make_call(x, w_expand, b_expand, w_dw, b_dw, w_project, std::nullopt, stride,
-                          padding, dilation, false, clip_expand, clip_dw, kUnbounded);
+    const OptionalTensor no_bias;
+    Call call = make_call({x, w_expand, b_expand, w_dw, b_dw, w_project, no_bias, stride, padding,
+                           dilation, false, clip_expand, clip_dw, kUnbounded});
     TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat && grad_y.scalar_type() == at::kFloat,
                      "inverted_residual: x and grad_y must be float32 for the CPU kernel, got ",
                      x.scalar_type(), " and ", grad_y.scalar_type());
@@ -57,19 +59,15 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor&
     BackwardArgs args{};
     static_cast<BlockSizes&>(args) = call.sizes;
     args.element = Element::single;
-    const auto pointer = [](const at::Tensor& t) {
-        return t.defined() ? t.const_data_ptr<float>() : nullptr;
-    };
+    call.set_weights(args);
     const at::Tensor w_expand_t = args.expansion ? call.inputs[1].t().contiguous() : at::Tensor();
     const at::Tensor w_project_t = call.inputs[5].t().contiguous();
-    args.x = pointer(call.inputs[0]), args.grad_y = pointer(grad);
-    args.w_expand = pointer(call.inputs[1]), args.b_expand = pointer(call.inputs[2]);
-    args.w_dw = pointer(call.inputs[3]), args.b_dw = pointer(call.inputs[4]);
-    args.w_project = pointer(call.inputs[5]);
-    args.w_expand_t = pointer(w_expand_t), args.w_project_t = pointer(w_project_t);
+    args.x = static_cast<const float*>(call.pointer(0));
+    args.grad_y = grad.const_data_ptr<float>();
+    args.w_expand_t = args.expansion ? w_expand_t.const_data_ptr<float>() : nullptr;
+    args.w_project_t = w_project_t.const_data_ptr<float>();
 
-    const Kernel& isa = select_kernel(at::get_cpu_capability().c_str());
-    const BackwardSchedule schedule = choose_backward_schedule(args, isa.lanes);
+    const BackwardSchedule schedule = choose_backward_schedule(args, kernel().lanes);
     const BackwardSplit split = choose_backward_split(args, schedule);
 
     // parts[i] of range i of images, x_parts[i] of range i of groups.
@@ -87,15 +85,13 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor&
 
     const int64_t floats = backward_scratch(args, schedule);
     const bool sums_x = needs_grad[0] && args.expansion && split.hidden < schedule.groups;
-    const int64_t most_images = (args.N + split.images - 1) / split.images;
-    // Every thread's begins at a multiple of a cache line.
-    const int64_t x_floats =
-        sums_x ? (most_images * args.H * args.W * args.in_channels + 15) / 16 * 16 : 0;
+    const int64_t most_images = ceil_div(args.N, split.images);
+    const int64_t x_floats = sums_x ? aligned(most_images * args.H * args.W * args.in_channels) : 0;
     const int64_t threads = std::min<int64_t>(at::get_num_threads(), split.images * split.hidden);
     const at::Tensor scratch =
         at::empty({threads * (floats + x_floats)}, at::TensorOptions().dtype(at::kFloat));
     auto* const scratch_begin = scratch.mutable_data_ptr<float>();
-    const BackwardFn run = select_backward_kernel(isa.name).run;
+    const BackwardFn run = select_backward_kernel(kernel().name).run;
     at::parallel_for(0, split.images * split.hidden, 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; task++) {
             const int64_t images = task / split.hidden, hidden = task % split.hidden;

@@ -43,24 +43,13 @@ at::Tensor aligned(const at::Tensor& tensor) {
     return is_aligned ? tensor : tensor.clone();
 }
 
-at::Tensor inverted_residual(const at::Tensor& x, const OptionalTensor& w_expand,
-                             const OptionalTensor& b_expand, const at::Tensor& w_dw,
-                             const OptionalTensor& b_dw, const at::Tensor& w_project,
-                             const OptionalTensor& b_project, int64_t stride,
-                             at::IntArrayRef padding, int64_t dilation, bool residual,
-                             at::ArrayRef<double> clip_expand, at::ArrayRef<double> clip_dw,
-                             at::ArrayRef<double> clip_project) {
+at::Tensor run_op(const OpArguments& arguments) {
+    const at::Tensor& x = arguments.x;
     const c10::DeviceGuard guard(x.device());
-    mnv2::Call host = make_call(x, w_expand, b_expand, w_dw, b_dw, w_project, b_project, stride,
-                                padding, dilation, residual, clip_expand, clip_dw, clip_project);
+    mnv2::Call host = make_call(arguments);
     Call call{};
     static_cast<BlockSizes&>(call) = host.sizes;
-    const std::optional<Element> element = element_of(x.scalar_type());
-    TORCH_CHECK_TYPE(element.has_value(),
-                     "inverted_residual: x must be float32, float16 or bfloat16 for the CUDA "
-                     "kernels, got ",
-                     x.scalar_type(), "; backend='reference' takes any floating dtype");
-    call.element = *element;
+    call.element = checked_element(x, "CUDA kernels");
     if (call.N == 0) return host.y;
     const c10::DeviceIndex index = host.y.device().index();
     const Device& device = device_facts(index);
@@ -69,20 +58,10 @@ at::Tensor inverted_residual(const at::Tensor& x, const OptionalTensor& w_expand
                 device.capability / 10, ".", device.capability % 10);
 
     // What is copied here is freed for later work of this stream only.
-    const auto pointer = [&](size_t i) -> const void* {
-        at::Tensor& tensor = host.inputs[i];
-        if (!tensor.defined()) return nullptr;
-        tensor = aligned(tensor);
-        return tensor.const_data_ptr();
-    };
-    const auto bias = [&](size_t i) {
-        if (host.inputs[i].defined()) host.inputs[i] = host.inputs[i].to(at::kFloat);
-        return static_cast<const float*>(pointer(i));
-    };
-    call.x = pointer(0);
-    call.w_expand = pointer(1), call.b_expand = bias(2);
-    call.w_dw = pointer(3), call.b_dw = bias(4);
-    call.w_project = pointer(5), call.b_project = bias(6);
+    for (at::Tensor& input : host.inputs)
+        if (input.defined()) input = aligned(input);
+    host.set_weights(call);
+    call.x = host.pointer(0);
     call.y = host.y.mutable_data_ptr();
 
     const Kernel kernel = choose(call, call.element);
@@ -92,14 +71,14 @@ at::Tensor inverted_residual(const at::Tensor& x, const OptionalTensor& w_expand
         cudaGetLastError();  // Else the next call of anyone would be blamed for it.
         TORCH_CHECK(false, "inverted_residual: the CUDA kernel ", name(kernel),
                     " was not launched for x of shape ", x.sizes(), ", ", call.hidden_channels,
-                    " hidden channels, kernel size ", call.kernel, ", stride ", call.stride, ": ",
-                    cudaGetErrorString(error));
+                    " hidden channels, kernel size ", call.kernel_size, ", stride ", call.stride,
+                    ": ", cudaGetErrorString(error));
     }
     return host.y;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mnv2, CUDA, m) { m.impl("inverted_residual", &inverted_residual); }
+TORCH_LIBRARY_IMPL(mnv2, CUDA, m) { m.impl("inverted_residual", &inverted_residual<run_op>); }
 
 }  // namespace mnv2::cuda

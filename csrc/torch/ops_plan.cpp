@@ -1,7 +1,6 @@
-// A whole network as one op: mnv2::run_plan (mnv2_kernels/plan.py) on CPU tensors, and
+// A whole network as one op on CPU tensors: mnv2::run_plan (mnv2_kernels/network/run_plan.py), and
 // mnv2::run_plan_in, the same in memory of the caller.
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -13,17 +12,14 @@
 #include <variant>
 #include <vector>
 
+#include "../cpu/sizes.h"
+#include "cpu.h"
 #include "host.h"
 #include "program.h"
 
 namespace mnv2::cpu {
 
 namespace {
-
-const Kernel& kernel() {
-    static const Kernel& selected = select_kernel(at::get_cpu_capability().c_str());
-    return selected;
-}
 
 // Images whose classifier is computed at once, where memory is allocated for it.
 constexpr int64_t kImagesAtOnce = 8;
@@ -34,16 +30,15 @@ struct PlanCall {
     at::Tensor x, y;
 
     int64_t images() const { return x.size(0); }
-    // Whole cache lines, so that what lies behind it is aligned too.
-    int64_t arena_floats() const { return (network.arena * size_of(element) + 63) / 64 * 16; }
+    int64_t arena_floats() const { return aligned_floats(network.arena * size_of(element)); }
 
     // Whole images by one thread each, while there are enough for all threads.
     int64_t whole_images(int64_t threads) const {
         return threads > 1 ? images() - images() % threads : 0;
     }
-    // What the classifier reads of one image, in whole cache lines.
+    // What the classifier reads of one image.
     int64_t feature_floats() const {
-        return (classified_features(network.steps) * size_of(element) + 63) / 64 * 16;
+        return aligned_floats(classified_features(network.steps) * size_of(element));
     }
     // An arena and line buffers, and for `together` images what the classifier reads of them: one
     // of each for a thread alone.
@@ -51,11 +46,11 @@ struct PlanCall {
         return arena_floats() + line_floats(network.steps, kernel().lanes, threads) +
                (together > 1 ? together * feature_floats() : 0);
     }
-    // Of `images`, one after another, as many as pass the classifier at once, if it is to.
+    // How many consecutive images share one pass over the classifier's weights.
     static int64_t together(int64_t images, bool at_once) {
         return at_once ? std::min(images, kImagesAtOnce) : 1;
     }
-    // All that `threads` threads need beside x and y.
+    // All that `threads` threads need besides x and y.
     int64_t floats(int64_t threads, bool at_once) const {
         const int64_t whole = whole_images(threads), rest = images() - whole;
         return std::max(
@@ -64,8 +59,8 @@ struct PlanCall {
     }
 };
 
-PlanCall make_call(const at::Tensor& x, const WeightList& weights, at::IntArrayRef integers,
-                   at::ArrayRef<double> bounds) {
+PlanCall make_plan_call(const at::Tensor& x, const WeightList& weights, at::IntArrayRef integers,
+                        at::ArrayRef<double> bounds) {
     const std::optional<Element> element = element_of(x.scalar_type());
     TORCH_CHECK_TYPE(element.has_value(), "run_plan: x must be float32, bfloat16 or float16, got ",
                      x.scalar_type());
@@ -114,28 +109,21 @@ void run(const PlanCall& call, int64_t threads, bool at_once, float* memory) {
                            features, arena, lines, shared_by);
         }
     };
-    const Threads alone{1, [](int64_t count, const auto& task) {
-                            for (int64_t i = 0; i < count; i++) task(i, 0);
-                        }};
-    const Threads all{threads, [](int64_t count, const auto& task) {
-                          at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-                              for (int64_t i = begin; i < end; i++) task(i, i);
-                          });
-                      }};
     if (whole > 0) {
         const int64_t each = whole / threads;
         const int64_t of_task = call.floats_of_task(1, PlanCall::together(each, at_once));
         at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
             for (int64_t task = begin; task < end; task++)
-                run_range(task * each, (task + 1) * each, memory + task * of_task, alone);
+                run_range(task * each, (task + 1) * each, memory + task * of_task,
+                          torch_threads(1));
         });
     }
-    run_range(whole, images, memory, threads > 1 ? all : alone);
+    run_range(whole, images, memory, torch_threads(threads));
 }
 
 at::Tensor run_plan(const at::Tensor& x, const WeightList& weights, at::IntArrayRef integers,
                     at::ArrayRef<double> bounds) {
-    const PlanCall call = make_call(x, weights, integers, bounds);
+    const PlanCall call = make_plan_call(x, weights, integers, bounds);
     if (call.images() == 0) return call.y;
     const int64_t threads = at::get_num_threads();
     const at::Tensor memory =
@@ -163,7 +151,7 @@ at::Tensor run_plan_in(const at::Tensor& x, const at::Tensor& arena, const Weigh
         TORCH_CHECK_VALUE(!weight.has_value() || !shares_memory(arena, *weight),
                           "run_plan_in: arena must not share memory with weights[", i, "]");
     }
-    const PlanCall call = make_call(x, weights, integers, bounds);
+    const PlanCall call = make_plan_call(x, weights, integers, bounds);
     if (call.images() == 0) return call.y;
     const int64_t floats = arena.numel() / static_cast<int64_t>(sizeof(float));
     int64_t threads = at::get_num_threads();

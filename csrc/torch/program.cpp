@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <string>
 
+#include "../cpu/sizes.h"
 #include "host.h"
 
 namespace mnv2::cpu {
@@ -18,8 +19,8 @@ at::ScalarType dtype_of(Element element) {
                                       : at::kBFloat16;
 }
 
-// How many numbers a tensor of these sizes has, all of them at least 1; raises where that is so
-// many that sums over tensors, in bytes and for every thread, could overflow.
+// How many numbers a tensor of these sizes has, all of them at least 1; raises where sums
+// over tensors, in bytes and for every thread, could overflow.
 int64_t count_of(std::initializer_list<int64_t> sizes) {
     constexpr int64_t most = int64_t{1} << 40;
     int64_t count = 1;
@@ -32,7 +33,8 @@ int64_t count_of(std::initializer_list<int64_t> sizes) {
     return count;
 }
 
-// Reads a plan from the front: the order here is that of `Program` in mnv2_kernels/program.py.
+// Reads a plan from the front: the order here is that of `Program` in
+// mnv2_kernels/network/program.py.
 class Program {
  public:
     Program(at::IntArrayRef integers, at::ArrayRef<double> bounds, const WeightList* weights,
@@ -42,17 +44,21 @@ class Program {
     const Element element;
 
     int64_t integer() {
-        TORCH_CHECK_VALUE(next_integer_ < integers_.size(), "run_plan: program ends too early");
+        TORCH_CHECK_VALUE(next_integer_ < integers_.size(),
+                          "run_plan: program must not end before its last step, got ",
+                          integers_.size(), " integers");
         return integers_[next_integer_++];
     }
     int64_t size() {
         const int64_t value = integer();
         TORCH_CHECK_VALUE(value >= 1 && value < int64_t{1} << 31,
-                          "run_plan: sizes in program must be at least 1, got ", value);
+                          "run_plan: sizes in program must be from 1 to 2**31 - 1, got ", value);
         return value;
     }
     Clip clip() {
-        TORCH_CHECK_VALUE(next_bound_ + 2 <= bounds_.size(), "run_plan: bounds end too early");
+        TORCH_CHECK_VALUE(next_bound_ + 2 <= bounds_.size(),
+                          "run_plan: bounds must have two numbers for every clip in program, got ",
+                          bounds_.size());
         const double lower = bounds_[next_bound_], upper = bounds_[next_bound_ + 1];
         TORCH_CHECK_VALUE(lower <= upper, "run_plan: bounds[", next_bound_,
                           "] and the next must be lower <= upper, got ", lower, " and ", upper);
@@ -77,7 +83,10 @@ class Program {
     const void* next_weight(int64_t count, at::ScalarType dtype, bool optional) {
         static constexpr char kUnread = 0;
         if (weights_ == nullptr) return optional ? nullptr : &kUnread;
-        TORCH_CHECK_VALUE(next_weight_ < weights_->size(), "run_plan: weights end too early");
+        TORCH_CHECK_VALUE(
+            next_weight_ < weights_->size(),
+            "run_plan: weights must have a tensor or None for every one in program, got ",
+            weights_->size());
         const size_t number = next_weight_++;
         const std::optional<at::Tensor> weight = weights_->get(number);
         if (!weight.has_value()) {
@@ -120,7 +129,7 @@ BlockStep read_block(Program& p) {
     args.H = p.size(), args.W = p.size();
     args.H_out = p.size(), args.W_out = p.size();
     args.in_channels = p.size(), args.hidden_channels = p.size(), args.out_channels = p.size();
-    args.kernel = p.size(), args.stride = p.size(), args.dilation = p.size();
+    args.kernel_size = p.size(), args.stride = p.size(), args.dilation = p.size();
     args.pad_top = p.integer(), args.pad_left = p.integer();
     args.residual = p.integer() != 0, args.expansion = p.integer() != 0;
     args.N = 1;
@@ -129,7 +138,7 @@ BlockStep read_block(Program& p) {
         args.w_expand = p.weight({args.in_channels, hidden});
         args.b_expand = p.bias(hidden);
     }
-    args.w_dw = p.weight({args.kernel, args.kernel, hidden});
+    args.w_dw = p.weight({args.kernel_size, args.kernel_size, hidden});
     args.b_dw = p.bias(hidden);
     args.w_project = p.weight({hidden, args.out_channels});
     args.b_project = p.bias(args.out_channels);
@@ -137,20 +146,27 @@ BlockStep read_block(Program& p) {
     return {args, {}};
 }
 
-PoolArgs read_pool(Program& p, bool averages, const Kernel& kernel) {
-    PoolArgs pool{};
-    pool.element = p.element;
-    pool.averages = averages;
-    pool.H = p.size(), pool.W = p.size();
-    pool.in_channels = p.size(), pool.out_channels = p.size();
-    const bool convolves = !averages || p.integer() != 0;
-    pool.weight = convolves ? p.weight({pool.in_channels, pool.out_channels}) : nullptr;
-    pool.bias = convolves ? p.bias(pool.out_channels) : nullptr;
-    pool.clip = p.clip();
-    TORCH_CHECK_VALUE(convolves || pool.in_channels == pool.out_channels,
-                      "run_plan: a mean alone keeps the number of channels");
-    pool.pairs = kernel.multiplies_pairs(pool);
-    return pool;
+using Layer = decltype(Step::layer);
+
+// A pool is a 1x1 convolution that averages, or the mean alone.
+Layer read_pointwise(Program& p, Kind kind, const Kernel& kernel) {
+    PointwiseArgs args{};
+    args.element = p.element;
+    args.averages = kind == Kind::pool;
+    args.H = p.size(), args.W = p.size();
+    args.in_channels = p.size(), args.out_channels = p.size();
+    if (kind == Kind::pool && p.integer() == 0) {
+        TORCH_CHECK_VALUE(args.in_channels == args.out_channels,
+                          "run_plan: a mean alone in program must keep the number of channels, ",
+                          args.in_channels, ", got ", args.out_channels);
+        p.clip();  // of the convolution that is not there
+        return AverageArgs{args.H, args.W, args.in_channels, args.element};
+    }
+    args.weight = p.weight({args.in_channels, args.out_channels});
+    args.bias = p.bias(args.out_channels);
+    args.clip = p.clip();
+    args.pairs = kernel.multiplies_pairs(args);
+    return args;
 }
 
 LinearArgs read_linear(Program& p) {
@@ -162,14 +178,47 @@ LinearArgs read_linear(Program& p) {
     return linear;
 }
 
-#define CHECK_STEP(condition, ...) \
-    TORCH_CHECK_VALUE(condition, "run_plan: step ", number, " ", __VA_ARGS__)
+Layer read_layer(Program& p, int64_t kind, int64_t number, const Kernel& kernel) {
+    constexpr auto kLast = static_cast<int64_t>(Kind::pointwise);
+    TORCH_CHECK_VALUE(kind >= 0 && kind <= kLast, "run_plan: the kind of step ", number,
+                      " in program must be from 0 to ", kLast, ", got ", kind);
+    switch (static_cast<Kind>(kind)) {
+        case Kind::stem:
+            return read_stem(p);
+        case Kind::block:
+            return read_block(p);
+        case Kind::pool:
+        case Kind::pointwise:
+            return read_pointwise(p, static_cast<Kind>(kind), kernel);
+        case Kind::linear:
+            break;
+    }
+    return read_linear(p);
+}
+
+#define MNV2_CHECK_STEP(condition, ...) \
+    TORCH_CHECK_VALUE(condition, "run_plan: step ", number, " in program ", __VA_ARGS__)
 
 // A tensor between two steps: where it is in the arena, -1: not there, and its shape.
 struct Between {
     int64_t offset, channels, H, W;
+    bool is_image;  // otherwise a vector, and H and W are 1
     int64_t size() const { return channels * H * W; }
 };
+
+Between result_of(const Step& step) {
+    if (const auto* stem = std::get_if<StemArgs>(&step.layer))
+        return {-1, stem->out_channels, stem->H_out, stem->W_out, true};
+    if (const auto* block = std::get_if<BlockStep>(&step.layer))
+        return {-1, block->args.out_channels, block->args.H_out, block->args.W_out, true};
+    if (const auto* average = std::get_if<AverageArgs>(&step.layer))
+        return {-1, average->channels, 1, 1, false};
+    if (const auto* linear = std::get_if<LinearArgs>(&step.layer))
+        return {-1, linear->out_features, 1, 1, false};
+    const auto& pointwise = std::get<PointwiseArgs>(step.layer);
+    if (pointwise.averages) return {-1, pointwise.out_channels, 1, 1, false};
+    return {-1, pointwise.out_channels, pointwise.H, pointwise.W, true};
+}
 
 bool is_output_size(int64_t out, int64_t size, int64_t pad, int64_t stride, int64_t extent) {
     if (pad < 0 || pad > extent) return false;
@@ -177,42 +226,49 @@ bool is_output_size(int64_t out, int64_t size, int64_t pad, int64_t stride, int6
     return after <= extent && after > -stride;
 }
 
-// The shape behind a step, once it fits the one before it.
-Between check_sizes(const Step& step, int64_t number, const Between& x) {
-    if (const auto* stem = std::get_if<StemArgs>(&step.layer)) {
-        CHECK_STEP(number == 0, "is a stem, which must be the first one");
-        CHECK_STEP(stem->in_channels == x.channels && stem->H == x.H && stem->W == x.W &&
-                       is_output_size(stem->H_out, x.H, stem->pad_top, 2, 2) &&
-                       is_output_size(stem->W_out, x.W, stem->pad_left, 2, 2),
-                   "does not fit its input");
-        return {-1, stem->out_channels, stem->H_out, stem->W_out};
-    }
+// Whether the step takes x.
+bool fits(const Step& step, const Between& x) {
+    const auto is_x = [&x](int64_t channels, int64_t H, int64_t W) {
+        return channels == x.channels && H == x.H && W == x.W;
+    };
+    if (const auto* stem = std::get_if<StemArgs>(&step.layer))
+        return is_x(stem->in_channels, stem->H, stem->W) &&
+               is_output_size(stem->H_out, x.H, stem->pad_top, 2, 2) &&
+               is_output_size(stem->W_out, x.W, stem->pad_left, 2, 2);
     if (const auto* block = std::get_if<BlockStep>(&step.layer)) {
         const BlockArgs& args = block->args;
-        const bool known =
-            (args.kernel == 3 || args.kernel == 5) && args.stride <= 2 && args.dilation <= 2;
-        CHECK_STEP(known, "must have kernel 3 or 5, stride 1 or 2, dilation 1 or 2");
-        const int64_t extent = args.dilation * (args.kernel - 1);
-        CHECK_STEP(args.in_channels == x.channels && args.H == x.H && args.W == x.W &&
-                       is_output_size(args.H_out, x.H, args.pad_top, args.stride, extent) &&
-                       is_output_size(args.W_out, x.W, args.pad_left, args.stride, extent) &&
-                       (args.expansion || args.hidden_channels == args.in_channels),
-                   "does not fit its input");
-        count_of({args.hidden_channels, args.H, args.W});
-        const Between y{-1, args.out_channels, args.H_out, args.W_out};
-        CHECK_STEP(!args.residual || (y.channels == x.channels && y.H == x.H && y.W == x.W),
-                   "has a residual of another shape than its result");
-        return y;
+        return is_x(args.in_channels, args.H, args.W) &&
+               is_output_size(args.H_out, x.H, args.pad_top, args.stride, extent(args)) &&
+               is_output_size(args.W_out, x.W, args.pad_left, args.stride, extent(args)) &&
+               (args.expansion || args.hidden_channels == args.in_channels);
     }
-    if (const auto* pool = std::get_if<PoolArgs>(&step.layer)) {
-        CHECK_STEP(pool->in_channels == x.channels && pool->H == x.H && pool->W == x.W,
-                   "does not fit its input");
-        if (!pool->averages) return {-1, pool->out_channels, pool->H, pool->W};
-        return {-1, pool->out_channels, 1, 1};
+    if (const auto* pointwise = std::get_if<PointwiseArgs>(&step.layer))
+        return is_x(pointwise->in_channels, pointwise->H, pointwise->W);
+    if (const auto* average = std::get_if<AverageArgs>(&step.layer))
+        return is_x(average->channels, average->H, average->W);
+    return std::get<LinearArgs>(step.layer).in_features == x.size();
+}
+
+// Everything about a step's sizes, once the steps before it are right.
+void check_sizes(const Step& step, int64_t number, const Between& x) {
+    MNV2_CHECK_STEP(!std::holds_alternative<StemArgs>(step.layer) || number == 0,
+                    "is a stem, which must be the first one");
+    const auto* const block = std::get_if<BlockStep>(&step.layer);
+    if (block) {
+        const BlockArgs& args = block->args;
+        const bool known = (args.kernel_size == 3 || args.kernel_size == 5) && args.stride <= 2 &&
+                           args.dilation <= 2;
+        MNV2_CHECK_STEP(known, "must have kernel_size 3 or 5, stride 1 or 2, dilation 1 or 2");
     }
-    const auto& linear = std::get<LinearArgs>(step.layer);
-    CHECK_STEP(linear.in_features == x.size(), "does not fit its input");
-    return {-1, linear.out_features, 1, 1};
+    MNV2_CHECK_STEP(fits(step, x), "does not fit its input");
+    const Between y = result_of(step);
+    if (block) {
+        count_of({block->args.hidden_channels, block->args.H, block->args.W});
+        MNV2_CHECK_STEP(
+            !block->args.residual || (y.channels == x.channels && y.H == x.H && y.W == x.W),
+            "has a residual of another shape than its result");
+    }
+    count_of({y.channels, y.H, y.W});
 }
 
 bool may_overwrite_input(const Step& step) {
@@ -220,8 +276,8 @@ bool may_overwrite_input(const Step& step) {
     return block && is_row_by_row(step) && block->args.residual && block->args.expansion;
 }
 
-// Everything that a kernel takes for granted of where results are; shapes[0] is that of x, the next
-// ones are those behind the steps.
+// Everything that a kernel takes for granted of where results are. shapes[0] is that of x, and
+// shapes[i + 1] that of the result of step i.
 void check_places(const Network& network, const std::vector<Between>& shapes) {
     Between in_memory = shapes[0];  // what the steps that stream into one another began with
     bool comes_streaming = false;
@@ -230,18 +286,19 @@ void check_places(const Network& network, const std::vector<Between>& shapes) {
         const Step& step = network.steps[number];
         const bool last = number + 1 == count;
         Between x = shapes[number + 1];
-        CHECK_STEP((!comes_streaming && !step.streams) || is_row_by_row(step),
-                   "cannot stream: it does not go through the image row by row");
-        CHECK_STEP(!step.streams || !last, "cannot stream: there is no step behind it");
+        MNV2_CHECK_STEP((!comes_streaming && !step.streams) || is_row_by_row(step),
+                        "cannot stream: it does not go through the image row by row");
+        MNV2_CHECK_STEP(!step.streams || !last, "cannot stream: there is no step after it");
         if (!last && !step.streams) {
             x.offset = step.output;
-            CHECK_STEP(x.offset >= 0 && x.offset % 16 == 0 && x.offset <= network.arena - x.size(),
-                       "has its result outside of the arena of ", network.arena, " numbers");
+            MNV2_CHECK_STEP(
+                x.offset >= 0 && x.offset % 16 == 0 && x.offset <= network.arena - x.size(),
+                "has its result outside of the arena of ", network.arena, " numbers");
             const bool apart = in_memory.offset == -1 ||
                                in_memory.offset + in_memory.size() <= x.offset ||
                                x.offset + x.size() <= in_memory.offset;
             const bool same = in_memory.offset == x.offset && !comes_streaming;
-            CHECK_STEP(apart || (same && may_overwrite_input(step)), "overwrites its input");
+            MNV2_CHECK_STEP(apart || (same && may_overwrite_input(step)), "overwrites its input");
         }
         if (!step.streams) in_memory = x;
         comes_streaming = step.streams;
@@ -256,57 +313,28 @@ Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
     Network network{};
     network.channels = p.size(), network.H = p.size(), network.W = p.size();
     const int64_t dims = p.size();
-    TORCH_CHECK_VALUE(dims == 1 || dims == 3,
-                      "run_plan: an image's result must have 1 or 3 dimensions, got ", dims);
+    TORCH_CHECK_VALUE(
+        dims == 1 || dims == 3,
+        "run_plan: the result of an image in program must have 1 or 3 dimensions, got ", dims);
     std::vector<int64_t> y_shape(dims);
     for (int64_t& size : y_shape) size = p.size();
     network.arena = p.integer();
     // Below this bound no sum of sizes overflows.
     TORCH_CHECK_VALUE(
         network.arena >= 0 && network.arena < int64_t{1} << 31 && network.arena % 16 == 0,
-        "run_plan: the arena must have a multiple of 16 numbers, fewer than 2**31, got ",
+        "run_plan: the arena in program must have a multiple of 16 numbers, fewer than 2**31, got ",
         network.arena);
     const int64_t count = p.size();
     count_of({network.channels, network.H, network.W});
-    std::vector<Between> shapes{{-1, network.channels, network.H, network.W}};
+    std::vector<Between> shapes{{-1, network.channels, network.H, network.W, true}};
     for (int64_t number = 0; number < count; number++) {
         Step step{};
         const int64_t kind = p.integer();
         step.output = p.integer();
         step.streams = p.integer() != 0;
-        switch (kind) {
-            case 0: {
-                const StemArgs stem = read_stem(p);
-                network.y_shape = {stem.out_channels, stem.H_out, stem.W_out};
-                step.layer = stem;
-                break;
-            }
-            case 1: {
-                const BlockStep block = read_block(p);
-                network.y_shape = {block.args.out_channels, block.args.H_out, block.args.W_out};
-                step.layer = block;
-                break;
-            }
-            case 2:
-            case 4: {
-                const PoolArgs pool = read_pool(p, kind == 2, kernel);
-                network.y_shape = {pool.out_channels};
-                if (!pool.averages) network.y_shape = {pool.out_channels, pool.H, pool.W};
-                step.layer = pool;
-                break;
-            }
-            case 3: {
-                const LinearArgs linear = read_linear(p);
-                network.y_shape = {linear.out_features};
-                step.layer = linear;
-                break;
-            }
-            default:
-                TORCH_CHECK_VALUE(false, "run_plan: kinds of steps are 0 to 4, got ", kind);
-        }
-        const Between y = check_sizes(step, number, shapes.back());
-        count_of({y.channels, y.H, y.W});
-        shapes.push_back(y);
+        step.layer = read_layer(p, kind, number, kernel);
+        check_sizes(step, number, shapes.back());
+        shapes.push_back(result_of(step));
         if (auto* block = std::get_if<BlockStep>(&step.layer)) {
             block->args.pairs = kernel.multiplies_pairs(block->args);
             block->schedule = choose_network_schedule(block->args, kernel.lanes);
@@ -315,10 +343,15 @@ Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
     }
     p.check_end();
     check_places(network, shapes);
-    TORCH_CHECK_VALUE(y_shape == network.y_shape, "run_plan: the result must have shape ",
-                      at::IntArrayRef(network.y_shape), ", the program says ",
-                      at::IntArrayRef(y_shape));
+    const Between& y = shapes.back();
+    network.y_shape = {y.channels};
+    if (y.is_image) network.y_shape = {y.channels, y.H, y.W};
+    TORCH_CHECK_VALUE(y_shape == network.y_shape,
+                      "run_plan: program must give the result's shape, ",
+                      at::IntArrayRef(network.y_shape), ", got ", at::IntArrayRef(y_shape));
     return network;
 }
+
+#undef MNV2_CHECK_STEP
 
 }  // namespace mnv2::cpu

@@ -1,4 +1,5 @@
-// What csrc/torch/ops_cuda.cpp asks of CUDA's runtime, for a GPU that tests/emulated_cuda.py emulates.
+// What csrc/torch/ops_cuda.cpp asks of CUDA's runtime, for a GPU that tests/emulated_cuda.py
+// emulates.
 #include <cuda_runtime_api.h>
 
 namespace {

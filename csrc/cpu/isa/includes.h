@@ -1,5 +1,5 @@
-// All headers of the kernel sources. They stand above the target region of each instruction set, so
-// that their inline functions are compiled for the baseline wherever the linker takes them from.
+// All headers of the kernel sources, included above the target region of each instruction set.
+// Their inline functions are then compiled for the baseline, whichever copy the linker keeps.
 #pragma once
 #include <algorithm>
 #include <chrono>
@@ -14,4 +14,9 @@
 #include <arm_neon.h>
 #endif
 
+#if defined(__x86_64__) && defined(__clang__)
+#error "csrc/cpu/isa needs GCC, whose target pragma clang does not know: set CXX=g++"
+#endif
+
 #include "../kernels.h"
+#include "../sizes.h"

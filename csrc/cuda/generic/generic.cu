@@ -13,7 +13,7 @@
 
 namespace mnv2::cuda {
 
-namespace {
+namespace generic {
 
 // sums += a b for one thread: row i of a is at rows[i], and row k of b, of 4 channels, at
 // b + k * b_pitch. `terms` is a multiple of 4.
@@ -42,9 +42,9 @@ MNV2_DEVICE void add_product(float (&sums)[Rows][4], const SharedAddress (&rows)
 
 // Expands pixels first to first + 32 Rows - 1 of those under the tile.
 template <class T, int Rows>
-MNV2_DEVICE void expand(const Call& call, const GenericTile& tile, const Place& place, int first,
+MNV2_DEVICE void expand(const Call& call, const GenericTile& tile, const TileContext& c, int first,
                         int64_t hidden) {
-    const SharedAddress table = place.shared + tile.pixels, w_expand = place.shared + tile.w_expand;
+    const SharedAddress table = c.shared + tile.pixels, w_expand = c.shared + tile.w_expand;
     const int channel = thread_index() % kGenericChunkThreads * kGenericCols;
     int pixels[Rows];
     SharedAddress rows[Rows];
@@ -52,7 +52,7 @@ MNV2_DEVICE void expand(const Call& call, const GenericTile& tile, const Place& 
     for (int i = 0; i < Rows; i++) {
         pixels[i] = first + thread_index() / kGenericChunkThreads + i * kGenericPixelThreads;
         const int there = min(pixels[i], tile.halo_pixels - 1) - (tile.keeps_x ? 0 : first);
-        rows[i] = place.shared + tile.x + there * tile.x_pitch * 4;
+        rows[i] = c.shared + tile.x + there * tile.x_pitch * 4;
     }
     float sums[Rows][4] = {};
 #pragma unroll 1
@@ -65,9 +65,9 @@ MNV2_DEVICE void expand(const Call& call, const GenericTile& tile, const Place& 
             stage_weight<T, kGenericChunk>(call.w_expand, begin, terms, call.in_channels, hidden,
                                            call.hidden_channels, w_expand);
             if (!tile.keeps_x)
-                stage_pixels<T>(call, place.origin, table, first,
+                stage_pixels<T>(call, c.position, table, first,
                                 min(kGenericPass, tile.halo_pixels - first), begin, terms,
-                                place.shared + tile.x, tile.x_pitch);
+                                c.shared + tile.x, tile.x_pitch);
             block_barrier();
         }
         add_product<Rows>(sums, rows, w_expand + channel * 4, kGenericChunk * 4, terms);
@@ -76,9 +76,9 @@ MNV2_DEVICE void expand(const Call& call, const GenericTile& tile, const Place& 
             for (int i = 0; i < Rows; i++) rows[i] += terms * 4;
         }
     }
-    const int taps = static_cast<int>(call.kernel * call.kernel);
+    const int taps = static_cast<int>(call.kernel_size * call.kernel_size);
     const float4 bias =
-        load_shared<float4>(place.shared + tile.taps + ((taps + 1) * kGenericChunk + channel) * 4);
+        load_shared<float4>(c.shared + tile.taps + ((taps + 1) * kGenericChunk + channel) * 4);
 #pragma unroll
     for (int i = 0; i < Rows; i++) {
         if (pixels[i] >= tile.halo_pixels) continue;
@@ -88,21 +88,22 @@ MNV2_DEVICE void expand(const Call& call, const GenericTile& tile, const Place& 
                                 clip(sums[i][1] + bias.y, call.clip_expand),
                                 clip(sums[i][2] + bias.z, call.clip_expand),
                                 clip(sums[i][3] + bias.w, call.clip_expand));
-        store_shared<float4>(
-            place.shared + tile.expanded + (pixels[i] * kGenericChunk + channel) * 4, value);
+        store_shared<float4>(c.shared + tile.expanded + (pixels[i] * kGenericChunk + channel) * 4,
+                             value);
     }
 }
 
 // The depthwise convolution of a chunk: every thread computes four channels of a few pixels.
 template <class Sizes>
-MNV2_DEVICE void convolve(const Call& call, const GenericTile& tile, const Place& place,
+MNV2_DEVICE void convolve(const Call& call, const GenericTile& tile, const TileContext& c,
                           int64_t hidden) {
     constexpr int kRows = Sizes::kDepthwiseRows;
-    const int kernel = static_cast<int>(call.kernel), dilation = static_cast<int>(call.dilation);
+    const int kernel_size = static_cast<int>(call.kernel_size),
+              dilation = static_cast<int>(call.dilation);
     const int channel = thread_index() % kGenericChunkThreads * kGenericCols;
     const int first = thread_index() / kGenericChunkThreads;
-    const SharedAddress taps = place.shared + tile.taps + channel * 4;
-    const float4 bias = load_shared<float4>(taps + kernel * kernel * kGenericChunk * 4);
+    const SharedAddress taps = c.shared + tile.taps + channel * 4;
+    const float4 bias = load_shared<float4>(taps + kernel_size * kernel_size * kGenericChunk * 4);
     SharedAddress from[kRows];
     float4 sums[kRows];
 #pragma unroll
@@ -111,15 +112,16 @@ MNV2_DEVICE void convolve(const Call& call, const GenericTile& tile, const Place
         const int pixel = min(first + i * kGenericPixelThreads, tile.rows * tile.cols - 1);
         const int row = pixel / tile.cols * static_cast<int>(call.stride);
         const int col = pixel % tile.cols * static_cast<int>(call.stride);
-        from[i] = place.shared + tile.expanded +
-                  ((row * tile.halo_cols + col) * kGenericChunk + channel) * 4;
+        from[i] =
+            c.shared + tile.expanded + ((row * tile.halo_cols + col) * kGenericChunk + channel) * 4;
         sums[i] = bias;
     }
 #pragma unroll 1
-    for (int row = 0; row < kernel; row++) {
+    for (int row = 0; row < kernel_size; row++) {
 #pragma unroll 1
-        for (int col = 0; col < kernel; col++) {
-            const float4 w = load_shared<float4>(taps + (row * kernel + col) * kGenericChunk * 4);
+        for (int col = 0; col < kernel_size; col++) {
+            const float4 w =
+                load_shared<float4>(taps + (row * kernel_size + col) * kGenericChunk * 4);
             const int step = dilation * (row * tile.halo_cols + col) * kGenericChunk * 4;
 #pragma unroll
             for (int i = 0; i < kRows; i++) {
@@ -141,7 +143,7 @@ MNV2_DEVICE void convolve(const Call& call, const GenericTile& tile, const Place
                                          left > 3 ? clip(sums[i].w, call.clip_dw) : 0.f);
         const int pixel = first + i * kGenericPixelThreads;
         store_shared<float4>(
-            place.shared + tile.depthwise + (pixel * kGenericDepthwisePitch + channel) * 4, value);
+            c.shared + tile.depthwise + (pixel * kGenericDepthwisePitch + channel) * 4, value);
     }
 }
 
@@ -156,17 +158,16 @@ MNV2_DEVICE int output_channel() {
 }
 
 template <class T, class Sizes>
-MNV2_DEVICE void project(const Call& call, const GenericTile& tile, const Place& place,
+MNV2_DEVICE void project(const Call& call, const GenericTile& tile, const TileContext& c,
                          int64_t hidden, int64_t first_channel,
                          float (&sums)[Sizes::kOutGroups][kGenericRows][4]) {
-    const SharedAddress w_project = place.shared + tile.w_project;
+    const SharedAddress w_project = c.shared + tile.w_project;
     const int64_t left = (call.hidden_channels - hidden + 3) / 4 * 4;
     const int terms = static_cast<int>(min(left, static_cast<int64_t>(kGenericChunk)));
     SharedAddress rows[kGenericRows];
 #pragma unroll
     for (int i = 0; i < kGenericRows; i++)
-        rows[i] =
-            place.shared + tile.depthwise + output_pixel<Sizes>(i) * kGenericDepthwisePitch * 4;
+        rows[i] = c.shared + tile.depthwise + output_pixel<Sizes>(i) * kGenericDepthwisePitch * 4;
 #pragma unroll
     for (int group = 0; group < Sizes::kOutGroups; group++) {
         if (group * Sizes::kGroupChannels >= tile.out_channels) break;
@@ -219,13 +220,13 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
         const int64_t first_col = tiles % tile.tile_cols * tile.cols;
         const int64_t first_row = tiles / tile.tile_cols % tile.tile_rows * tile.rows;
         const int64_t image = tiles / tile.tile_cols / tile.tile_rows;
-        const Place place{shared,
-                          {image, first_row * call.stride - call.pad_top,
-                           first_col * call.stride - call.pad_left}};
-        stage_pixel_table(call, tile, place.origin, shared + tile.pixels);
+        const TileContext c{shared,
+                            {image, first_row * call.stride - call.pad_top,
+                             first_col * call.stride - call.pad_left}};
+        stage_pixel_table(call, tile, c.position, shared + tile.pixels);
         block_barrier();
         if (tile.keeps_x)
-            stage_pixels<T>(call, place.origin, shared + tile.pixels, 0, tile.halo_pixels, 0,
+            stage_pixels<T>(call, c.position, shared + tile.pixels, 0, tile.halo_pixels, 0,
                             static_cast<int>((call.in_channels + 3) / 4 * 4), shared + tile.x,
                             tile.x_pitch);
 
@@ -233,18 +234,18 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
         for (int64_t hidden = 0; hidden < call.hidden_channels; hidden += kGenericChunk) {
             stage_taps<T>(call, hidden, shared + tile.taps);
             if (!call.expansion) {
-                stage_pixels<T>(call, place.origin, shared + tile.pixels, 0, tile.halo_pixels,
-                                hidden, kGenericChunk, shared + tile.expanded, kGenericChunk);
+                stage_pixels<T>(call, c.position, shared + tile.pixels, 0, tile.halo_pixels, hidden,
+                                kGenericChunk, shared + tile.expanded, kGenericChunk);
             } else {
                 int first = 0;
                 for (; tile.halo_pixels - first > kGenericPass / 2; first += kGenericPass)
-                    expand<T, kGenericRows>(call, tile, place, first, hidden);
+                    expand<T, kGenericRows>(call, tile, c, first, hidden);
                 if (first < tile.halo_pixels)
-                    expand<T, kGenericRows / 2>(call, tile, place, first, hidden);
+                    expand<T, kGenericRows / 2>(call, tile, c, first, hidden);
             }
             block_barrier();
-            convolve<Sizes>(call, tile, place, hidden);
-            project<T, Sizes>(call, tile, place, hidden, first_channel, sums);
+            convolve<Sizes>(call, tile, c, hidden);
+            project<T, Sizes>(call, tile, c, hidden, first_channel, sums);
         }
         store_tile<T, Sizes>(call, tile, image, first_row, first_col, first_channel, sums);
     }
@@ -268,16 +269,16 @@ cudaError_t run_element(const Call& call, const Device& device, cudaStream_t str
     return run_sizes<T, GenericWide>(call, device, stream);
 }
 
-}  // namespace
+}  // namespace generic
 
 cudaError_t run_generic(const Call& call, const Device& device, cudaStream_t stream) {
     switch (call.element) {
         case Element::half:
-            return run_element<__half>(call, device, stream);
+            return generic::run_element<__half>(call, device, stream);
         case Element::bfloat16:
-            return run_element<__nv_bfloat16>(call, device, stream);
+            return generic::run_element<__nv_bfloat16>(call, device, stream);
         case Element::single:
-            return run_element<float>(call, device, stream);
+            return generic::run_element<float>(call, device, stream);
     }
     return cudaErrorInvalidValue;
 }

@@ -20,8 +20,6 @@ constexpr int kGenericKeptSlice = 64, kGenericReadSlice = 32;
 // Floats from one pixel to the next: an odd number of 16 bytes, for reads without conflicts.
 constexpr int kGenericDepthwisePitch = kGenericChunk + 4;
 constexpr int kGenericReadPitch = kGenericReadSlice + 4;
-// What a block of threads may have on the smallest GPU of capability 8.0 and later.
-constexpr int kGenericSharedBytes = 99 << 10;
 
 // Of one instance: threads next to one another along the output channels, and how often their
 // channels are repeated.
@@ -55,30 +53,29 @@ struct GenericTile {
 template <class Sizes>
 constexpr GenericTile generic_tile(const BlockSizes& sizes, int rows, int cols, bool keeps_x) {
     GenericTile tile{};
-    const int extent = static_cast<int>(sizes.dilation * (sizes.kernel - 1)) + 1;
+    const int extent = static_cast<int>(sizes.dilation * (sizes.kernel_size - 1)) + 1;
     const int stride = static_cast<int>(sizes.stride);
     tile.rows = rows, tile.cols = cols;
-    tile.tile_rows = (sizes.H_out - 1) / rows + 1;
-    tile.tile_cols = (sizes.W_out - 1) / cols + 1;
+    tile.tile_rows = ceil_div(sizes.H_out, rows);
+    tile.tile_cols = ceil_div(sizes.W_out, cols);
     tile.halo_cols = (cols - 1) * stride + extent;
     tile.halo_pixels = ((rows - 1) * stride + extent) * tile.halo_cols;
 
-    const int64_t channels = (sizes.in_channels + 3) / 4 * 4;
+    const int64_t channels = round_up(sizes.in_channels, 4);
     tile.keeps_x = keeps_x;
     tile.slice = keeps_x ? kGenericKeptSlice : kGenericReadSlice;
-    tile.slices = static_cast<int>((channels - 1) / tile.slice) + 1;
+    tile.slices = static_cast<int>(ceil_div(channels, tile.slice));
     tile.x_pitch = keeps_x ? static_cast<int>(channels / 4 | 1) * 4 : kGenericReadPitch;
-    const int64_t groups = (sizes.out_channels - 1) / Sizes::kGroupChannels + 1;
-    tile.out_blocks = static_cast<int>((groups - 1) / Sizes::kOutGroups) + 1;
-    tile.out_channels =
-        static_cast<int>((groups - 1) / tile.out_blocks + 1) * Sizes::kGroupChannels;
+    const int64_t groups = ceil_div(sizes.out_channels, Sizes::kGroupChannels);
+    tile.out_blocks = static_cast<int>(ceil_div(groups, Sizes::kOutGroups));
+    tile.out_channels = static_cast<int>(ceil_div(groups, tile.out_blocks)) * Sizes::kGroupChannels;
 
     const int x_pixels = keeps_x ? tile.halo_pixels : kGenericPass;
-    const int taps = static_cast<int>(sizes.kernel * sizes.kernel);
+    const int taps = static_cast<int>(sizes.kernel_size * sizes.kernel_size);
     int floats = 0;
     const auto take = [&](int count) {
         const int begin = floats * 4;
-        floats += (count + 3) / 4 * 4;
+        floats += round_up(count, 4);
         return begin;
     };
     tile.pixels = take(tile.halo_pixels);
@@ -97,8 +94,9 @@ template <class Sizes>
 constexpr int64_t generic_cost(const BlockSizes& sizes, const GenericTile& tile) {
     const int64_t loads = tile.keeps_x ? 0 : sizes.in_channels / 2;
     const int64_t expansion =
-        (tile.halo_pixels + 63) / 64 * 64 * (sizes.expansion ? sizes.in_channels + loads + 16 : 16);
-    const int64_t rest = Sizes::kPixels * (2 * sizes.kernel * sizes.kernel + tile.out_channels);
+        round_up(tile.halo_pixels, 64) * (sizes.expansion ? sizes.in_channels + loads + 16 : 16);
+    const int64_t rest =
+        Sizes::kPixels * (2 * sizes.kernel_size * sizes.kernel_size + tile.out_channels);
     return tile.tile_rows * tile.tile_cols * (expansion + rest);
 }
 
@@ -107,8 +105,8 @@ template <class Sizes>
 constexpr bool generic_fits_all() {
     BlockSizes sizes{};
     sizes.H_out = sizes.W_out = sizes.in_channels = sizes.out_channels = 1 << 20;
-    sizes.kernel = 5, sizes.dilation = 2, sizes.stride = 2, sizes.expansion = true;
-    return generic_tile<Sizes>(sizes, 1, 1, false).end <= kGenericSharedBytes;
+    sizes.kernel_size = 5, sizes.dilation = 2, sizes.stride = 2, sizes.expansion = true;
+    return generic_tile<Sizes>(sizes, 1, 1, false).end <= kSharedBytes;
 }
 static_assert(generic_fits_all<GenericNarrow>() && generic_fits_all<GenericWide>());
 
@@ -118,23 +116,23 @@ constexpr GenericTile best_generic_tile(const BlockSizes& sizes) {
     GenericTile best{};
     int64_t best_cost = INT64_MAX;
     // Those of more channels than this overflow an int, and not one pixel of them fits.
-    const bool may_keep = sizes.expansion && sizes.in_channels <= kGenericSharedBytes / 4;
+    const bool may_keep = sizes.expansion && sizes.in_channels <= kSharedBytes / 4;
     const int most_cols = static_cast<int>(std::min<int64_t>(Sizes::kPixels, sizes.W_out));
     int64_t narrower = 0;  // tile columns of the next narrower tile
     for (int cols = 1; cols <= most_cols; cols++) {
-        const int64_t tile_cols = (sizes.W_out - 1) / cols + 1;
+        const int64_t tile_cols = ceil_div(sizes.W_out, cols);
         if (tile_cols == narrower) continue;
         narrower = tile_cols;
         const int64_t most_rows = std::min<int64_t>(Sizes::kPixels / cols, sizes.H_out);
         for (int64_t limit = most_rows; limit >= 1; limit /= 2) {
             // No more rows than as many tiles need.
-            const int64_t tile_rows = (sizes.H_out - 1) / limit + 1;
-            const int rows = static_cast<int>((sizes.H_out - 1) / tile_rows) + 1;
+            const int64_t tile_rows = ceil_div(sizes.H_out, limit);
+            const int rows = static_cast<int>(ceil_div(sizes.H_out, tile_rows));
             GenericTile tile = generic_tile<Sizes>(sizes, rows, cols, false);
-            if (tile.end > kGenericSharedBytes) continue;
+            if (tile.end > kSharedBytes) continue;
             if (may_keep) {
                 const GenericTile kept = generic_tile<Sizes>(sizes, rows, cols, true);
-                if (kept.end <= kGenericSharedBytes) tile = kept;
+                if (kept.end <= kSharedBytes) tile = kept;
             }
             const int64_t cost = generic_cost<Sizes>(sizes, tile);
             if (cost < best_cost) best = tile, best_cost = cost;

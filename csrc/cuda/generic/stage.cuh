@@ -5,7 +5,7 @@
 #include "../ptx.h"
 #include "plan.h"
 
-namespace mnv2::cuda {
+namespace mnv2::cuda::generic {
 
 struct GenericCall {
     Call call;
@@ -39,22 +39,23 @@ MNV2_DEVICE float clip(float value, const Clip& bounds) {
 // image has no such pixel.
 constexpr uint32_t kOutside = UINT32_MAX;
 
-struct Origin {
-    int64_t image, row, col;  // of the first pixel of the expansion under a tile
+// The first pixel of the expansion under a tile.
+struct Position {
+    int64_t image, row, col;
 };
 
 // What every step of a tile needs to know.
-struct Place {
+struct TileContext {
     SharedAddress shared;
-    Origin origin;
+    Position position;
 };
 
-MNV2_DEVICE void stage_pixel_table(const Call& call, const GenericTile& tile, const Origin& origin,
+MNV2_DEVICE void stage_pixel_table(const Call& call, const GenericTile& tile, const Position& at,
                                    SharedAddress table) {
 #pragma unroll 1
     for (int pixel = thread_index(); pixel < tile.halo_pixels; pixel += kGenericThreads) {
         const int down = pixel / tile.halo_cols, right = pixel % tile.halo_cols;
-        const int64_t row = origin.row + down, col = origin.col + right;
+        const int64_t row = at.row + down, col = at.col + right;
         const bool inside = row >= 0 && row < call.H && col >= 0 && col < call.W;
         const uint32_t place = static_cast<uint32_t>(down) << 16 | static_cast<uint32_t>(right);
         store_shared<uint32_t>(table + pixel * 4, inside ? place : kOutside);
@@ -64,7 +65,7 @@ MNV2_DEVICE void stage_pixel_table(const Call& call, const GenericTile& tile, co
 // Channels first_channel to first_channel + channels - 1 of `pixels` pixels of x, `pitch` floats
 // apart. A warp takes a pixel at a time; four of them are under way together.
 template <class T>
-MNV2_DEVICE void stage_pixels(const Call& call, const Origin& origin, SharedAddress table,
+MNV2_DEVICE void stage_pixels(const Call& call, const Position& at, SharedAddress table,
                               int first_pixel, int pixels, int64_t first_channel, int channels,
                               SharedAddress to, int pitch) {
     constexpr int kWarps = kGenericThreads / 32, kTogether = 4;
@@ -78,10 +79,10 @@ MNV2_DEVICE void stage_pixels(const Call& call, const Origin& origin, SharedAddr
             const uint32_t place = pixel < pixels
                                        ? load_shared<uint32_t>(table + (first_pixel + pixel) * 4)
                                        : kOutside;
-            const int64_t row = origin.row + (place >> 16), col = origin.col + (place & 0xffff);
+            const int64_t row = at.row + (place >> 16), col = at.col + (place & 0xffff);
             from[i] = place == kOutside
                           ? -1
-                          : ((origin.image * call.H + row) * call.W + col) * call.in_channels;
+                          : ((at.image * call.H + row) * call.W + col) * call.in_channels;
         }
 #pragma unroll 1
         for (int c = lane; c < channels; c += 32) {
@@ -125,10 +126,10 @@ MNV2_DEVICE void stage_weight(const void* weight, int64_t first_row, int rows, i
     }
 }
 
-// Taps and, behind them, the biases of the depthwise and of the expansion, for one chunk.
+// Taps and, after them, the biases of the depthwise and of the expansion, for one chunk.
 template <class T>
 MNV2_DEVICE void stage_taps(const Call& call, int64_t hidden, SharedAddress to) {
-    const int taps = static_cast<int>(call.kernel * call.kernel);
+    const int taps = static_cast<int>(call.kernel_size * call.kernel_size);
     stage_weight<T, kGenericChunk>(call.w_dw, 0, taps, taps, hidden, call.hidden_channels, to);
     if (thread_index() < 2 * kGenericChunk) {
         const int channel = thread_index() % kGenericChunk;
@@ -138,4 +139,4 @@ MNV2_DEVICE void stage_taps(const Call& call, int64_t hidden, SharedAddress to) 
     }
 }
 
-}  // namespace mnv2::cuda
+}  // namespace mnv2::cuda::generic

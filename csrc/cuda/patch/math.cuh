@@ -3,7 +3,7 @@
 #include "../ptx.h"
 #include "plan.h"
 
-namespace mnv2::cuda {
+namespace mnv2::cuda::patch {
 
 // Upper bounds of the expanded values and of the depthwise sums; the lower ones are 0.
 struct Uppers {
@@ -100,12 +100,11 @@ MNV2_DEVICE void expand_pair(int pair, SharedAddress pixels, const uint32_t (&w_
 #pragma unroll
     for (int h = 0; h < 2; h++) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int slot = 2 * pair + half;
+        for (int i = 0; i < 2; i++) {
+            const int slot = 2 * pair + i;
             const int row = slot / Sizes::kSlotCols, col = slot % Sizes::kSlotCols;
             if (col >= Sizes::kUsedSlotCols) continue;
-            const auto value =
-                depthwise.clipped(expanded[h][2 * half], expanded[h][2 * half + 1], upper);
+            const auto value = depthwise.clipped(expanded[h][2 * i], expanded[h][2 * i + 1], upper);
 #pragma unroll
             for (int p = 0; p < Sizes::kPixels; p++) {
                 const int tap_row = row - p / Sizes::kCols * Sizes::kStride;
@@ -166,4 +165,4 @@ MNV2_DEVICE void project(SharedAddress chunk, int lane, const Uppers& upper,
     }
 }
 
-}  // namespace mnv2::cuda
+}  // namespace mnv2::cuda::patch

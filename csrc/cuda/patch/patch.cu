@@ -17,7 +17,7 @@
 
 namespace mnv2::cuda {
 
-namespace {
+namespace patch {
 
 struct PatchCall {
     Call call;
@@ -176,13 +176,14 @@ cudaError_t run_element(const Call& call, const Device& device, cudaStream_t str
     return error;
 }
 
-}  // namespace
+}  // namespace patch
 
 cudaError_t run_patch(const Call& call, const Device& device, cudaStream_t stream) {
     if (call.element == Element::bfloat16)
-        return run_element<__nv_bfloat16, false>(call, device, stream);
-    if (half_sums(call, call.element)) return run_element<__half, true>(call, device, stream);
-    return run_element<__half, false>(call, device, stream);
+        return patch::run_element<__nv_bfloat16, false>(call, device, stream);
+    if (half_sums(call, call.element))
+        return patch::run_element<__half, true>(call, device, stream);
+    return patch::run_element<__half, false>(call, device, stream);
 }
 
 }  // namespace mnv2::cuda

@@ -13,8 +13,6 @@ constexpr int kPatchWarps = 4;
 constexpr int kPatchThreads = kPatchWarps * kWarp;
 constexpr int kPatchChunk = 16;  // hidden channels that a warp has in registers at a time
 constexpr int kBiasChannels = 8;
-// What a block of threads may have on the smallest GPU of capability 8.0 and later.
-constexpr int kPatchSharedBytes = 99 << 10;
 
 // Of one instance: the most channels of x and y, and the output pixels of one patch. Units are
 // elements of 2 bytes.
@@ -34,7 +32,7 @@ struct PatchSizes {
     static constexpr int kPixelPitch = kIn + kBiasChannels;
     static constexpr int kProducts16 = kPixelPitch / 16, kProducts8 = kPixelPitch % 16 / 8;
     // Rows of w_expand and its bias in shared memory, as many as are loaded at a time.
-    static constexpr int kExpandRows = (kPixelPitch + 15) / 16 * 16;
+    static constexpr int kExpandRows = round_up(kPixelPitch, 16);
     static constexpr int kOutTiles = kOut / 8;
     // ldmatrix reads one pixel of eight patches: they lie an odd number of 16 bytes apart.
     static constexpr int kColSkew = kStepCols * kPixelPitch / 8 % 2 == 0 ? 8 : 0;
@@ -61,8 +59,8 @@ constexpr PatchTile patch_tile(int patch_cols, int patch_rows, int64_t height_ou
                                int64_t width_out) {
     PatchTile tile{};
     tile.patch_cols = patch_cols, tile.patch_rows = patch_rows;
-    tile.tile_cols = static_cast<int>((width_out - 1) / (patch_cols * Sizes::kCols) + 1);
-    tile.tile_rows = static_cast<int>((height_out - 1) / (patch_rows * Sizes::kRows) + 1);
+    tile.tile_cols = static_cast<int>(ceil_div(width_out, patch_cols * Sizes::kCols));
+    tile.tile_rows = static_cast<int>(ceil_div(height_out, patch_rows * Sizes::kRows));
     tile.cols = (patch_cols - 1) * Sizes::kStepCols + Sizes::kSlotCols;
     tile.rows = (patch_rows - 1) * Sizes::kStepRows + Sizes::kSlotRows;
     tile.row_pitch = Sizes::slot_col(tile.cols - 1) + Sizes::kPixelPitch;
@@ -77,7 +75,7 @@ constexpr PatchTile patch_tile(int patch_cols, int patch_rows, int64_t height_ou
     return tile;
 }
 
-// The weights in shared memory, in bytes from its start; x lies behind them.
+// The weights in shared memory, in bytes from its start; x follows them.
 struct PatchWeights {
     int chunks;                    // of hidden channels, the last one filled up with zeros
     int dw_chunk;                  // bytes of w_dw and b_dw of a chunk
@@ -87,7 +85,7 @@ struct PatchWeights {
 template <class Sizes>
 constexpr PatchWeights patch_weights(int64_t hidden_channels, bool half_sums) {
     PatchWeights weights{};
-    weights.chunks = static_cast<int>((hidden_channels + kPatchChunk - 1) / kPatchChunk);
+    weights.chunks = static_cast<int>(ceil_div(hidden_channels, kPatchChunk));
     weights.dw_chunk = kPatchChunk * (9 * 2 + (half_sums ? 2 : 4));
     weights.expand = 0;
     weights.dw = weights.chunks * kPatchChunk * Sizes::kExpandRows * 2;
@@ -99,11 +97,11 @@ constexpr PatchWeights patch_weights(int64_t hidden_channels, bool half_sums) {
 // Warp instructions, roughly: what a tile's shape is chosen by.
 template <class Sizes>
 constexpr int64_t patch_cost(const PatchTile& tile, int64_t height_out, int64_t chunks) {
-    const int64_t rows = (height_out - 1) / Sizes::kRows + 1;
+    const int64_t rows = ceil_div(height_out, Sizes::kRows);
     int64_t cost = 0;
     for (int64_t first = 0; first < rows; first += tile.patch_rows) {
         const int64_t here = std::min<int64_t>(tile.patch_rows, rows - first);
-        const int64_t warps = (here * tile.patch_cols - 1) / kPatchesPerWarp + 1;
+        const int64_t warps = ceil_div(here * tile.patch_cols, kPatchesPerWarp);
         cost += warps * chunks * Sizes::kPixels * 40 + tile.rows * tile.cols * Sizes::kIn / 8;
     }
     return cost * tile.tile_cols;
@@ -112,24 +110,19 @@ constexpr int64_t patch_cost(const PatchTile& tile, int64_t height_out, int64_t 
 // The shape of the tiles for an image, whatever the batch.
 template <class Sizes>
 constexpr PatchTile best_patch_tile(const BlockSizes& sizes, int weight_bytes) {
-    const int64_t cols = (sizes.W_out - 1) / Sizes::kCols + 1;
-    const int64_t chunks = (sizes.hidden_channels + kPatchChunk - 1) / kPatchChunk;
+    const int64_t cols = ceil_div(sizes.W_out, Sizes::kCols);
+    const int64_t chunks = ceil_div(sizes.hidden_channels, kPatchChunk);
     PatchTile best{};
     int64_t best_cost = INT64_MAX;
     for (int patch_cols = 1; patch_cols <= kPatchWarps * kPatchesPerWarp; patch_cols++) {
         if (patch_cols > cols) break;
         const int patch_rows = kPatchWarps * kPatchesPerWarp / patch_cols;
         const PatchTile tile = patch_tile<Sizes>(patch_cols, patch_rows, sizes.H_out, sizes.W_out);
-        if (weight_bytes + tile.x_elements * 2 > kPatchSharedBytes) continue;
+        if (weight_bytes + tile.x_elements * 2 > kSharedBytes) continue;
         const int64_t cost = patch_cost<Sizes>(tile, sizes.H_out, chunks);
         if (cost < best_cost) best = tile, best_cost = cost;
     }
     return best;
-}
-
-// Sums of the depthwise in fp16: where the layers' own results are fp16 and no sum can overflow.
-constexpr bool half_sums(const BlockSizes& sizes, Element element) {
-    return element == Element::half && sizes.clip_expand.upper <= 64.f;
 }
 
 // Calls `use` with the PatchSizes of the instance for a block, if there is one. Few patches are
@@ -152,7 +145,7 @@ constexpr void with_patch_sizes(const BlockSizes& sizes, Use&& use) {
 // Whether this kernel is the one for the block. Narrow images leave most of a warp's patches empty.
 inline bool patch_takes(const BlockSizes& sizes, Element element) {
     if (element == Element::single || !sizes.expansion) return false;
-    if (sizes.kernel != 3 || sizes.dilation != 1) return false;
+    if (sizes.kernel_size != 3 || sizes.dilation != 1) return false;
     if (sizes.in_channels % 8 || sizes.hidden_channels % 8 || sizes.out_channels % 8) return false;
     if (sizes.clip_expand.lower != 0 || sizes.clip_dw.lower != 0) return false;
     if (sizes.H_out < 20 || sizes.W_out < 20) return false;

@@ -5,7 +5,7 @@
 #include "../ptx.h"
 #include "plan.h"
 
-namespace mnv2::cuda {
+namespace mnv2::cuda::patch {
 
 template <class T>
 struct Constants;
@@ -35,7 +35,7 @@ MNV2_DEVICE float2 split(float value) {
     return make_float2(coarse, fabsf(fine) == INFINITY ? fine : nearest_finite<T>(fine));
 }
 
-// w_expand by groups of 8 hidden channels, and in them by input channel; behind the input channels
+// w_expand by groups of 8 hidden channels, and in them by input channel; after the input channels
 // the two rows of the bias, and zeros.
 template <class T, class Sizes>
 MNV2_DEVICE void stage_expand(const Call& call, const PatchWeights& weights, SharedAddress to) {
@@ -170,4 +170,4 @@ MNV2_DEVICE void stage_x(const Call& call, const PatchTile& tile, const Position
     }
 }
 
-}  // namespace mnv2::cuda
+}  // namespace mnv2::cuda::patch

@@ -11,8 +11,8 @@ namespace mnv2::cuda::tile {
 // Blocks of threads on a multiprocessor. Each block's shared memory takes 1 KB more.
 inline int resident_blocks(const BlockSizes& sizes, Element element, const TilePlan& plan,
                            const Device& device) {
-    const bool half_sums = tile_half_sums(sizes, element);
-    return std::min(tile_most_warps(sizes.kernel, half_sums, plan.n_tiles) * 32 / plan.threads(),
+    const bool in_half = half_sums(sizes, element);
+    return std::min(tile_most_warps(sizes.kernel_size, in_half, plan.n_tiles) * 32 / plan.threads(),
                     (device.shared_bytes + 1024) / (plan.end + 1024));
 }
 
@@ -36,8 +36,8 @@ inline Cycles chunk_cycles(const BlockSizes& sizes, Element element, const TileP
         cycles.add(units * (steps * (wide ? 4.5 : 6) + 12),
                    std::ceil(units / plan.unit_tiles / warps) * (steps * (wide ? 70 : 50) + 250));
     }
-    const double taps = static_cast<double>(sizes.kernel * sizes.kernel);
-    cycles.add(plan.job_rounds * warps * (taps + 8) * (tile_half_sums(sizes, element) ? 1.1 : 1.2),
+    const double taps = static_cast<double>(sizes.kernel_size * sizes.kernel_size);
+    cycles.add(plan.job_rounds * warps * (taps + 8) * (half_sums(sizes, element) ? 1.1 : 1.2),
                plan.job_rounds * 150);
     return cycles;
 }
@@ -50,7 +50,7 @@ inline double memory_cycles(const BlockSizes& sizes, const TilePlan& plan) {
 }
 
 inline int64_t count_tiles(const BlockSizes& sizes, const TilePlan& plan) {
-    return static_cast<int64_t>(ceil_div(sizes.N, plan.images)) * plan.tile_rows * plan.tile_cols;
+    return ceil_div(sizes.N, plan.images) * plan.tile_rows * plan.tile_cols;
 }
 
 // Rough cycles for all blocks: by it plans are compared.
@@ -76,7 +76,7 @@ inline double cost(const BlockSizes& sizes, Element element, const TilePlan& pla
     return all;
 }
 
-// The same for clusters. A part of the multiprocessors has none.
+// Cost of a cluster launch. Some multiprocessors cannot host clusters.
 inline double cluster_cost(const BlockSizes& sizes, Element element, const TilePlan& plan,
                            int multiprocessors) {
     const double rounds = ceil_div(plan.chunks, plan.cluster);
@@ -184,10 +184,10 @@ inline const TilePlan& known_plan(const BlockSizes& sizes, Element element, cons
                   sizes.in_channels,
                   sizes.hidden_channels,
                   sizes.out_channels,
-                  sizes.kernel,
+                  sizes.kernel_size,
                   sizes.stride,
                   sizes.dilation,
-                  sizes.expansion * 2 + tile_half_sums(sizes, element),
+                  sizes.expansion * 2 + half_sums(sizes, element),
                   device.multiprocessors,
                   device.shared_bytes,
                   device.capability};

@@ -47,7 +47,7 @@ MNV2_DEVICE void stage_round_weights(const Call& call, const TilePlan& plan, Sha
         shared + plan.w_project);
 }
 
-template <class T, int Kernel, bool HalfSums>
+template <class T, int KernelSize, bool HalfSums>
 __global__ void __launch_bounds__(kTileClusterWarps * 32)
     inverted_residual_tile_cluster(const __grid_constant__ TileCall arguments) {
     const Call& call = arguments.call;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kTileClusterWarps * 32)
                 copy_async_wait<0>();
             }
             block_barrier();
-            depthwise_of_chunk<T, Kernel, HalfSums>(arguments, shared, chunk);
+            depthwise_of_chunk<T, KernelSize, HalfSums>(arguments, shared, chunk);
         }
         cluster_barrier();
         if (chunk + plan.cluster < plan.chunks)

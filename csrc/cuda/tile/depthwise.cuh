@@ -63,16 +63,16 @@ MNV2_DEVICE Job read_job(SharedAddress from) {
 // The walk of one job. Step: rows of pixels from the taps of one output row to those of the next.
 // They come in groups of Step: group u starts the sums of output row u and ends those of row u -
 // kRing + 1.
-template <class T, int Kernel, int Step, bool HalfSums>
+template <class T, int KernelSize, int Step, bool HalfSums>
 struct Walk {
-    static constexpr int kRing = (Kernel + Step - 1) / Step;
+    static constexpr int kRing = (KernelSize + Step - 1) / Step;
     // Of the first group: rows that no tap reads.
-    static constexpr int kUnused = kRing * Step - Kernel;
-    static constexpr int kCols = Step * (kTileStrip - 1) + Kernel;
+    static constexpr int kUnused = kRing * Step - KernelSize;
+    static constexpr int kCols = Step * (kTileStrip - 1) + KernelSize;
     using Sums = Channels<T, HalfSums>;
     using Packed = typename Sums::Packed;
 
-    const Packed (&weight)[Kernel * Kernel];
+    const Packed (&weight)[KernelSize * KernelSize];
     const Sums& bias;
     const PairClip& clip;
     const TileSteps& steps;
@@ -120,9 +120,9 @@ struct Walk {
 #pragma unroll
                     for (int s = 0; s < kTileStrip; s++) {
                         const int tap = c - s * Step;
-                        if (tap_row < 0 || tap < 0 || tap >= Kernel) continue;
+                        if (tap_row < 0 || tap < 0 || tap >= KernelSize) continue;
                         ring[(Slot - j + kRing) % kRing][s].add(
-                            pixel, Sums::from(weight[tap_row * Kernel + tap]));
+                            pixel, Sums::from(weight[tap_row * KernelSize + tap]));
                     }
                 }
             }
@@ -143,21 +143,21 @@ MNV2_DEVICE void fill_up_channels(const TilePlan& plan, SharedAddress d, int cha
 }
 
 // The channels of a chunk, for every output pixel of the tile.
-template <class T, int Kernel, int Step, bool HalfSums>
+template <class T, int KernelSize, int Step, bool HalfSums>
 MNV2_DEVICE void depthwise(const TileCall& arguments, SharedAddress shared, int chunk) {
     const Call& call = arguments.call;
     const TilePlan& plan = arguments.plan;
     const ChunkWeights weights = chunk_weights(plan, shared, chunk);
     const int channels = channels_of_chunk(call, plan, chunk);
     fill_up_channels(plan, shared + plan.d, channels, padded_channels(call, plan, chunk));
-    using TheWalk = Walk<T, Kernel, Step, HalfSums>;
+    using TheWalk = Walk<T, KernelSize, Step, HalfSums>;
     using Packed = typename TheWalk::Packed;
     constexpr int job_channels = sizeof(Packed) / 2;
     const int lanes = plan.chunk / job_channels, channel = thread_index() % lanes * job_channels;
     if (channel >= channels) return;
-    Packed weight[Kernel * Kernel];
+    Packed weight[KernelSize * KernelSize];
 #pragma unroll
-    for (int tap = 0; tap < Kernel * Kernel; tap++)
+    for (int tap = 0; tap < KernelSize * KernelSize; tap++)
         weight[tap] = load_shared<Packed>(weights.w_dw + (tap * plan.chunk + channel) * 2);
     const auto bias = Channels<T, HalfSums>::bias(weights.b_dw + channel * 4);
 #pragma unroll 1
@@ -178,12 +178,12 @@ MNV2_DEVICE void depthwise(const TileCall& arguments, SharedAddress shared, int 
     }
 }
 
-template <class T, int Kernel, bool HalfSums>
+template <class T, int KernelSize, bool HalfSums>
 MNV2_DEVICE void depthwise_of_chunk(const TileCall& arguments, SharedAddress shared, int chunk) {
     if (arguments.call.stride > arguments.call.dilation) {
-        depthwise<T, Kernel, 2, HalfSums>(arguments, shared, chunk);
+        depthwise<T, KernelSize, 2, HalfSums>(arguments, shared, chunk);
     } else {
-        depthwise<T, Kernel, 1, HalfSums>(arguments, shared, chunk);
+        depthwise<T, KernelSize, 1, HalfSums>(arguments, shared, chunk);
     }
 }
 

@@ -139,7 +139,7 @@ struct Projection {
 
     // Bias, clip, residual, rounding, and out.
     MNV2_DEVICE void store(const Call& call, const TilePlan& plan) const {
-        const Place at = locate(call, plan);
+        const Position at = locate(call, plan);
         const int lane = thread_index() % 32, warp = thread_index() / 32;
         const int warp_m = warp % plan.warps_m, warp_n = warp / plan.warps_m;
         const int out = static_cast<int>(call.out_channels);

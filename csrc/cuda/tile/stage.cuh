@@ -1,4 +1,5 @@
-// Where a block of threads of the tile kernel is, and how x and weights get into shared memory.
+// The position of a block of threads of the tile kernel, and its copies of x and weights to shared
+// memory.
 #pragma once
 #include "../call.h"
 #include "../ptx.h"
@@ -6,7 +7,7 @@
 
 namespace mnv2::cuda::tile {
 
-// A clip of pairs. Rounding keeps order, so that clipping behind it changes nothing.
+// A clip of pairs. Rounding keeps order, so values may be rounded before they are clipped.
 struct PairClip {
     Pair lower, upper;
 };
@@ -20,7 +21,7 @@ struct TileCall {
 // Lanes that copy one row of weights or one pixel of x: 128 bytes at a time.
 constexpr int kCopyLanes = 8;
 
-struct Place {
+struct Position {
     int64_t first_image;
     int images;
     int row, col;  // of the first output pixel
@@ -31,9 +32,9 @@ struct Place {
     int in_rows, in_cols;
 };
 
-// Asked for again where it is needed: kept, it would take registers from the sums.
-MNV2_DEVICE Place locate(const Call& call, const TilePlan& plan) {
-    Place at;
+// Computed anew at each use: kept, it would take registers from the sums.
+MNV2_DEVICE Position locate(const Call& call, const TilePlan& plan) {
+    Position at;
     int number = opaque(block_index()) / plan.groups;
     at.col = number % plan.tile_cols * plan.cols, number /= plan.tile_cols;
     at.row = number % plan.tile_rows * plan.rows, number /= plan.tile_rows;
@@ -55,8 +56,8 @@ MNV2_DEVICE int output_group(const TilePlan& plan) { return block_index() % plan
 // Calls use(pixel, place in the haloed tile, pixel of x) for every pixel under the tile that is in
 // the image: `lanes` lanes with each, a power of 2.
 template <class Use>
-MNV2_DEVICE void for_in_pixels(const Call& call, const TilePlan& plan, const Place& at, int lanes,
-                               Use&& use) {
+MNV2_DEVICE void for_in_pixels(const Call& call, const TilePlan& plan, const Position& at,
+                               int lanes, Use&& use) {
     const int warp = thread_index() / 32, warps = block_threads() / 32;
 #pragma unroll 1
     for (int line = warp; line < at.images * at.in_rows; line += warps) {
@@ -72,7 +73,7 @@ MNV2_DEVICE void for_in_pixels(const Call& call, const TilePlan& plan, const Pla
 
 // The pixels of x under the tile, one after the other, their channels filled up to a multiple
 // of 16.
-MNV2_DEVICE void stage_x(const Call& call, const TilePlan& plan, const Place& at,
+MNV2_DEVICE void stage_x(const Call& call, const TilePlan& plan, const Position& at,
                          SharedAddress to) {
     const auto* x = static_cast<const uint16_t*>(call.x);
     const int octets = static_cast<int>(call.in_channels) / 8;
@@ -92,8 +93,8 @@ MNV2_DEVICE void write_zeros(const TilePlan& plan, SharedAddress e) {
         store_shared(e + i, make_uint4(0, 0, 0, 0));
 }
 
-// Where the pixels that are expanded lie in the haloed tile, behind their number.
-MNV2_DEVICE void write_places(const Call& call, const TilePlan& plan, const Place& at,
+// The number of expanded pixels, then the place of each in the haloed tile.
+MNV2_DEVICE void write_places(const Call& call, const TilePlan& plan, const Position& at,
                               SharedAddress to) {
     if (thread_index() == 0)
         store_shared(to, static_cast<uint32_t>(at.images * at.in_rows * at.in_cols));
@@ -132,7 +133,7 @@ MNV2_DEVICE int padded_channels(const Call& call, const TilePlan& plan, int numb
 // A chunk of x in place of the expansion: all of the haloed tile, zeros outside the image.
 MNV2_DEVICE void stage_expanded(const Call& call, const TilePlan& plan, int number,
                                 SharedAddress to) {
-    const Place at = locate(call, plan);
+    const Position at = locate(call, plan);
     const int lanes = plan.chunk / 8, octet = thread_index() % lanes;
     if (octet * 8 >= channels_of_chunk(call, plan, number)) return;
     const auto* x = static_cast<const uint16_t*>(call.x) + number * plan.chunk + octet * 8;
@@ -157,7 +158,7 @@ MNV2_DEVICE void stage_expanded(const Call& call, const TilePlan& plan, int numb
 MNV2_DEVICE void start_tile(const Call& call, const TilePlan& plan, SharedAddress shared,
                             int chunk) {
     if (call.expansion) {
-        const Place at = locate(call, plan);
+        const Position at = locate(call, plan);
         stage_x(call, plan, at, shared + plan.x);
         write_places(call, plan, at, shared + plan.places);
         write_zeros(plan, shared + plan.e);
@@ -216,7 +217,7 @@ MNV2_DEVICE void stage_expand_weights(const Call& call, const TilePlan& plan, Sh
                      plan.chunk / 8, channels / 8);
         stage_bias(call.b_expand, first, channels, plan.chunk, to.b_expand, call.x);
     }
-    const int taps = static_cast<int>(call.kernel * call.kernel);
+    const int taps = static_cast<int>(call.kernel_size * call.kernel_size);
     stage_matrix(static_cast<const uint16_t*>(call.w_dw) + first, hidden, to.w_dw, plan.chunk, taps,
                  taps, channels / 8, channels / 8);
     stage_bias(call.b_dw, first, channels, plan.chunk, to.b_dw, call.x);

@@ -2,8 +2,8 @@
 // of hidden channels at a time from one to the next.
 //
 // Expansion and projection are matrix products on tensor cores; the sums of the projection stay in
-// registers over all chunks. Between them lies the expanded tile, with a halo that is zero outside
-// the image, and behind the depthwise its result. The projection of a chunk and the expansion of
+// registers over all chunks. Between them are the expanded tile, with a halo that is zero outside
+// the image, and the result of the depthwise. The projection of a chunk and the expansion of
 // the next need no barrier between them. Without expansion the pixels of x themselves are copied to
 // the haloed tile.
 #include "../kernels.h"
@@ -16,8 +16,8 @@ namespace mnv2::cuda {
 
 namespace tile {
 
-template <class T, int Kernel, bool HalfSums, int NTiles>
-__global__ void __launch_bounds__(tile_most_warps(Kernel, HalfSums, NTiles) * 32)
+template <class T, int KernelSize, bool HalfSums, int NTiles>
+__global__ void __launch_bounds__(tile_most_warps(KernelSize, HalfSums, NTiles) * 32)
     inverted_residual_tile(const __grid_constant__ TileCall arguments) {
     const Call& call = arguments.call;
     const TilePlan& plan = arguments.plan;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(tile_most_warps(Kernel, HalfSums, NTiles) * 32
         }
         block_barrier();
         if (plan.buffers == 1) stage_next(chunk);
-        depthwise_of_chunk<T, Kernel, HalfSums>(arguments, shared, chunk);
+        depthwise_of_chunk<T, KernelSize, HalfSums>(arguments, shared, chunk);
     }
     projection.store(call, plan);
 }
@@ -69,7 +69,7 @@ PairClip pair_clip(const Clip& clip) {
     return {twice<T>(clip.lower), twice<T>(clip.upper)};
 }
 
-template <class T, int Kernel, bool HalfSums>
+template <class T, int KernelSize, bool HalfSums>
 cudaError_t launch_tile(const Call& call, const Device& device, cudaStream_t stream) {
     static_assert(sizeof(typename Channels<T, HalfSums>::Packed) ==
                   2 * tile_job_channels(HalfSums));
@@ -79,17 +79,17 @@ cudaError_t launch_tile(const Call& call, const Device& device, cudaStream_t str
     if (plan.end == 0) return cudaErrorInvalidConfiguration;
     const Grid grid{count_tiles(call, plan) * plan.groups, plan.threads(), plan.end, plan.cluster};
     if (plan.cluster > 1)
-        return launch(inverted_residual_tile_cluster<T, Kernel, HalfSums>, grid, device, stream,
+        return launch(inverted_residual_tile_cluster<T, KernelSize, HalfSums>, grid, device, stream,
                       arguments);
     switch (plan.n_tiles) {
         case 2:
-            return launch(inverted_residual_tile<T, Kernel, HalfSums, 2>, grid, device, stream,
+            return launch(inverted_residual_tile<T, KernelSize, HalfSums, 2>, grid, device, stream,
                           arguments);
         case 3:
-            return launch(inverted_residual_tile<T, Kernel, HalfSums, 3>, grid, device, stream,
+            return launch(inverted_residual_tile<T, KernelSize, HalfSums, 3>, grid, device, stream,
                           arguments);
         default:
-            return launch(inverted_residual_tile<T, Kernel, HalfSums, 4>, grid, device, stream,
+            return launch(inverted_residual_tile<T, KernelSize, HalfSums, 4>, grid, device, stream,
                           arguments);
     }
 }
@@ -98,9 +98,9 @@ cudaError_t launch_tile(const Call& call, const Device& device, cudaStream_t str
 
 cudaError_t run_tile(const Call& call, const Device& device, cudaStream_t stream) {
     const bool half = call.element == Element::half;
-    if (tile_half_sums(call, call.element))
+    if (half_sums(call, call.element))
         return tile::launch_tile<__half, 3, true>(call, device, stream);
-    if (call.kernel == 3)
+    if (call.kernel_size == 3)
         return half ? tile::launch_tile<__half, 3, false>(call, device, stream)
                     : tile::launch_tile<__nv_bfloat16, 3, false>(call, device, stream);
     return half ? tile::launch_tile<__half, 5, false>(call, device, stream)
