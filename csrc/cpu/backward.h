@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../block.h"
+#include "sizes.h"
 
 namespace mnv2::cpu {
 
@@ -13,8 +14,8 @@ struct BackwardArgs : BlockArgs {
     const float* grad_y;  // (N, H_out, W_out, out_channels)
 };
 
-// Where gradients are added up; nullptr: not asked for. Those of weights and biases lie like these
-// and are added to what is there; grad_x is overwritten.
+// Where gradients go; nullptr: not needed. Those of weights and biases are laid out like these and
+// are added to what is there. That of x is overwritten.
 struct Gradients {
     float *x, *w_expand, *b_expand, *w_dw, *b_dw, *w_project;
 };
@@ -31,6 +32,9 @@ struct BackwardSchedule {
     // Of the scratch: input rows (expansion and its gradient), output rows of the gradient.
     int64_t in_rows, grad_rows;
 };
+
+// The gradient of an input row needs that of this many output rows above its band too.
+constexpr int64_t rows_kept(const BlockSizes& sizes) { return extent(sizes) / sizes.stride; }
 
 BackwardSchedule choose_backward_schedule(const BlockSizes& sizes, int64_t lanes);
 

@@ -16,7 +16,7 @@ inline BackwardInputs backward_inputs(Memory& memory, std::mt19937& engine, cons
     BackwardInputs in{};
     static_cast<BlockSizes&>(in.args) = s;
     in.args.element = Element::single;
-    const int64_t hidden = s.hidden_channels, taps = s.kernel * s.kernel;
+    const int64_t hidden = s.hidden_channels, taps = s.kernel_size * s.kernel_size;
     const auto floats = [&](const Numbers& numbers) {
         return static_cast<const float*>(memory.constants(numbers, Element::single));
     };
@@ -49,7 +49,7 @@ inline void check_backward(std::mt19937& engine, const BlockSizes& s, const Bloc
                            bool at_end, int asked) {
     Memory memory(at_end);
     const BackwardInputs in = backward_inputs(memory, engine, s, options);
-    const int64_t hidden = s.hidden_channels, taps = s.kernel * s.kernel;
+    const int64_t hidden = s.hidden_channels, taps = s.kernel_size * s.kernel_size;
     BlockGradients right{{},
                          Numbers(s.expansion ? s.in_channels * hidden : 0),
                          Numbers(s.expansion ? hidden : 0),
