@@ -14,7 +14,7 @@ from torch.autograd import profiler
 
 from ..block.config import NO_CLIP, BlockConfig
 from ..block.fold import BlockLayers, ConvNorm, fold_layers
-from ..ops.backends import Block, choose, why_no_kernel
+from ..ops.backends import Block, choose, is_for_layers, why_no_kernel
 from ..ops.inverted_residual import op_arguments, run
 from .autograd import StageTensors, fold_without_graph, run_with_gradients
 from .compiled import folds_when_run, forget, run_layers
@@ -62,6 +62,8 @@ class FusedModule(nn.Module):
         return self._eager_forward(x, *args, **kwargs)
 
     def _eager_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if is_for_layers(self.backend, x):
+            return self.plain_forward(x, *args, **kwargs)
         settled = self._remembered.get()
         backend = self._backend_for(x) if settled is None else self._chosen_for(x)
         if backend is None or torch._C._are_functorch_transforms_active():
@@ -71,11 +73,10 @@ class FusedModule(nn.Module):
                 return self.plain_forward(x, *args, **kwargs)
             return run(backend, x, self._fold_arguments())
         if torch.is_grad_enabled() and (settled is None or settled.requires_grad):
-            tensors = self._watched.tensors()
-            if any(t.requires_grad for t in tensors):
+            if any(t.requires_grad for t in self._watched.tensors()):
                 if backend == "reference":
                     return run(backend, x, self._fold_arguments())
-                stages = map(_tensors_of, self._watched.stages)
+                stages = self._watched.stage_tensors()
                 return run_with_gradients(backend, x, self.folded_arguments(), stages)
         return run(backend, x, self._look() if settled is None else settled.arguments)
 
@@ -157,7 +158,7 @@ class FusedModule(nn.Module):
 
     def _fold_without_graph(self) -> tuple:
         watched = self._watched
-        folded = fold_without_graph([*map(_tensors_of, watched.stages)])
+        folded = fold_without_graph(watched.stage_tensors())
         if folded is None:
             return self._fold_arguments()
         return *folded, *watched.settings.values(), *watched.clips
@@ -223,8 +224,9 @@ class _WatchedBlock(Watched):
     """The same of a block, and what its layers say of the op's arguments."""
 
     def __init__(self, block: FusedModule, layers: BlockLayers):
-        self.stages = layers.expand, layers.depthwise, layers.project
-        super().__init__(block, [s for s in self.stages if s is not None])
+        stages = layers.expand, layers.depthwise, layers.project
+        super().__init__(block, [s for s in stages if s is not None])
+        self.stages = [None if s is None else (_places_of(s), s.norm) for s in stages]
         config = layers.config
         self.settings = {
             "stride": config.stride,
@@ -239,16 +241,32 @@ class _WatchedBlock(Watched):
         self.drops = layers.drops
         self.why_mode_matters = why_mode_matters(getattr(block, "original", block), FusedModule)
 
+    def stage_tensors(self) -> list[StageTensors | None]:
+        """What expansion, depthwise and projection are folded from, as it is now."""
+        found = []
+        for stage in self.stages:
+            if stage is None:
+                found.append(None)
+                continue
+            places, norm = stage
+            tensors = (p if p is None else p[0][p[1]] for p in places)
+            found.append(StageTensors(*tensors, 0.0 if norm is None else norm.eps))
+        return found
 
-def _tensors_of(stage: ConvNorm | None) -> StageTensors | None:
-    """What the stage is folded from, as it is now."""
-    if stage is None:
+
+def _places_of(stage: ConvNorm) -> list[tuple[dict, str] | None]:
+    """Where the six tensors of a stage are looked up: they may be replaced by others."""
+    conv = [_place(stage.conv, name) for name in ("weight", "bias")]
+    norm = ("weight", "bias", "running_mean", "running_var")
+    return conv + [_place(stage.norm, name) for name in norm]
+
+
+def _place(module: nn.Module | None, name: str) -> tuple[dict, str] | None:
+    """Where a tensor of the module is looked up; None where it has none of that name."""
+    if module is None:
         return None
-    conv, norm = stage.conv, stage.norm
-    if norm is None:
-        return StageTensors(conv.weight, conv.bias, None, None, None, None, 0.0)
-    statistics = norm.running_mean, norm.running_var
-    return StageTensors(conv.weight, conv.bias, norm.weight, norm.bias, *statistics, norm.eps)
+    tables = module._parameters, module._buffers
+    return next(((table, name) for table in tables if name in table), None)
 
 
 class FusedInvertedResidual(StandIn, FusedModule):
