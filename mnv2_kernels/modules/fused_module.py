@@ -72,12 +72,15 @@ class FusedModule(nn.Module):
             if torch.onnx.is_in_onnx_export():
                 return self.plain_forward(x, *args, **kwargs)
             return run(backend, x, self._fold_arguments())
-        if torch.is_grad_enabled() and (settled is None or settled.requires_grad):
-            if any(t.requires_grad for t in self._watched.tensors()):
-                if backend == "reference":
-                    return run(backend, x, self._fold_arguments())
-                stages = self._watched.stage_tensors()
-                return run_with_gradients(backend, x, self.folded_arguments(), stages)
+        if (
+            torch.is_grad_enabled()
+            and (settled is None or settled.requires_grad)
+            and any(t.requires_grad for t in self._watched.tensors())
+        ):
+            if backend == "reference":
+                return run(backend, x, self._fold_arguments())
+            stages = self._watched.stage_tensors()
+            return run_with_gradients(backend, x, self.folded_arguments(), stages)
         return run(backend, x, self._look() if settled is None else settled.arguments)
 
     @property

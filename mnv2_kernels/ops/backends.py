@@ -17,7 +17,6 @@ from . import triton as triton_kernels
 from .extension import cuda_missing, missing
 from .extension import module as _C
 
-
 # What kernels run on by themselves; without the extension there is none for a CPU.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DEVICES = ("cuda",) if missing is not None else ("cuda", "cpu")
