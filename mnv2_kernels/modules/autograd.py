@@ -232,6 +232,6 @@ def unfold(
         if needs.var:
             grads[5] = of_scale * scale / (-2 * (var.double() + eps))
     return [
-        g.to(t.dtype, memory_format=torch.contiguous_format) if n else None
+        g.to(t.dtype).contiguous() if n else None
         for g, t, n in zip(grads, stage[:_TENSORS], needs[:_TENSORS], strict=True)
     ]
