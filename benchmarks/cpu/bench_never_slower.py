@@ -1,8 +1,10 @@
-"""Is a fused network ever slower than its plain layers? `python -m benchmarks.cpu.bench_never_slower`
+"""Is a fused network ever slower than its plain layers?
+
+    python -m benchmarks.cpu.bench_never_slower [--quick]
 
 torchvision's mobilenet_v2, plain and fused in turns in one process: CPU time of one thread, and the
-ratio of fused to plain, of medians and of minima. 1 where any ratio of minima and of medians alike
-is above the limit, since what else runs on the machine moves one of them alone.
+ratios of fused to plain, of medians and of minima. Slower is where both are above the limit, since
+what else runs on the machine moves one of them alone; the exit status is then 1.
 
 A row of parameters' gradients has those of x too. A tuning step is forward, backward and a step of
 SGD with frozen batch norms; the others run in evaluation mode with trainable parameters.

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <tuple>
 #include <vector>
 
 #include "../cpu/backward.h"
@@ -76,25 +75,42 @@ at::Tensor checked_weight(const at::Tensor& weight) {
     return weight.contiguous();
 }
 
-// (folded weight, folded bias), as block/fold.py has them.
-std::tuple<at::Tensor, at::Tensor> fold_cpu(const at::Tensor& weight, const OptionalTensor& bias,
-                                            const OptionalTensor& gamma, const OptionalTensor& beta,
-                                            const OptionalTensor& mean, const OptionalTensor& var,
-                                            double eps) {
-    const auto or_none = [](const OptionalTensor& t) { return t ? *t : at::Tensor(); };
-    const Stage stage{checked_weight(weight), or_none(bias), or_none(gamma),
-                      or_none(beta),          or_none(mean), or_none(var)};
+// Adds folded weight and bias, as block/fold.py has them.
+void fold(const Stage& stage, double eps, std::vector<at::Tensor>& found) {
+    const at::Tensor weight = checked_weight(stage[kWeight]);
     const int64_t rows = weight.size(0), columns = rows == 0 ? 0 : weight.numel() / rows;
     const Norm norm(stage, eps);
-    const at::Tensor folded = weight.size(2) == 1
-                                  ? at::empty({columns, rows}, at::kFloat)
-                                  : at::empty({weight.size(2), weight.size(3), rows}, at::kFloat);
-    backward_kernel().fold(stage[kWeight].const_data_ptr<float>(), norm.scale.data(), rows, columns,
-                           folded.mutable_data_ptr<float>());
+    found.push_back(weight.size(2) == 1
+                        ? at::empty({columns, rows}, at::kFloat)
+                        : at::empty({weight.size(2), weight.size(3), rows}, at::kFloat));
+    backward_kernel().fold(weight.const_data_ptr<float>(), norm.scale.data(), rows, columns,
+                           found.back().mutable_data_ptr<float>());
     Numbers sums = numbers(stage[kBias], rows, 0);
     const Numbers means = numbers(stage[kMean], rows, 0), betas = numbers(stage[kBeta], rows, 0);
     for (int64_t i = 0; i < rows; i++) sums[i] = (sums[i] - means[i]) * norm.scale[i] + betas[i];
-    return {folded, vector_of(sums, at::kFloat)};
+    found.push_back(vector_of(sums, at::kFloat));
+}
+
+Stage stage_of(const c10::List<OptionalTensor>& layers, size_t index) {
+    Stage stage;
+    for (size_t i = 0; i < kOfStage; i++) {
+        const OptionalTensor tensor = layers.get(index * kOfStage + i);
+        if (tensor) stage[i] = *tensor;
+    }
+    return stage;
+}
+
+// Folded weight and bias of every stage that there is.
+std::vector<at::Tensor> fold_layers_cpu(const c10::List<OptionalTensor>& layers,
+                                        at::ArrayRef<double> eps) {
+    TORCH_CHECK_VALUE(layers.size() == eps.size() * kOfStage,
+                      "inverted_residual: six tensors and an eps belong to a stage");
+    std::vector<at::Tensor> found;
+    for (size_t i = 0; i < eps.size(); i++) {
+        const Stage stage = stage_of(layers, i);
+        if (stage[kWeight].defined()) fold(stage, eps[i], found);
+    }
+    return found;
 }
 
 // Adds the gradients that are needed of a stage's tensors, from those of what it is folded to.
@@ -169,12 +185,8 @@ std::vector<at::Tensor> layers_backward_cpu(
         const at::Tensor of_weight = needs[1 + 2 * i] ? gradients[next++] : at::Tensor();
         const at::Tensor of_bias = needs[2 + 2 * i] ? gradients[next++] : at::Tensor();
         if (!of_weight.defined() && !of_bias.defined()) continue;
-        Stage stage;
-        for (size_t j = 0; j < kOfStage; j++) {
-            const OptionalTensor tensor = layers.get(i * kOfStage + j);
-            if (tensor) stage[j] = *tensor;
-        }
-        unfold(stage, eps[i], &needs_grad[1 + i * kOfStage], of_weight, of_bias, found);
+        unfold(stage_of(layers, i), eps[i], &needs_grad[1 + i * kOfStage], of_weight, of_bias,
+               found);
     }
     return found;
 }
@@ -182,7 +194,7 @@ std::vector<at::Tensor> layers_backward_cpu(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mnv2, CPU, m) {
-    m.impl("fold_layer_cpu", &fold_cpu);
+    m.impl("fold_layers_cpu", &fold_layers_cpu);
     m.impl("inverted_residual_layers_backward_cpu", &layers_backward_cpu);
 }
 

@@ -35,15 +35,12 @@ _TENSORS = len(StageTensors._fields) - 1
 _NONE = StageTensors(*(None,) * _TENSORS, 0.0)
 _PLAIN = (Tensor, nn.Parameter, type(None))
 
-# Both are compiled, for float32 on the CPU, and called by this package alone, below autograd. The
-# first is a stage's folded weight and bias. `layers` of the second are six tensors a stage as in
-# `StageTensors`, `folded` what they were folded to; it gives the gradients that are needed of x
-# (needs_grad[0]) and of them. The projection has no clip.
+# Both are compiled, for float32 on the CPU, and called by this package alone, below autograd.
+# `layers` are six tensors a stage as in `StageTensors`. The first gives folded weight and bias of
+# every stage; the second, with `folded` what they were folded to, the gradients that are needed of
+# x (needs_grad[0]) and of the layers. The projection has no clip.
 _library = torch.library.Library("mnv2", "FRAGMENT")
-_library.define(
-    "fold_layer_cpu(Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean,"
-    " Tensor? var, float eps) -> (Tensor, Tensor)"
-)
+_library.define("fold_layers_cpu(Tensor?[] layers, float[] eps) -> Tensor[]")
 _library.define(
     "inverted_residual_layers_backward_cpu(Tensor grad_y, Tensor x, Tensor?[] folded,"
     " Tensor?[] layers, float[] eps, int stride, int[4] padding, int dilation, bool residual,"
@@ -88,16 +85,16 @@ def fold_without_graph(layers: BlockLayers) -> FoldedWeights:
     """
     # Not inference tensors: a later call may need gradients of x through them.
     with torch.inference_mode(False), torch.no_grad():
-        stages = tensors_of(layers)
-        tensors = [t for stage in stages if stage is not None for t in stage[:_TENSORS]]
+        present = [stage for stage in tensors_of(layers) if stage is not None]
+        tensors = [t for stage in present for t in stage[:_TENSORS]]
         if _C is None or not _are_plain(tensors) or torch._C._len_torch_dispatch_stack() > 0:
             return fold_layers(layers)
         if not all(t is None or (t.dtype is torch.float32 and t.is_cpu) for t in tensors):
             return fold_layers(layers)
-        op = torch.ops.mnv2.fold_layer_cpu.default
+        op = torch.ops.mnv2.fold_layers_cpu.default
         with torch._C._AutoDispatchBelowAutograd():
-            pairs = [(None, None) if stage is None else op(*stage) for stage in stages]
-    return FoldedWeights(*(t for pair in pairs for t in pair), *layers.clips)
+            folded = op(tensors, [stage.eps for stage in present])
+    return FoldedWeights(*(None,) * (6 - len(folded)), *folded, *layers.clips)
 
 
 def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
@@ -252,6 +249,6 @@ def unfold(
         if needs.var:
             grads[5] = of_scale * scale / (-2 * (var.double() + eps))
     return [
-        g.to(t.dtype, memory_format=torch.contiguous_format) if n else None
+        g.to(t.dtype).contiguous() if n else None
         for g, t, n in zip(grads, stage[:_TENSORS], needs[:_TENSORS], strict=True)
     ]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..block.config import NO_PADDING, BlockConfig
 from ..block.fold import BlockLayers, fold_layers
-from ..ops.backends import Block, asked_once_a_graph, choose, why_no_kernel
+from ..ops.backends import Block, asked_once_a_graph, choose, is_for_layers, why_no_kernel
 from ..ops.inverted_residual import OpArguments, op_arguments, run
 from ..recognizers import (
     Declined,
@@ -97,6 +97,9 @@ class FusedModule(nn.Module):
 
     def _eager_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         # First what takes no time to say: the layers run without a look at anything else.
+        if is_for_layers(self.backend, x):
+            self._pass_on_mode()
+            return self.plain_forward(x, *args, **kwargs)
         backend = choose(self.backend, x, None)
         if (
             backend == "reference" != self.backend
