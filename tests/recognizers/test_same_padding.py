@@ -19,6 +19,7 @@ from torch import nn
 import mnv2_kernels as mk
 from mnv2_kernels.block.fold import same_padding_by_two
 from mnv2_kernels.fuse.same_padding import FusedSamePadding
+from mnv2_kernels.modules import fused_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,8 +55,8 @@ def test_each_parity_of_the_size(block, monkeypatch):
     fused = mk.fuse(block, backend="reference")
     assert isinstance(fused, FusedSamePadding)
     calls = []
-    run = mk.fused.run
-    monkeypatch.setattr(mk.fused, "run", lambda *args: calls.append(args) or run(*args))
+    run = fused_module.run
+    monkeypatch.setattr(fused_module, "run", lambda *args: calls.append(args) or run(*args))
     assert_same(fused, block)
     assert len(calls) == len(SIZES)
     # (top, left, bottom, right) follows the stride among the op's arguments.
