@@ -76,24 +76,11 @@ def guarded_heap(tmp_path_factory):
 
 
 @pytest.fixture
-def settled(monkeypatch):
-    """Blocks and chains that ran stand as after many calls: a snapshot says what has changed."""
-    from mnv2_kernels.fuse.live_network import Joined
-    from mnv2_kernels.modules.snapshot import Remembered
+def watch(monkeypatch):
+    """Calls a model, and says what has run."""
+    from whole_networks import Watch
 
-    from mnv2_kernels.modules.fused_module import FusedModule
-
-    run, look = Joined.run, FusedModule._look
-
-    def run_and_look(self, x):
-        y = run(self, x)
-        if y is not None:
-            self._look()
-        return y
-
-    monkeypatch.setattr(Remembered, "_LONGEST", 0)
-    monkeypatch.setattr(Joined, "run", run_and_look)
-    monkeypatch.setattr(FusedModule, "_look", lambda self: (look(self), look(self))[1])
+    return Watch(monkeypatch)
 
 
 @pytest.fixture(params=["own", "torchvision", "timm", "mnasnet", "lukemelas"])
