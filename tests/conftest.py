@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cases
 import pytest
 import torch
-import torchvision_first  # noqa: F401
+
+# What they assert is explained when it fails, as in a test.
+pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("helpers/*.py")))
+
+import cases  # noqa: E402
+import torchvision_first  # noqa: E402, F401
 
 
 def pytest_generate_tests(metafunc):
@@ -72,24 +76,11 @@ def guarded_heap(tmp_path_factory):
 
 
 @pytest.fixture
-def settled(monkeypatch):
-    """Blocks and chains that ran stand as after many calls: a snapshot says what has changed."""
-    from mnv2_kernels.fuse.live_network import Joined
-    from mnv2_kernels.modules.snapshot import Remembered
+def watch(monkeypatch):
+    """Calls a model, and says what has run."""
+    from whole_networks import Watch
 
-    from mnv2_kernels.modules.fused_module import FusedModule
-
-    run, look = Joined.run, FusedModule._look
-
-    def run_and_look(self, x):
-        y = run(self, x)
-        if y is not None:
-            self._look()
-        return y
-
-    monkeypatch.setattr(Remembered, "_LONGEST", 0)
-    monkeypatch.setattr(Joined, "run", run_and_look)
-    monkeypatch.setattr(FusedModule, "_look", lambda self: (look(self), look(self))[1])
+    return Watch(monkeypatch)
 
 
 @pytest.fixture(params=["own", "torchvision", "timm", "mnasnet", "lukemelas"])

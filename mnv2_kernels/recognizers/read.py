@@ -54,6 +54,8 @@ def follow(
                     _check_call(called, is_forward=called is not call)
                     with left_as_it_was(called), only_computing():
                         x = call(x)
+                    if trace.reason is not None:
+                        raise trace.reason
                     _check_result(trace, x, first)
                 except Exception:
                     del trace.made[before:]
