@@ -90,7 +90,10 @@ def idle_clips(model: nn.Module, x: Tensor) -> list[str]:
     ]
     with torch.no_grad():
         model(x)
-        found = [
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad():
+        return [
             f"{block.name} {end}"
             for name, block in blocks.items()
             for end, acts, finite in clipped_ends(
@@ -98,9 +101,6 @@ def idle_clips(model: nn.Module, x: Tensor) -> list[str]:
             )
             if finite and not acts
         ]
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 def other_depthwise(report: Report) -> list[str]:
