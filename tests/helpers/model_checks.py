@@ -83,7 +83,10 @@ def idle_clips(model: nn.Module, x: Tensor) -> list[str]:
     inputs: dict[str, Tensor] = {}
 
     def remember(name: str):
-        return lambda module, args: inputs.setdefault(name, args[0])
+        def hook(module, args):
+            inputs.setdefault(name, args[0])  # And no result, which would be the input.
+
+        return hook
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(remember(name)) for name in blocks
