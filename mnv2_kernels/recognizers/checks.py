@@ -1,5 +1,6 @@
 """What has to hold of modules for their forward to be read, and for a call of it to be left out."""
 
+import gc
 import sys
 import time
 import warnings
@@ -78,7 +79,8 @@ def check_untouched(module: nn.Module) -> None:
 def only_computing() -> Iterator[None]:
     """Declines if functions are called from outside of PyTorch that do more than compute.
 
-    Nothing is seen while another profiler of Python runs.
+    Nothing is seen while another profiler of Python runs. Garbage is not collected meanwhile: that
+    calls functions of others.
     """
     called: list[str] = []
 
@@ -89,7 +91,8 @@ def only_computing() -> Iterator[None]:
         elif event == "c_call" and function in _EFFECTS and not name.startswith(_KNOWN):
             called.append(function.__name__)
 
-    watches = sys.getprofile() is None
+    watches, collects = sys.getprofile() is None, gc.isenabled()
+    gc.disable()
     if watches:
         sys.setprofile(see)
     try:
@@ -97,6 +100,8 @@ def only_computing() -> Iterator[None]:
     finally:
         if watches:
             sys.setprofile(None)
+        if collects:
+            gc.enable()
     if called:
         raise Declined(f"its forward does more than compute: it calls {called[0]}")
 
