@@ -111,9 +111,7 @@ def left_as_it_was(module: nn.Module) -> Iterator[None]:
     """What runs inside may not change the attributes or the tensors of a module: this puts the
     attributes back and declines.
     """
-    modules = list(module.modules())
-    # What stands in for another module runs the forward of that one.
-    modules += [m for inner in modules if isinstance(m := vars(inner).get("original"), nn.Module)]
+    modules = _with_originals(module)
     before = [_state_of(m) for m in modules]
     tensors = [*module.parameters(), *module.buffers()]
     versions = [_version_of(t) for t in tensors]
@@ -133,6 +131,14 @@ def left_as_it_was(module: nn.Module) -> Iterator[None]:
         raise Declined(f"its forward changes the attribute {names[0]}")
     if written:
         raise Declined("its forward changes a parameter or a buffer")
+
+
+def _with_originals(module: nn.Module) -> list[nn.Module]:
+    """All modules inside; what stands in for another module runs the forward of that one."""
+    modules = list(module.modules())
+    return modules + [
+        m for inner in modules if isinstance(m := vars(inner).get("original"), nn.Module)
+    ]
 
 
 def _version_of(tensor: torch.Tensor) -> int:
@@ -178,7 +184,7 @@ def _same_content(value, content) -> bool:
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """The flags of all modules inside alone: no `train` or `eval` is called."""
-    before = {inner: inner.training for inner in module.modules()}
+    before = {inner: inner.training for inner in _with_originals(module)}
     try:
         for inner in before:
             inner.training = False
