@@ -21,32 +21,35 @@ from setuptools import setup
 from setuptools.command.sdist import sdist
 
 CPU_SOURCES = [
-    "csrc/bindings.cpp",
-    "csrc/guard.cpp",
-    "csrc/host.cpp",
-    "csrc/ops_backward.cpp",
-    "csrc/ops_cpu.cpp",
-    "csrc/ops_plan.cpp",
-    "csrc/program.cpp",
-    "csrc/tensor_facts.cpp",
+    "csrc/torch/bindings.cpp",
+    "csrc/torch/cpu.cpp",
+    "csrc/torch/guard.cpp",
+    "csrc/torch/host.cpp",
+    "csrc/torch/ops_backward.cpp",
+    "csrc/torch/ops_cpu.cpp",
+    "csrc/torch/ops_layers.cpp",
+    "csrc/torch/ops_plan.cpp",
+    "csrc/torch/program.cpp",
+    "csrc/torch/tensor_facts.cpp",
     "csrc/cpu/backward.cpp",
-    "csrc/cpu/backward_avx512.cpp",
-    "csrc/cpu/backward_avx2.cpp",
-    "csrc/cpu/backward_generic.cpp",
     "csrc/cpu/kernels.cpp",
     "csrc/cpu/network.cpp",
+    "csrc/cpu/run_block.cpp",
     "csrc/cpu/schedule.cpp",
-    "csrc/cpu/avx512.cpp",
-    "csrc/cpu/avx2.cpp",
-    "csrc/cpu/neon.cpp",
-    "csrc/cpu/generic.cpp",
+    "csrc/cpu/isa/avx512.cpp",
+    "csrc/cpu/isa/avx2.cpp",
+    "csrc/cpu/isa/neon.cpp",
+    "csrc/cpu/isa/generic.cpp",
+    "csrc/cpu/isa/backward_avx512.cpp",
+    "csrc/cpu/isa/backward_avx2.cpp",
+    "csrc/cpu/isa/backward_generic.cpp",
     "csrc/cuda/choose.cpp",
 ]
 CUDA_SOURCES = [
-    "csrc/ops_cuda.cpp",
-    "csrc/cuda/patch.cu",
-    "csrc/cuda/tile.cu",
-    "csrc/cuda/generic.cu",
+    "csrc/torch/ops_cuda.cpp",
+    "csrc/cuda/patch/patch.cu",
+    "csrc/cuda/tile/tile.cu",
+    "csrc/cuda/generic/generic.cu",
 ]
 # Code for these compute capabilities, and for later ones what the driver compiles at first use.
 CUDA_CAPABILITIES = ("80", "90")
@@ -79,7 +82,7 @@ def write_header(name: str, macro: str, value: str) -> None:
 
 
 def write_headers(why_no_cuda: str | None) -> None:
-    """What csrc/bindings.cpp says of the build."""
+    """What csrc/torch/bindings.cpp says of the build."""
     write_header("source_hash.h", "MNV2_SOURCE_HASH", source_hash())
     if why_no_cuda is None:
         write_header("cuda_build.h", "MNV2_CUDA_VERSION", nvcc_version())

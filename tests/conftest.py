@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cases
 import pytest
 import torch
-import torchvision_first  # noqa: F401
+
+# What they assert is explained when it fails, as in a test.
+pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("helpers/*.py")))
+
+import cases  # noqa: E402
+import torchvision_first  # noqa: E402, F401
 
 
 def pytest_generate_tests(metafunc):

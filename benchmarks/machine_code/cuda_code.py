@@ -83,7 +83,7 @@ def nvcc_version() -> str:
 
 def sources() -> list[Path]:
     """The files with kernels."""
-    return sorted(SOURCES.glob("*.cu"))
+    return sorted(SOURCES.glob("*/*.cu"))
 
 
 def all_codes(architectures: Iterable[int]) -> dict[tuple[str, int], dict[str, Code]]:
@@ -121,9 +121,9 @@ def codes_of(path: Path, architecture: int) -> dict[str, Code]:
 def _compile(path: Path, architecture: int) -> tuple[bytes, str]:
     """The cubin, and what ptxas says of it; from the cache where the same text was compiled."""
     digest = hashlib.sha256(f"{nvcc_version()} {architecture} {path.name} {FLAGS}".encode())
-    headers = [*SOURCES.parent.glob("*.h"), *SOURCES.glob("*.h"), *SOURCES.glob("*.cuh")]
+    headers = [*SOURCES.parent.glob("*.h"), *SOURCES.rglob("*.h"), *SOURCES.rglob("*.cuh")]
     for file in [path, *sorted(headers)]:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
     CACHE.mkdir(parents=True, exist_ok=True)
     cubin = CACHE / f"{path.stem}-sm_{architecture}-{digest.hexdigest()[:16]}.cubin"
     log = cubin.with_suffix(".log")

@@ -13,17 +13,10 @@ constexpr int64_t kMostChannels = 64;
 // More tasks than most machines have cores would cost more memory than they save time.
 constexpr int64_t kTasks = 8;
 
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-int64_t extent(const BlockSizes& s) { return s.dilation * (s.kernel - 1); }
-
 // Input rows that `rows` output rows read, and below the last row those that none reads.
 int64_t input_rows(const BlockSizes& s, int64_t rows) {
-    return std::min((rows - 1) * s.stride + extent(s) + s.stride, s.H);
+    return std::min(window_rows(s, rows) - 1 + s.stride, s.H);
 }
-
-// The gradient of an input row needs that of this many output rows above the band too.
-int64_t rows_kept(const BlockSizes& s) { return extent(s) / s.stride; }
 
 int64_t band_floats(const BlockSizes& s, int64_t chunk, int64_t rows) {
     return chunk * (2 * input_rows(s, rows) * s.W + (2 * rows + rows_kept(s)) * s.W_out);
@@ -36,33 +29,36 @@ BackwardSchedule choose_backward_schedule(const BlockSizes& sizes, int64_t lanes
     int64_t most = std::min(round_up(sizes.hidden_channels, lanes), kMostChannels);
     while (most > lanes && band_floats(sizes, most, 1) > kBandFloats)
         most = round_up(most / 2, lanes);
-    const int64_t chunks = (sizes.hidden_channels + most - 1) / most;
-    schedule.chunk = round_up((sizes.hidden_channels + chunks - 1) / chunks, lanes);
-    schedule.chunks = (sizes.hidden_channels + schedule.chunk - 1) / schedule.chunk;
+    const int64_t chunks = ceil_div(sizes.hidden_channels, most);
+    schedule.chunk = round_up(ceil_div(sizes.hidden_channels, chunks), lanes);
+    schedule.chunks = ceil_div(sizes.hidden_channels, schedule.chunk);
     schedule.groups = std::min(schedule.chunks, kTasks);
     schedule.rows = 1;
     while (schedule.rows < sizes.H_out &&
            band_floats(sizes, schedule.chunk, schedule.rows + 1) <= kBandFloats)
         schedule.rows++;
-    const int64_t bands = (sizes.H_out + schedule.rows - 1) / schedule.rows;
-    schedule.rows = (sizes.H_out + bands - 1) / bands;
+    const int64_t bands = ceil_div(sizes.H_out, schedule.rows);
+    schedule.rows = ceil_div(sizes.H_out, bands);
     // The last band finishes all rows, so it may have more of them than the others.
     schedule.in_rows = bands == 1 ? sizes.H : input_rows(sizes, schedule.rows);
     schedule.grad_rows = schedule.rows + rows_kept(sizes);
+    const int64_t fit = kBandFloats / band_floats(sizes, schedule.chunk, schedule.rows);
+    schedule.images = bands > 1 ? 1 : std::clamp<int64_t>(fit, 1, std::max<int64_t>(sizes.N, 1));
     return schedule;
 }
 
 int64_t backward_scratch(const BlockSizes& sizes, const BackwardSchedule& schedule) {
-    const int64_t taps = 2 * sizes.kernel * sizes.kernel + 2;
-    return schedule.chunk * (2 * schedule.in_rows * sizes.W +
-                             (schedule.rows + schedule.grad_rows) * sizes.W_out + taps);
+    const int64_t weights = 2 * sizes.kernel_size * sizes.kernel_size + 2 +
+                            sizes.in_channels * sizes.expansion + sizes.out_channels;
+    const int64_t pixels = 2 * schedule.in_rows * sizes.W + 2 * schedule.rows * sizes.W_out;
+    return schedule.chunk * (schedule.images * pixels + rows_kept(sizes) * sizes.W_out + weights);
 }
 
 BackwardSplit choose_backward_split(const BlockSizes& sizes, const BackwardSchedule& schedule) {
     const int64_t x = sizes.N * sizes.H * sizes.W * sizes.in_channels;
     const int64_t weights =
-        sizes.hidden_channels * (sizes.in_channels * sizes.expansion + sizes.kernel * sizes.kernel +
-                                 sizes.out_channels + 2);
+        sizes.hidden_channels * (sizes.in_channels * sizes.expansion +
+                                 sizes.kernel_size * sizes.kernel_size + sizes.out_channels + 2);
     BackwardSplit best{1, 1};
     int64_t best_floats = 0;
     for (const int64_t hidden : {int64_t{1}, schedule.groups}) {

@@ -1,6 +1,9 @@
 // Numbers of 16 bits as they are stored, and how a Vec is loaded from and stored to them. As in
 // vec.h, load(p, n) and store(p, n, v) touch the first n numbers only. Rounding is to nearest even;
 // NaN stays NaN, numbers too large for a half become infinite.
+//
+// Each instruction set has Bits, the 16-bit numbers of a Vec, with load_bits, store_bits, widen and
+// narrow; the rest follows from these.
 #pragma once
 #include "vec.h"
 
@@ -16,11 +19,21 @@ struct Half {
 
 #if MNV2_LANES == 16
 
-inline Vec widen(__m256i bits, Bfloat16) {
+using Bits = __m256i;
+
+inline Bits load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const Bits*>(p)); }
+inline void store_bits(void* p, Bits bits) { _mm256_storeu_si256(static_cast<Bits*>(p), bits); }
+inline Bits load_bits(const void* p, int64_t n) {
+    return _mm256_maskz_loadu_epi16(lanes_below(n), p);
+}
+inline void store_bits(void* p, int64_t n, Bits bits) {
+    _mm256_mask_storeu_epi16(p, lanes_below(n), bits);
+}
+inline Vec widen(Bits bits, Bfloat16) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
-inline Vec widen(__m256i bits, Half) { return {_mm512_cvtph_ps(bits)}; }
-inline __m256i narrow(Vec a, Bfloat16) {
+inline Vec widen(Bits bits, Half) { return {_mm512_cvtph_ps(bits)}; }
+inline Bits narrow(Vec a, Bfloat16) {
     const __m512i bits = _mm512_castps_si512(a.v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded =
@@ -30,24 +43,8 @@ inline __m256i narrow(Vec a, Bfloat16) {
     const __m512i result = _mm512_mask_mov_epi32(rounded, is_nan, quiet);
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
 }
-inline __m256i narrow(Vec a, Half) {
+inline Bits narrow(Vec a, Half) {
     return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-template <class T>
-inline Vec load(const T* p) {
-    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});
-}
-template <class T>
-inline Vec load(const T* p, int64_t n) {
-    return widen(_mm256_maskz_loadu_epi16(lanes_below(n), p), T{});
-}
-template <class T>
-inline void store(T* p, Vec a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a, T{}));
-}
-template <class T>
-inline void store(T* p, int64_t n, Vec a) {
-    _mm256_mask_storeu_epi16(p, lanes_below(n), narrow(a, T{}));
 }
 
 // Pairs of bfloat16 numbers in the lanes of a Vec, as AVX512-BF16 multiplies them. These functions
@@ -64,18 +61,22 @@ inline void store_rounded(Bfloat16* p, Vec a) {
 }
 // Numbers [0, n) of two rows: number i of the first in the low half of lane i.
 inline Vec load_pairs(const Bfloat16* low, const Bfloat16* high, int64_t n) {
-    const __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes_below(n), low));
-    const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes_below(n), high));
+    const __m512i a = _mm512_cvtepu16_epi32(load_bits(low, n));
+    const __m512i b = _mm512_cvtepu16_epi32(load_bits(high, n));
     return {_mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)))};
 }
 
 #elif MNV2_LANES == 8
 
-inline Vec widen(__m128i bits, Bfloat16) {
+using Bits = __m128i;
+
+inline Bits load_bits(const void* p) { return _mm_loadu_si128(static_cast<const Bits*>(p)); }
+inline void store_bits(void* p, Bits bits) { _mm_storeu_si128(static_cast<Bits*>(p), bits); }
+inline Vec widen(Bits bits, Bfloat16) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
 }
-inline Vec widen(__m128i bits, Half) { return {_mm256_cvtph_ps(bits)}; }
-inline __m128i narrow(Vec a, Bfloat16) {
+inline Vec widen(Bits bits, Half) { return {_mm256_cvtph_ps(bits)}; }
+inline Bits narrow(Vec a, Bfloat16) {
     const __m256i bits = _mm256_castps_si256(a.v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded =
@@ -85,67 +86,41 @@ inline __m128i narrow(Vec a, Bfloat16) {
     const __m256i result = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
 }
-inline __m128i narrow(Vec a, Half) {
+inline Bits narrow(Vec a, Half) {
     return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-template <class T>
-inline Vec load(const T* p) {
-    return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});
-}
-template <class T>
-inline Vec load(const T* p, int64_t n) {
-    T whole[kLanes] = {};
-    std::memcpy(whole, p, n * sizeof(T));
-    return load(whole);
-}
-template <class T>
-inline void store(T* p, Vec a) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a, T{}));
-}
-template <class T>
-inline void store(T* p, int64_t n, Vec a) {
-    T whole[kLanes];
-    store(whole, a);
-    std::memcpy(p, whole, n * sizeof(T));
 }
 
 #elif defined(__aarch64__)
 
-inline Vec widen(uint16x4_t bits, Bfloat16) {
+using Bits = uint16x4_t;
+
+inline Bits load_bits(const void* p) { return vld1_u16(static_cast<const uint16_t*>(p)); }
+inline void store_bits(void* p, Bits bits) { vst1_u16(static_cast<uint16_t*>(p), bits); }
+inline Vec widen(Bits bits, Bfloat16) {
     return {vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(bits), 16))};
 }
-inline Vec widen(uint16x4_t bits, Half) { return {vcvt_f32_f16(vreinterpret_f16_u16(bits))}; }
-inline uint16x4_t narrow(Vec a, Bfloat16) {
+inline Vec widen(Bits bits, Half) { return {vcvt_f32_f16(vreinterpret_f16_u16(bits))}; }
+inline Bits narrow(Vec a, Bfloat16) {
     const uint32x4_t bits = vreinterpretq_u32_f32(a.v);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
     const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
     const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
     return vshrn_n_u32(vbslq_u32(vceqq_f32(a.v, a.v), rounded, quiet), 16);
 }
-inline uint16x4_t narrow(Vec a, Half) { return vreinterpret_u16_f16(vcvt_f16_f32(a.v)); }
-template <class T>
-inline Vec load(const T* p) {
-    return widen(vld1_u16(&p->bits), T{});
-}
-template <class T>
-inline Vec load(const T* p, int64_t n) {
-    T whole[kLanes] = {};
-    std::memcpy(whole, p, n * sizeof(T));
-    return load(whole);
-}
-template <class T>
-inline void store(T* p, Vec a) {
-    vst1_u16(&p->bits, narrow(a, T{}));
-}
-template <class T>
-inline void store(T* p, int64_t n, Vec a) {
-    T whole[kLanes];
-    store(whole, a);
-    std::memcpy(p, whole, n * sizeof(T));
-}
+inline Bits narrow(Vec a, Half) { return vreinterpret_u16_f16(vcvt_f16_f32(a.v)); }
 
 #else
 
+struct Bits {
+    uint16_t at[kLanes];
+};
+
+inline Bits load_bits(const void* p) {
+    Bits bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return bits;
+}
+inline void store_bits(void* p, Bits bits) { std::memcpy(p, &bits, sizeof bits); }
 inline float from_bits(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
@@ -181,29 +156,32 @@ inline Half narrow(float a, Half) {
     return make((magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
 template <class T>
-inline Vec load(const T* p) {
+inline Vec widen(Bits bits, T) {
     Vec a;
-    for (int64_t i = 0; i < kLanes; i++) a.v[i] = widen(p[i]);
+    for (int64_t i = 0; i < kLanes; i++) a.v[i] = widen(T{bits.at[i]});
     return a;
 }
 template <class T>
-inline Vec load(const T* p, int64_t n) {
-    Vec a = zero();
-    for (int64_t i = 0; i < n; i++) a.v[i] = widen(p[i]);
-    return a;
-}
-template <class T>
-inline void store(T* p, Vec a) {
-    for (int64_t i = 0; i < kLanes; i++) p[i] = narrow(a.v[i], T{});
-}
-template <class T>
-inline void store(T* p, int64_t n, Vec a) {
-    for (int64_t i = 0; i < n; i++) p[i] = narrow(a.v[i], T{});
+inline Bits narrow(Vec a, T) {
+    Bits bits;
+    for (int64_t i = 0; i < kLanes; i++) bits.at[i] = narrow(a.v[i], T{}).bits;
+    return bits;
 }
 
 #endif
 
 #if MNV2_LANES != 16
+inline Bits load_bits(const void* p, int64_t n) {
+    uint16_t whole[kLanes] = {};
+    std::memcpy(whole, p, n * sizeof *whole);
+    return load_bits(whole);
+}
+inline void store_bits(void* p, int64_t n, Bits bits) {
+    uint16_t whole[kLanes];
+    store_bits(whole, bits);
+    std::memcpy(p, whole, n * sizeof *whole);
+}
+
 constexpr bool kHasPairs = false;
 inline bool has_pairs() { return false; }
 inline Vec multiply_pairs(Vec, Vec, Vec c) { return c; }
@@ -211,31 +189,31 @@ inline void store_rounded(Bfloat16*, Vec) {}
 inline Vec load_pairs(const Bfloat16*, const Bfloat16*, int64_t) { return zero(); }
 #endif
 
-inline float to_float(float a) { return a; }
-#if MNV2_LANES == 4 && !defined(__aarch64__)
 template <class T>
-float to_float(T a) {
-    return widen(a);
+inline Vec load(const T* p) {
+    return widen(load_bits(p), T{});
 }
-#else
-inline float to_float(Bfloat16 a) {
-    const uint32_t bits = static_cast<uint32_t>(a.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
+template <class T>
+inline Vec load(const T* p, int64_t n) {
+    return widen(load_bits(p, n), T{});
 }
-#if defined(__aarch64__)
-inline float to_float(Half a) {
-    __fp16 value;
-    std::memcpy(&value, &a, sizeof value);
-    return value;
+template <class T>
+inline void store(T* p, Vec a) {
+    store_bits(p, narrow(a, T{}));
 }
-#else
-inline float to_float(Half a) { return _cvtsh_ss(a.bits); }
-#endif
-#endif
+template <class T>
+inline void store(T* p, int64_t n, Vec a) {
+    store_bits(p, n, narrow(a, T{}));
+}
 
-// dst[0, padded) = src[0, width), zeros behind; src nullptr: all zeros. padded: whole vectors.
+template <class T>
+inline float to_float(T a) {
+    float value;
+    store(&value, 1, load(&a, 1));
+    return value;
+}
+
+// dst[0, padded) = src[0, width), zeros after them; src nullptr: all zeros. padded: whole vectors.
 template <class T>
 void copy_padded(float* dst, const T* src, int64_t width, int64_t padded) {
     for (int64_t i = 0; i < padded; i += kLanes) {

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "sizes.h"
+
 namespace mnv2::cpu {
 
 const Kernel* const kKernels[] = {
@@ -35,11 +37,9 @@ bool Kernel::multiplies_pairs(const BlockArgs& args) const {
     return args.element == Element::bfloat16 && even && has_pairs();
 }
 
-bool Kernel::multiplies_pairs(const PoolArgs& pool) const {
-    return pool.element == Element::bfloat16 && pool.in_channels % 2 == 0 && has_pairs();
+bool Kernel::multiplies_pairs(const PointwiseArgs& args) const {
+    return args.element == Element::bfloat16 && args.in_channels % 2 == 0 && has_pairs();
 }
-
-static int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 StemScratch stem_layout(const StemArgs& stem) {
     const bool narrow = stem.element != Element::single;
@@ -51,14 +51,14 @@ StemScratch stem_layout(const StemArgs& stem) {
     return layout;
 }
 
-PoolScratch pool_layout(const PoolArgs& pool) {
-    const bool narrow = pool.element != Element::single && pool.weight != nullptr;
-    const int64_t in_memory = pool.pairs ? 2 : 1;  // numbers in the place of a float
-    const int64_t pixels = pool.averages ? pool.H * pool.W : std::min(pool.H * pool.W, kPoolPixels);
-    PoolScratch layout{};
-    layout.weight = narrow || pool.averages ? pixels * kPoolPanel : 0;
-    layout.x = layout.weight + (narrow ? pool.in_channels / in_memory * kPoolPanel : 0);
-    layout.total = layout.x + (narrow && !pool.pairs ? aligned(pixels * pool.in_channels) : 0);
+PointwiseScratch pointwise_layout(const PointwiseArgs& args) {
+    const bool narrow = args.element != Element::single;
+    const int64_t in_memory = args.pairs ? 2 : 1;  // numbers in the place of a float
+    const int64_t pixels = pixels_at_once(args);
+    PointwiseScratch layout{};
+    layout.weight = narrow || args.averages ? pixels * kPanelChannels : 0;
+    layout.x = layout.weight + (narrow ? args.in_channels / in_memory * kPanelChannels : 0);
+    layout.total = layout.x + (narrow && !args.pairs ? aligned(pixels * args.in_channels) : 0);
     return layout;
 }
 

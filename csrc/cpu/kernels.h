@@ -26,16 +26,16 @@ struct OutputRows {
 struct InputRows {
     const void* begin;
     int64_t slots, size;
-    // Rows before and behind these are read from copies: the result overwrites x where another
-    // thread needs it. Both pointers are to where row 0 would be.
+    // Rows before and after these are read from copies, since another thread's result may
+    // overwrite them. Both pointers are to where row 0 would be.
     int64_t own_begin = 0, own_end = INT64_MAX;
-    const char *before = nullptr, *behind = nullptr;
+    const char *before = nullptr, *after = nullptr;
 
     template <class T>
     const T* at(int64_t row) const {
         const char* const place = row < own_begin ? before + row * size
                                   : row >= own_end
-                                      ? behind + row * size
+                                      ? after + row * size
                                       : static_cast<const char*>(begin) + row % slots * size;
         return reinterpret_cast<const T*>(place);
     }
@@ -85,20 +85,30 @@ struct StemArgs {
     Clip clip;
 };
 
-// A 1x1 convolution, a clip, and the mean over all pixels of an image; without the mean where
-// `averages` is false, or the mean alone, of as many channels as there are.
-struct PoolArgs {
+// A 1x1 convolution and a clip. With `averages` the result is the mean over all pixels of an image.
+struct PointwiseArgs {
     int64_t H, W, in_channels, out_channels;
     bool averages;
     Element element;
     bool pairs;          // as of BlockArgs; in_channels are even then
-    const void* weight;  // (in_channels, out_channels); nullptr: no convolution
+    const void* weight;  // (in_channels, out_channels)
     const float* bias;   // nullptr: zeros
     Clip clip;
 };
 
-constexpr int64_t kPoolPanel = 64;    // output channels at a time
-constexpr int64_t kPoolPixels = 256;  // pixels at a time where there is no mean
+// The mean over all pixels of an image.
+struct AverageArgs {
+    int64_t H, W, channels;
+    Element element;
+};
+
+constexpr int64_t kPanelChannels = 64;  // output channels of the two above at a time
+
+// Pixels of a 1x1 convolution at a time: all of them where it averages.
+constexpr int64_t pixels_at_once(const PointwiseArgs& args) {
+    const int64_t pixels = args.H * args.W;
+    return args.averages ? pixels : std::min<int64_t>(pixels, 256);
+}
 
 struct LinearArgs {
     int64_t in_features, out_features;
@@ -107,31 +117,31 @@ struct LinearArgs {
     const float* bias;   // nullptr: zeros
 };
 
-// One input of an output pixel of the stem: where it is, floats behind the first one, and its
-// weights.
+// One input of an output pixel of the stem: floats from the first input to it, and its weights.
 struct StemTerm {
     int64_t offset;
     const float* weight;
 };
 
-// Where the pieces of a call's scratch start, in floats: the terms; where x is not float32, also
-// three rows of it, the weight and one row of the result as floats.
+// Where the pieces of a call's scratch start, in floats. Stem: the terms; for 16-bit inputs also
+// three rows of x, the weight and one row of the result as floats. 1x1 convolution: a panel of the
+// result; for 16-bit inputs also a panel of the weight, and x converted to float.
 struct StemScratch {
     int64_t rows, weight, row, total;
 };
-// Behind a panel of the result: where it is not float32, a panel of the weight, and x as floats.
-struct PoolScratch {
+struct PointwiseScratch {
     int64_t panel, weight, x, total;
 };
 StemScratch stem_layout(const StemArgs& stem);
-PoolScratch pool_layout(const PoolArgs& pool);
+PointwiseScratch pointwise_layout(const PointwiseArgs& args);
 
 // Output rows [begin, end) of one image.
 using StemFn = void (*)(const StemArgs&, const void* x, const OutputRows& y, int64_t begin,
                         int64_t end, float* scratch);
-// Output channels [begin, end) of one image; begin is a multiple of kPoolPanel.
-using PoolFn = void (*)(const PoolArgs&, const void* x, void* y, int64_t begin, int64_t end,
-                        float* scratch);
+// Output channels [begin, end) of one image; begin is a multiple of kPanelChannels.
+using PointwiseFn = void (*)(const PointwiseArgs&, const void* x, void* y, int64_t begin,
+                             int64_t end, float* scratch);
+using AverageFn = void (*)(const AverageArgs&, const void* x, void* y, int64_t begin, int64_t end);
 // Output features [begin, end) of a few images: x (images, in_features), y (images, out_features).
 using LinearFn = void (*)(const LinearArgs&, int64_t images, const void* x, void* y, int64_t begin,
                           int64_t end);
@@ -146,7 +156,8 @@ struct Layers {
     StepFn step_tile;
     CombineFn combine;
     StemFn stem_rows;
-    PoolFn pool_columns;
+    PointwiseFn pointwise;
+    AverageFn average;
     LinearFn linear_rows;
 };
 
@@ -165,7 +176,7 @@ struct Kernel {
 
     // Whether bfloat16 numbers are multiplied two at a time.
     bool multiplies_pairs(const BlockArgs& args) const;
-    bool multiplies_pairs(const PoolArgs& pool) const;
+    bool multiplies_pairs(const PointwiseArgs& args) const;
 };
 
 extern const Kernel* const kKernels[];

@@ -2,14 +2,12 @@
 
 #include <algorithm>
 
+#include "sizes.h"
+
 namespace mnv2::cpu {
 
 namespace {
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
-
-constexpr int64_t kAlignFloats = 16;    // 64 bytes
 constexpr int64_t kChunkMultiple = 16;  // hidden channels: whole cache lines, whole vectors
 constexpr int64_t kChunkBytes = 112 * 1024;
 constexpr int64_t kInPlaceChunkBytes = 160 * 1024;  // depthwise rows alone
@@ -21,15 +19,13 @@ constexpr int64_t kMinStripCols = 32;  // narrower ones expand too much of their
 constexpr int64_t kGoodChunk = 48;  // three vectors: what register tiles of products are full with
 
 int64_t input_cols(const BlockArgs& args, int64_t strip_cols) {
-    const int64_t reach = (strip_cols - 1) * args.stride + (args.kernel - 1) * args.dilation + 1;
-    return std::min(args.W, reach);
+    return std::min(args.W, (strip_cols - 1) * args.stride + extent(args) + 1);
 }
 
 }  // namespace
 
 Ring ring_of(const BlockArgs& args, int64_t rows_per_step) {
-    const int64_t window =
-        (rows_per_step - 1) * args.stride + (args.kernel - 1) * args.dilation + 1;
+    const int64_t window = window_rows(args, rows_per_step);
     const int64_t new_rows = rows_per_step * args.stride;
     const bool one_step = rows_per_step >= args.H_out;
     return {window, new_rows, one_step ? window : round_up(window, new_rows)};
@@ -56,15 +52,15 @@ ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, in
     int64_t end = 0;
     const auto piece = [&end](int64_t floats) {
         const int64_t begin = end;
-        end += round_up(floats, kAlignFloats);
+        end += aligned(floats);
         return begin;
     };
-    layout.chunk_weights_stride = round_up((args.kernel * args.kernel + 2) * chunk, kAlignFloats);
+    layout.chunk_weights_stride = aligned((args.kernel_size * args.kernel_size + 2) * chunk);
     layout.chunk_weights = piece(copies * layout.chunk_weights_stride);
     const int64_t slots = ring_of(args, schedule.rows_per_step).slots;
     const int64_t ring =
         reads_x_in_place(args, lanes) ? 0 : slots * input_cols(args, schedule.strip_cols) * chunk;
-    layout.ring_stride = round_up(ring, kAlignFloats);
+    layout.ring_stride = aligned(ring);
     layout.ring = piece(copies * layout.ring_stride);
     layout.depthwise = piece(schedule.rows_per_step * schedule.strip_cols * chunk);
     const bool narrow = args.element != Element::single;
@@ -77,13 +73,13 @@ ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, in
     piece((copies - 1) * layout.panels_stride);
     const bool converts = narrow && args.expansion && !args.pairs;
     const int64_t cols = input_cols(args, schedule.strip_cols);
-    const int64_t window = ring_of(args, schedule.rows_per_step).window;
+    const int64_t window = window_rows(args, schedule.rows_per_step);
     layout.x_rows = piece(converts ? window * cols * args.in_channels : 0);
     const int64_t sum_rows = schedule.rows_outside ? schedule.rows_per_step : schedule.band_rows;
     const bool sums = narrow && schedule.hidden_groups == 1;
     layout.sums = piece(sums ? sum_rows * schedule.strip_cols * args.out_channels : 0);
     const int64_t groups = schedule.hidden_groups;
-    layout.partial = piece(groups > 1 ? (narrow ? groups : groups - 1) * sum_floats(args) : 0);
+    layout.partial = piece(groups > 1 ? (narrow ? groups : groups - 1) * y_numbers(args) : 0);
     layout.total = end;
     return layout;
 }
@@ -184,7 +180,7 @@ std::string to_string(const BlockArgs& args, const Schedule& schedule, int64_t l
     const auto n = [](int64_t value) { return std::to_string(value); };
     const int64_t bytes = 4 * scratch_layout(args, schedule, lanes).total;
     return n(args.H) + "x" + n(args.W) + " " + n(args.in_channels) + "-" + n(args.hidden_channels) +
-           "-" + n(args.out_channels) + " k" + n(args.kernel) + " s" + n(args.stride) + ": " +
+           "-" + n(args.out_channels) + " k" + n(args.kernel_size) + " s" + n(args.stride) + ": " +
            (schedule.rows_outside ? "rows" : "chunks") + " outside, hidden_chunk " +
            n(schedule.hidden_chunk) + ", rows_per_step " + n(schedule.rows_per_step) +
            ", strip_cols " + n(schedule.strip_cols) + ", band_rows " + n(schedule.band_rows) +

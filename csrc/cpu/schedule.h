@@ -27,7 +27,7 @@ struct Schedule {
     // fit the scratch.
     int64_t strip_cols;
     // Output rows that are summed up in scratch at a time where chunks are outside and y is not
-    // float32; otherwise all, since the sums stand in y.
+    // float32; otherwise all, since y holds the sums.
     int64_t band_rows;
     // Parts of the hidden channels whose sums are kept apart and added at the end, so that threads
     // can share one small image. Depends on the block alone: the result is the same bits at any
@@ -59,8 +59,9 @@ struct ScratchLayout {
     int64_t panels_stride;
     int64_t x_rows;
     int64_t sums;
-    int64_t partial;  // sums of one image by the second hidden group; of the first one behind them,
-                      // where they are not in y
+    // Sums of one image by the second hidden group; where y is not float32, those of the first
+    // group follow.
+    int64_t partial;
     int64_t total;
 };
 
@@ -68,12 +69,7 @@ struct ScratchLayout {
 std::pair<int64_t, int64_t> hidden_range(const BlockArgs& args, const Schedule& schedule,
                                          int64_t lanes, int64_t group);
 
-// Floats of the sums of one image.
-constexpr int64_t sum_floats(const BlockArgs& args) {
-    return args.H_out * args.W_out * args.out_channels;
-}
-
-// The block has no expansion and x can be read where it stands.
+// The block has no expansion, and its depthwise reads x itself.
 bool reads_x_in_place(const BlockArgs& args, int64_t lanes);
 
 ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes);

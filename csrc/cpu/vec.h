@@ -1,7 +1,7 @@
 // Vec: a register of floats, the few operations that the kernel needs, once per instruction set.
-// Included inside a target region (see avx512.cpp); everything has internal linkage.
+// Included inside a target region (see isa/avx512.cpp); everything has internal linkage.
 //
-// load(p, n), store(p, n, v): the first n lanes only, memory behind them is not touched.
+// load(p, n), store(p, n, v): the first n lanes only, memory after them is not touched.
 // clip keeps NaN: x86 min and max return their second operand where one is NaN, NEON's return NaN.
 #pragma once
 
@@ -35,16 +35,16 @@ inline Vec clip(Vec x, Vec lower, Vec upper) {
     return {_mm512_min_ps(upper.v, _mm512_max_ps(lower.v, x.v))};
 }
 
-// A vector of two halves, each of another row: for column counts that end in half a vector.
-constexpr bool kHasHalves = true;
-inline Vec broadcast_halves(float low, float high) {
+// A register that two rows share, for column counts that end in half as many lanes.
+constexpr bool kSharesRegisters = true;
+inline Vec broadcast_two(float low, float high) {
     return {_mm512_mask_broadcastss_ps(_mm512_set1_ps(low), 0xff00, _mm_set_ss(high))};
 }
-inline Vec load_halves(const float* low, const float* high) {
+inline Vec load_two(const float* low, const float* high) {
     return {
         _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1)};
 }
-inline void store_halves(float* low, float* high, Vec a) {
+inline void store_two(float* low, float* high, Vec a) {
     _mm256_storeu_ps(low, _mm512_castps512_ps256(a.v));
     _mm256_storeu_ps(high, _mm512_extractf32x8_ps(a.v, 1));
 }
@@ -146,11 +146,11 @@ inline void keep_in_register(Vec&) {}
 #endif
 
 #if MNV2_LANES != 16
-// Narrower vectors divide the channel counts of real networks, so halves are never asked for.
-constexpr bool kHasHalves = false;
-inline Vec broadcast_halves(float, float) { return zero(); }
-inline Vec load_halves(const float*, const float*) { return zero(); }
-inline void store_halves(float*, float*, Vec) {}
+// Narrower vectors divide the channel counts of real networks, so rows never share one.
+constexpr bool kSharesRegisters = false;
+inline Vec broadcast_two(float, float) { return zero(); }
+inline Vec load_two(const float*, const float*) { return zero(); }
+inline void store_two(float*, float*, Vec) {}
 #endif
 
 }  // namespace

@@ -1,7 +1,7 @@
 #include "choose.h"
 
-#include "patch_plan.h"
-#include "tile_plan.h"
+#include "patch/plan.h"
+#include "tile/plan.h"
 
 namespace mnv2::cuda {
 

@@ -1,4 +1,4 @@
-// The kernels, each behind a function that launches it on a stream. They check nothing, allocate
+// The functions that launch the kernels on a stream. They check nothing, allocate
 // nothing and wait for nothing; sizes.N is at least 1.
 #pragma once
 #include <cuda_runtime_api.h>

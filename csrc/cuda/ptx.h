@@ -33,7 +33,7 @@ MNV2_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 MNV2_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
 MNV2_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 MNV2_DEVICE int grid_blocks() { return static_cast<int>(gridDim.x); }
-// All threads of the block come here; what they wrote to shared memory is seen behind it.
+// Waits for all threads of the block. What they wrote to shared memory is seen afterwards.
 MNV2_DEVICE void block_barrier() { __syncthreads(); }
 // The same for the 32 lanes of a warp.
 MNV2_DEVICE void warp_barrier() { __syncwarp(); }
@@ -144,7 +144,7 @@ MNV2_DEVICE void copy_async(SharedAddress to, const void* source, int bytes = 16
 // Ends a group of this thread's copies.
 MNV2_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;"); }
 // Waits until at most `Pending` of this thread's newest groups are under way; other threads see the
-// copies behind a barrier.
+// copies after a barrier.
 template <int Pending>
 MNV2_DEVICE void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending));

@@ -54,8 +54,8 @@ class Report(tuple[Row, ...]):
     """The rows in the order of the model; prints as a table and a summary.
 
     outside: names of the depthwise convolutions that are in no block which runs fused or could.
-    runs_as_one: whether calls for inference on a CPU run as one. why_no_plan: why `plan` would refuse the model,
-    None where it would not.
+    runs_as_one: whether calls for inference on a CPU run as one. why_no_plan: why `plan` would
+    refuse the model, None where it would not.
     """
 
     outside: tuple[str, ...] = ()

@@ -10,15 +10,17 @@ from ..block.fold import BlockLayers
 from ..modules.fused_module import FusedInvertedResidual, FusedModule
 from ..recognizers import (
     Declined,
-    Layer,
     Reading,
     block_of,
     follow,
     guess_channels,
     has_depthwise,
+    is_image_weight,
     read_unknown,
+    same_layers,
     spans_of,
 )
+from ..recognizers.assemble import Span
 from ..recognizers.checks import overrides_call
 from .sequential import FusedChain, FusedRun, FusedSequential, FusedSequentialBlock
 
@@ -94,15 +96,15 @@ def _find(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[Found]
             return
         except Declined as declined:
             reason = str(declined)
-    for span, found in _runs(module, reading):
+    runs = list(_runs(module, reading))
+    for span, found in runs:
         yield _run(name, module, span, reading=found)
         seen.update(list(_children(module).values())[slice(*span)])
-    empty = True
-    for found in _inside(name, module, seen):
-        yield found
-        empty = False
-    if empty and reason is not None and _looks_like_block(module):
+    inside = list(_inside(name, module, seen))
+    if reason is not None and not runs and _is_declined_block(module, inside):
         yield Found(name, name, module, reason=reason)
+    else:
+        yield from inside
 
 
 def _inside(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[Found]:
@@ -137,7 +139,7 @@ def _runs(module: nn.Module, reading: Reading | None) -> Iterator[tuple[tuple[in
         return
     first = 0
     while first < len(children):
-        spans, is_sized = _longest(module, children[first:])
+        spans, _, is_sized = _longest(module, children[first:])
         stop = first + 1
         for i, span in enumerate(spans):
             begin, end = first + span.first_call, first + span.last_call
@@ -153,33 +155,33 @@ def _runs(module: nn.Module, reading: Reading | None) -> Iterator[tuple[tuple[in
 def _runs_in_order(module: nn.Module, children: list[nn.Module], reading: Reading) -> bool:
     if len(reading.layers) < 2:
         return False
-    spans, _ = _longest(module, children)
-    stop = spans[-1].last_call + 1 if spans else 0
-    layers = [span.layer for span in spans]
-    return stop == len(children) and _same_layers(layers, list(reading.layers))
+    spans, stop, _ = _longest(module, children)
+    return stop == len(children) and same_layers([s.layer for s in spans], reading.layers)
 
 
-def _same_layers(first: list[Layer], second: list[Layer]) -> bool:
-    return len(first) == len(second) and all(
-        vars(a) == vars(b) and type(a) is type(b) for a, b in zip(first, second, strict=True)
-    )
-
-
-def _longest(module: nn.Module, children: list[nn.Module]) -> tuple[list, bool]:
-    """The layers of as many of the first children as are a chain of layers."""
+def _longest(module: nn.Module, children: list[nn.Module]) -> tuple[list[Span], int, bool]:
+    """The layers of as many of the first children as are a chain of layers, how many children
+    these are, and whether all that is so for some shapes alone.
+    """
     try:
         shape = (1, guess_channels(children), 224, 224)
         trace, _ = follow(module, shape, children)
     except Declined:
-        return [], False
+        return [], 0, False
     for count in range(len(trace.outputs), 0, -1):
         try:
-            return spans_of(trace, count), trace.is_sized
+            return spans_of(trace, count), count, trace.is_sized
         except Declined:
             continue
-    return [], False
+    return [], 0, False
 
 
-def _looks_like_block(module: nn.Module) -> bool:
-    """Whether a declined module is a depthwise convolution with others, and not much more."""
-    return 2 <= sum(p.dim() == 4 for p in module.parameters()) <= _MOST_CONVOLUTIONS
+def _is_declined_block(module: nn.Module, inside: list[Found]) -> bool:
+    """Whether a declined module is a depthwise convolution with others, and not much more, or has
+    that inside it as a part of what itself is a block.
+    """
+    if len(inside) > 1 or any(found.reason is None for found in inside):
+        return False
+    if inside and isinstance(module, nn.Sequential):
+        return False
+    return 2 <= sum(map(is_image_weight, module.parameters())) <= _MOST_CONVOLUTIONS

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.fused_module import FusedInvertedResidual, FusedModule
+from ..modules.kept import Kept
 from ..modules.stand_in import StandIn
 from ..network.live import LiveNetwork, may_join
-from ..recognizers import Recorded, evaluation_mode, guess_channels
+from ..ops.backends import asked_once_a_graph
+from ..recognizers import Recorded, evaluation_mode, guess_channels, runs_in_order
 
 
 class FusedRun(NamedTuple):
@@ -41,18 +43,45 @@ class FusedChain(StandIn):
         self.__dict__["runs"] = tuple(runs)
         self.__dict__["_names"] = tuple(names)
         self.__dict__["_keys"] = list(self._modules)
+        self.__dict__["_kept"] = Kept(self)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """What the original computes; by its own forward where children have been exchanged."""
         self._pass_on_mode()
         if not _is_plain(x) or args or kwargs or not self.unchanged():
             return self.plain_forward(x, *args, **kwargs)
-        if self.training and not isinstance(self, nn.Sequential):
+        if not self._runs_in_order(x):
             return self.plain_forward(x)
         at = 0
         while at < len(self._names):
             x, at = self._run_one(x, at)
         return x
+
+    def _runs_in_order(self, x: Tensor) -> bool:
+        """Whether the original's own forward runs the children one by one, for such an x."""
+        if self.training:
+            return False
+        if torch.compiler.is_compiling():
+            return self._always_runs_in_order()
+        state = self._kept.look()
+        if state.why_blind is not None:
+            return False
+        known = state.readings.get("all")
+        if known is None:
+            known = state.readings.get(x.shape)
+        if known is None:
+            known, for_all = runs_in_order(self.original, self._called(), x.shape)
+            state.readings.keep("all" if for_all else x.shape, known)
+        return known
+
+    @asked_once_a_graph
+    def _always_runs_in_order(self) -> bool:
+        children = self._called()
+        shape = (1, guess_channels(children), 224, 224)
+        return all(runs_in_order(self.original, children, shape))
+
+    def _called(self) -> list[nn.Module]:
+        return [self._modules[name] for name in self._names]
 
     def _run_one(self, x: Tensor, at: int) -> tuple[Tensor, int]:
         """(result, next child) of the child `at`, or of the run that begins there."""
@@ -140,6 +169,9 @@ class FusedSequential(_Sliced, FusedChain, nn.Sequential):
             done = self._live.run(state, x, at) if may_join(x) else None
             x, at = self._run_one(x, at) if done is None else done
         return x
+
+    def _runs_in_order(self, x: Tensor) -> bool:
+        return True
 
     def train(self, mode: bool = True) -> "FusedSequential":
         return self if self._live.is_in_mode(mode) else super().train(mode)

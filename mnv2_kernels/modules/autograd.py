@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..block.fold import BlockLayers, ConvNorm
+from ..block.config import NO_CLIP
+from ..block.fold import BlockLayers, ConvNorm, FoldedWeights, fold_layers
 from ..ops.extension import module as _C
 from ..ops.inverted_residual import cast_for_autocast, run
 
@@ -32,6 +33,19 @@ class StageTensors(NamedTuple):
 
 _TENSORS = len(StageTensors._fields) - 1
 _NONE = StageTensors(*(None,) * _TENSORS, 0.0)
+_PLAIN = (Tensor, nn.Parameter, type(None))
+
+# Both are compiled, for float32 on the CPU, and called by this package alone, below autograd.
+# `layers` are six tensors a stage as in `StageTensors`. The first gives folded weight and bias of
+# every stage; the second, with `folded` what they were folded to, the gradients that are needed of
+# x (needs_grad[0]) and of the layers. The projection has no clip.
+_library = torch.library.Library("mnv2", "FRAGMENT")
+_library.define("fold_layers_cpu(Tensor?[] layers, float[] eps) -> Tensor[]")
+_library.define(
+    "inverted_residual_layers_backward_cpu(Tensor grad_y, Tensor x, Tensor?[] folded,"
+    " Tensor?[] layers, float[] eps, int stride, int[4] padding, int dilation, bool residual,"
+    " float[2] clip_expand, float[2] clip_dw, bool[19] needs_grad) -> Tensor[]"
+)
 
 
 def run_with_gradients(
@@ -49,10 +63,49 @@ def run_with_gradients(
     return _FromLayers.apply(backend, arguments, [s.eps for s in stages], x, *tensors)
 
 
+def tensors_of(layers: BlockLayers) -> list[StageTensors | None]:
+    """The tensors of expansion, depthwise and projection as they are now."""
+    stages = (layers.expand, layers.depthwise, layers.project)
+    return [None if stage is None else _tensors_of(stage) for stage in stages]
+
+
+def _tensors_of(stage: ConvNorm) -> StageTensors:
+    conv, norm = stage.conv, stage.norm
+    if norm is None:
+        return StageTensors(conv.weight, conv.bias, None, None, None, None, 0.0)
+    statistics = (norm.running_mean, norm.running_var, norm.eps)
+    return StageTensors(conv.weight, conv.bias, norm.weight, norm.bias, *statistics)
+
+
+def fold_without_graph(layers: BlockLayers) -> FoldedWeights:
+    """To the bit what `block.fold.fold_layers` gives, without a graph to the layers.
+
+    In a few compiled calls for float32 on the CPU, since an optimizer's step changes all weights of
+    a network.
+    """
+    # Not inference tensors: a later call may need gradients of x through them.
+    with torch.inference_mode(False), torch.no_grad():
+        present = [stage for stage in tensors_of(layers) if stage is not None]
+        tensors = [t for stage in present for t in stage[:_TENSORS]]
+        if _C is None or not _are_plain(tensors) or torch._C._len_torch_dispatch_stack() > 0:
+            return fold_layers(layers)
+        if not all(t is None or (t.dtype is torch.float32 and t.is_cpu) for t in tensors):
+            return fold_layers(layers)
+        op = torch.ops.mnv2.fold_layers_cpu.default
+        with torch._C._AutoDispatchBelowAutograd():
+            folded = op(tensors, [stage.eps for stage in present])
+    return FoldedWeights(*(None,) * (6 - len(folded)), *folded, *layers.clips)
+
+
+def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether none of them is of a class of its own."""
+    return all(type(t) in _PLAIN for t in tensors)
+
+
 class _FromLayers(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend: str, arguments: tuple, eps: list, *tensors: Tensor | None) -> Tensor:
-        ctx.arguments, ctx.eps = arguments, eps
+        ctx.backend, ctx.arguments, ctx.eps = backend, arguments, eps
         device = tensors[0].device.type
         ctx.autocast = torch.get_autocast_dtype(device) if _casts(device) else None
         ctx.save_for_backward(*tensors)
@@ -67,25 +120,52 @@ class _FromLayers(torch.autograd.Function):
                 " implemented; a model fused with backend='reference' has them"
             )
         x, *tensors = ctx.saved_tensors
-        needs_x, *needed = _asked_for(ctx, (x, *tensors))
-        stages = [
-            (
-                StageTensors(*tensors[i : i + _TENSORS], eps),
-                StageTensors(*needed[i : i + _TENSORS], eps),
-            )
-            for i, eps in zip(range(0, len(tensors), _TENSORS), ctx.eps, strict=True)
-        ]
-        needs_grad = [needs_x]
-        for _, needs in stages:
-            through_scale = bool(needs.gamma or needs.var)
-            needs_bias = needs.bias or needs.beta or needs.mean or through_scale
-            needs_grad += [bool(needs.weight or through_scale), bool(needs_bias)]
-        grads = iter(_gradients(grad_y, x, ctx.arguments, needs_grad, ctx.autocast))
-        found = [next(grads) if needs_x else None]
-        of_folded = [next(grads) if needs else None for needs in needs_grad[1:]]
-        for i, (stage, needs) in enumerate(stages):
-            found += unfold(stage, needs, *of_folded[2 * i : 2 * i + 2])
+        needed = _asked_for(ctx, (x, *tensors))
+        if ctx.autocast is None and _is_compiled(ctx, grad_y, x, tensors):
+            op = torch.ops.mnv2.inverted_residual_layers_backward_cpu.default
+            folded, settings = ctx.arguments[:6], ctx.arguments[6:12]
+            with torch._C._AutoDispatchBelowAutograd():
+                grads = iter(op(grad_y, x, folded, tensors, ctx.eps, *settings, needed))
+            found = [next(grads) if needs else None for needs in needed]
+        else:
+            found = _by_stages(ctx, grad_y, x, tensors, needed)
         return None, None, None, *found
+
+
+def _is_compiled(ctx, grad_y: Tensor, x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    return (
+        ctx.backend == "cpu"
+        and x.dtype is torch.float32
+        and grad_y.dtype is torch.float32
+        and ctx.arguments[12] == NO_CLIP
+        and torch._C._len_torch_dispatch_stack() == 0
+        and _are_plain((grad_y, x, *tensors))
+    )
+
+
+def _by_stages(
+    ctx, grad_y: Tensor, x: Tensor, tensors: Sequence[Tensor | None], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients that are needed, on any device and in any dtype."""
+    needs_x, *needed = needed
+    stages = [
+        (
+            StageTensors(*tensors[i : i + _TENSORS], eps),
+            StageTensors(*needed[i : i + _TENSORS], eps),
+        )
+        for i, eps in zip(range(0, len(tensors), _TENSORS), ctx.eps, strict=True)
+    ]
+    needs_grad = [needs_x]
+    for _, needs in stages:
+        through_scale = needs.gamma or needs.var
+        needs_bias = needs.bias or needs.beta or needs.mean or through_scale
+        needs_grad += [needs.weight or through_scale, needs_bias]
+    grads = iter(_gradients(grad_y, x, ctx.arguments, needs_grad, ctx.autocast))
+    found = [next(grads) if needs_x else None]
+    of_folded = [next(grads) if needs else None for needs in needs_grad[1:]]
+    for i, (stage, needs) in enumerate(stages):
+        found += unfold(stage, needs, *of_folded[2 * i : 2 * i + 2])
+    return found
 
 
 def _casts(device: str) -> bool:
@@ -169,20 +249,6 @@ def unfold(
         if needs.var:
             grads[5] = of_scale * scale / (-2 * (var.double() + eps))
     return [
-        g.to(t.dtype, memory_format=torch.contiguous_format) if n else None
+        g.to(t.dtype).contiguous() if n else None
         for g, t, n in zip(grads, stage[:_TENSORS], needs[:_TENSORS], strict=True)
     ]
-
-
-def tensors_of(layers: BlockLayers) -> list[StageTensors | None]:
-    """The tensors of expansion, depthwise and projection as they are now."""
-    stages = (layers.expand, layers.depthwise, layers.project)
-    return [None if stage is None else _tensors_of(stage) for stage in stages]
-
-
-def _tensors_of(stage: ConvNorm) -> StageTensors:
-    conv, norm = stage.conv, stage.norm
-    if norm is None:
-        return StageTensors(conv.weight, conv.bias, None, None, None, None, 0.0)
-    statistics = (norm.running_mean, norm.running_var, norm.eps)
-    return StageTensors(conv.weight, conv.bias, norm.weight, norm.bias, *statistics)

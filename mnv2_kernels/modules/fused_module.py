@@ -5,7 +5,6 @@ weights are kept, and before every call a guard says whether both still hold.
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from ..block.config import NO_PADDING, BlockConfig
 from ..block.fold import BlockLayers, fold_layers
-from ..ops.backends import Block, asked_once_a_graph, choose, why_no_kernel
+from ..ops.backends import Block, asked_once_a_graph, choose, is_for_layers, why_no_kernel
 from ..ops.inverted_residual import OpArguments, op_arguments, run
 from ..recognizers import (
     Declined,
@@ -26,11 +25,13 @@ from ..recognizers import (
     read,
     read_unknown,
 )
-from .autograd import run_with_gradients, tensors_of
+from .autograd import fold_without_graph, run_with_gradients, tensors_of
 from .compiled import folds_when_run, run_layers
 from .kept import Kept, State
 from .stand_in import StandIn
-from .tracing import is_observed, trace_symbolically
+from .tracing import has_global_hooks, is_observed, trace_symbolically
+
+_NOT_GIVEN: Any = object()
 
 
 class Call(NamedTuple):
@@ -41,16 +42,20 @@ class Call(NamedTuple):
     reason: str | None
 
 
-@dataclass
 class _Block:
     """What a plain forward was last read as, and whether that holds for one shape of x alone."""
 
-    layers: BlockLayers
-    is_sized: bool
+    def __init__(self, layers: BlockLayers, is_sized: bool):
+        self.take(layers, is_sized)
 
-    @property
-    def norms(self) -> list[nn.Module]:
-        return [stage.norm for stage in self.layers.stages if stage.norm is not None]
+    def take(self, layers: BlockLayers, is_sized: bool) -> None:
+        norms = [stage.norm for stage in layers.stages]
+        self.batch_norms = [n for n in norms if isinstance(n, nn.modules.batchnorm._BatchNorm)]
+        self.layers, self.is_sized = layers, is_sized
+
+    def uses_batches(self) -> bool:
+        """Whether a batch norm is in training mode, and needs the statistics of whole tensors."""
+        return any(norm.training for norm in self.batch_norms)
 
 
 class FusedModule(nn.Module):
@@ -68,14 +73,18 @@ class FusedModule(nn.Module):
         """The block layer by layer; any further arguments are those of the original module."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor = _NOT_GIVEN, *args, **kwargs) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H_out, W_out), channels_last where the kernel ran.
 
         A graph that is recorded holds the op and the folding before it, one that is compiled for
         inference on a CPU an op that folds when it has to (`compiled`). Inside the transforms of
         `torch.func` (vmap, grad, jvp ...) and in ONNX files the plain layers stand for the block.
+        The layers also run where x has another name in the forward of the original, and is given
+        by it.
         """
         if not isinstance(x, Tensor):
+            if x is _NOT_GIVEN:
+                return self._by_name(kwargs)
             return trace_symbolically(self, x, args, kwargs)
         if torch.compiler.is_compiling():
             return self._compiled_forward(x, *args, **kwargs)
@@ -87,9 +96,18 @@ class FusedModule(nn.Module):
         return self._eager_forward(x, *args, **kwargs)
 
     def _eager_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        # First: where no kernel takes x, nothing has to be looked at.
+        # First what takes no time to say: the layers run without a look at anything else.
+        if is_for_layers(self.backend, x):
+            self._pass_on_mode()
+            return self.plain_forward(x, *args, **kwargs)
         backend = choose(self.backend, x, None)
-        if backend == "reference" != self.backend or torch._C._are_functorch_transforms_active():
+        if (
+            backend == "reference" != self.backend
+            or torch._C._are_functorch_transforms_active()
+            or has_global_hooks()
+            or self._block.uses_batches()
+        ):
+            self._pass_on_mode()
             return self.plain_forward(x, *args, **kwargs)
         state = self._look()
         layers, chosen_by, _ = self._call_for(state, x, args, kwargs)
@@ -121,18 +139,18 @@ class FusedModule(nn.Module):
 
     def _backend_when_compiled(self, x: Tensor) -> str | None:
         """What a compiled call runs on; the modes that the modules have now become a part of it."""
-        if self._block.is_sized or any(norm.training for norm in self._block.norms):
+        if self._block.is_sized or self._block.uses_batches():
             return None
-        if not self._reads_the_same():
+        # The mode is given for the compiler to see that the answer depends on it.
+        if not self._reads_as_block(self.training):
             return None
         backend = choose(self.backend, x, self.chosen_by)
         return None if backend == "reference" != self.backend else backend
 
     @asked_once_a_graph
-    def _reads_the_same(self) -> bool:
-        """Whether `block_layers` is what the plain forward computes in the modes of now."""
-        call = self._call_for(self._look(), None, (), {})
-        return call.layers is not None
+    def _reads_as_block(self, training: bool) -> bool:
+        """Whether the plain forward is a block in the modes of now; `block_layers` is then that."""
+        return self._call_for(self._look(), None, (), {}).layers is not None
 
     @property
     def block_layers(self) -> BlockLayers:
@@ -167,6 +185,9 @@ class FusedModule(nn.Module):
         """
         state = self._look()
         self._call_for(state, None, (), {})
+        if state.why_blind is not None:
+            with torch.no_grad():
+                return _fold(self.block_layers)
         return _folded(state, self.block_layers)
 
     def _take_over(self, reading: Reading | None = None) -> None:
@@ -181,6 +202,10 @@ class FusedModule(nn.Module):
     def _look(self) -> State:
         self._pass_on_mode()
         return self._kept.look()
+
+    def _by_name(self, kwargs: dict) -> Tensor:
+        """A call without an x by position."""
+        return self.plain_forward(**kwargs)
 
     def _pass_on_mode(self) -> None:
         """Give the module whose forward is read the mode that was set on this one."""
@@ -214,7 +239,7 @@ class FusedModule(nn.Module):
             is_sized = reading.is_sized
             call = Call(layers, Block.of(layers.config, layers.clips), None)
             if key is None:
-                self._block.layers, self._block.is_sized = layers, is_sized
+                self._block.take(layers, is_sized)
         state.readings.keep((key, shape) if is_sized else key, call)
         return call
 
@@ -279,9 +304,7 @@ def _folded(state: State, layers: BlockLayers) -> OpArguments:
         # Blocks of several shapes of x have the same weights.
         weights = kept.get(layers.stages)
         if weights is None:
-            # Not inference tensors: a later call may need gradients of x through them.
-            with torch.inference_mode(False), torch.no_grad():
-                weights = fold_layers(layers)
+            weights = fold_without_graph(layers)
             kept.keep(layers.stages, weights)
         arguments = op_arguments(weights, layers.config)
         kept.keep(layers, arguments)

@@ -33,7 +33,7 @@ _READ = (
     *("stride", "padding", "dilation", "padding_mode"),
 )
 
-# As in csrc/guard.cpp: sequences in sequences, items of one, elements of a tensor.
+# As in csrc/torch/guard.cpp: sequences in sequences, items of one, elements of a tensor.
 _DEEPEST, _LONGEST, _SAMPLES = 8, 1000, 8
 _PLAIN = {bool, int, float, str, type(None)}
 # Of tensors that stand for others, or have more to them than memory.
@@ -63,7 +63,7 @@ def optimizer_steps() -> int:
 
 
 class Change(Enum):
-    """What has changed since the last look; the numbers are those of csrc/guard.h."""
+    """What has changed since the last look; the numbers are those of csrc/torch/guard.h."""
 
     SAME = 0
     WEIGHTS = 1  # of tensors: identity, memory, version, requires_grad, values
@@ -215,7 +215,7 @@ def _same(now: list, before: list) -> bool:
 
 
 class _Seen:
-    """All that one look of the Python twin has seen: csrc/guard.cpp sees the same."""
+    """All that one look of the Python twin has seen: csrc/torch/guard.cpp sees the same."""
 
     def __init__(self, modules: list[nn.Module]):
         self.things: list = []  # compared by identity

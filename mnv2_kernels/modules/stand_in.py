@@ -28,6 +28,9 @@ class StandIn(nn.Module):
         # Not a call: the hooks, being shared, have been called already.
         return self.original.forward(x, *args, **kwargs)
 
+    def _by_name(self, kwargs: dict) -> Tensor:
+        return self.original.forward(**kwargs)
+
     def train(self, mode: bool = True) -> "StandIn":
         self.original.training = mode
         return super().train(mode)

@@ -3,6 +3,7 @@
 import torch
 from torch import fx, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as hooks_of_all
 
 
 def is_observed() -> bool:
@@ -15,6 +16,16 @@ def is_observed() -> bool:
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_tracing()
         or forward_ad._current_level >= 0
+    )
+
+
+def has_global_hooks() -> bool:
+    """Whether somebody's hook is called for every module of the process."""
+    return bool(
+        hooks_of_all._global_forward_hooks
+        or hooks_of_all._global_forward_pre_hooks
+        or hooks_of_all._global_backward_hooks
+        or hooks_of_all._global_backward_pre_hooks
     )
 
 

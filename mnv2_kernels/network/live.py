@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
-from torch.nn.modules import module as hooks_of_all
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ..block.fold import BlockLayers
 from ..modules.kept import Entries, Kept, State
-from ..modules.tracing import is_observed
+from ..modules.tracing import has_global_hooks, is_observed
 from ..ops.backends import choose, count
 from ..ops.extension import missing
 from ..recognizers import Declined, Layer, follow, layers_of
@@ -152,7 +151,7 @@ def may_join(x: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not is_observed()
         and not _has_function_modes()
-        and not _has_global_hooks()
+        and not has_global_hooks()
         and choose(None, x) == "cpu"
     )
 
@@ -162,12 +161,3 @@ def _has_function_modes() -> bool:
     if torch._C._len_torch_function_stack() == 0:
         return False
     return not all(isinstance(m, DeviceContext) for m in _get_current_function_mode_stack())
-
-
-def _has_global_hooks() -> bool:
-    return bool(
-        hooks_of_all._global_forward_hooks
-        or hooks_of_all._global_forward_pre_hooks
-        or hooks_of_all._global_backward_hooks
-        or hooks_of_all._global_backward_pre_hooks
-    )

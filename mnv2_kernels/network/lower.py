@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ..block.config import NO_CLIP, NO_PADDING
-from ..block.fold import BlockLayers, fold_conv_norm, fold_layers
+from ..block.fold import BlockLayers, fold_conv_norm
+from ..modules.autograd import fold_without_graph
 from ..recognizers import AverageLayer, ConvLayer, Declined, Layer, LinearLayer
 from .program import Block, Linear, Pointwise, Pool, Stem
 from .program import Layer as Step
@@ -79,7 +80,7 @@ def _check_stem(layer: ConvLayer) -> None:
 def _step(layer: Layer) -> Step:
     match layer:
         case BlockLayers():
-            return Block(layer.config, fold_layers(layer))
+            return Block(layer.config, fold_without_graph(layer))
         case ConvLayer():
             weight, bias = fold_conv_norm(layer.stage)
             out_channels, in_channels = weight.shape[:2]

@@ -102,7 +102,7 @@ def planned_bytes(
 
 
 def _kept(images: int, features: int) -> int:
-    """Bytes of the classifier's inputs that wait for it: kImagesAtOnce in csrc/ops_plan.cpp."""
+    """Bytes of the classifier's inputs that wait: kImagesAtOnce in csrc/torch/ops_plan.cpp."""
     return min(images, 8) * features if images > 1 else 0
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..ops.backends import BACKENDS
 from ..ops.extension import missing
 from ..ops.inverted_residual import inverted_residual
-from ..recognizers import Declined, check_module, evaluation_mode, read
+from ..recognizers import Declined, check_module, evaluation_mode, read, same_layers
 from . import figures, program
 from . import memory as step_memory
 from . import run_plan as plan_op
@@ -285,7 +285,12 @@ def plan(
         raise TypeError(f"plan: dtype must be a torch.dtype, got {dtype!r}")
     try:
         with evaluation_mode(model):
-            layers = read(model, (1, *shape)).layers
+            reading = read(model, (1, *shape))
+            if reading.is_sized and not same_layers(
+                reading.layers, read(model, (3, *shape)).layers
+            ):
+                raise Declined("its forward depends on the number of images")
+        layers = reading.layers
         named = lower(layers, names_of(layers, model))
     except Declined as reason:
         kind = type(model).__name__

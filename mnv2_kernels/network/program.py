@@ -1,10 +1,11 @@
 """The program of a plan: the steps of a network as lists, since that is what an op can be given.
 
-csrc/program.cpp reads the lists that `encode` writes.
+csrc/torch/program.cpp reads the lists that `encode` writes.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -91,7 +92,25 @@ class Linear:
 
 
 Layer = Stem | Block | Pool | Linear | Pointwise
-_KINDS = (Stem, Block, Pool, Linear, Pointwise)
+
+
+class Kind(IntEnum):
+    """Kinds of steps: the names and their order are those of `Kind` in csrc/torch/program.h."""
+
+    STEM = 0
+    BLOCK = 1
+    POOL = 2
+    LINEAR = 3
+    POINTWISE = 4
+
+
+_KINDS = {
+    Stem: Kind.STEM,
+    Block: Kind.BLOCK,
+    Pool: Kind.POOL,
+    Linear: Kind.LINEAR,
+    Pointwise: Kind.POINTWISE,
+}
 
 
 @dataclass(frozen=True)
@@ -142,7 +161,7 @@ def encode(steps: Sequence[Step], shape: Shape, arena: int) -> Program:
     bounds: list[float] = []
     for step, result in zip(steps, results, strict=True):
         layer = step.layer
-        integers += [_KINDS.index(type(layer)), step.offset, int(step.streams)]
+        integers += [int(_KINDS[type(layer)]), step.offset, int(step.streams)]
         match layer:
             case Stem():
                 integers += [*shape[1:], *result[1:], layer.in_channels, layer.out_channels]

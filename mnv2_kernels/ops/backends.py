@@ -18,6 +18,10 @@ from . import triton
 from .extension import cuda_missing, missing
 from .extension import module as _C
 
+# What kernels run on by themselves; without the extension there is none for a CPU.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DEVICES = ("cuda",) if missing is not None else ("cuda", "cpu")
+
 
 class Block(NamedTuple):
     """What a kernel is chosen by, besides x: plain values, which can be hashed and traced."""
@@ -123,7 +127,7 @@ def _why_not_triton_asked(x: Tensor | None, block: Block | None = None) -> str |
 def _why_not_dtype(x: Tensor) -> str | None:
     if type(x) is not Tensor and _is_distributed(type(x)):
         return "x must be a tensor of one process, got a DTensor, which PyTorch cannot split for us"
-    if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+    if x.dtype in _DTYPES:
         return None
     return f"x must be float32, float16 or bfloat16, got {x.dtype}"
 
@@ -225,6 +229,19 @@ def choose(name: str | None, x: Tensor, block: Block | None = None) -> str:
         raise RuntimeError(f"inverted_residual: backend {name!r} cannot run here: {reason}")
     _last = name
     return name
+
+
+def is_for_layers(name: str | None, x: Tensor) -> bool:
+    """Whether `choose` can only say "reference", unasked and whatever the block.
+
+    To be asked before anything else is: float64 layers take so long that nobody would fuse them
+    for speed, and they should not take longer for having been fused.
+    """
+    global _last
+    if name is not None or (x.dtype in _DTYPES and x.device.type in _DEVICES):
+        return False
+    _last = "reference"
+    return True
 
 
 def why_no_kernel(x: Tensor, block: Block | None = None) -> str | None:

@@ -102,7 +102,7 @@ def check(
 ) -> tuple[int, int, int, int]:
     """The op's contract. Returns the shape of the result; raises with a sentence otherwise.
 
-    csrc/host.cpp makes the same checks in the same sentences, before a kernel gets pointers.
+    csrc/torch/host.cpp makes the same checks in the same sentences, before a kernel gets pointers.
     """
     tensors = (x, w_expand, b_expand, w_dw, b_dw, w_project, b_project)
     _check_dtypes(tensors)

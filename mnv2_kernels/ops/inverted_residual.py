@@ -1,9 +1,9 @@
 """THE op, `torch.ops.mnv2.inverted_residual`: schema, contract, fake kernel, gradients, FLOPs.
 
-Kernels register themselves for their device under this one schema (csrc/ops_cpu.cpp for CPU,
-csrc/ops_cuda.cpp for CUDA; where the latter is not built, the Triton kernel does); everything that
-PyTorch needs to know beyond the kernel is here, once for all of them. The Triton kernel has a twin
-of the op, `inverted_residual_triton`, into which torch.compile can look.
+Kernels register themselves for their device under this one schema (csrc/torch/ops_cpu.cpp for CPU,
+csrc/torch/ops_cuda.cpp for CUDA; where the latter is not built, the Triton kernel does); everything
+that PyTorch needs to know beyond the kernel is here, once for all of them. The Triton kernel has a
+twin of the op, `inverted_residual_triton`, into which torch.compile can look.
 """
 
 import math

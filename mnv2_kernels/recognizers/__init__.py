@@ -14,8 +14,11 @@ from .read import (
     guess_channels,
     has_depthwise,
     is_depthwise_weight,
+    is_image_weight,
     read,
     read_unknown,
+    runs_in_order,
+    same_layers,
 )
 from .trace import Recorded
 
@@ -34,8 +37,11 @@ __all__ = [
     "guess_channels",
     "has_depthwise",
     "is_depthwise_weight",
+    "is_image_weight",
     "layers_of",
     "read",
     "read_unknown",
+    "runs_in_order",
+    "same_layers",
     "spans_of",
 ]

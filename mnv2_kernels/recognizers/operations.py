@@ -14,6 +14,8 @@ from ..block.config import output_size
 from .declined import Declined
 from .trace import OPERATIONS, Clamp, Convolution, Linear, Node, Norm, Pad, Recorded, Trace
 
+_HALVES = (torch.bfloat16, torch.float16)
+
 
 def _convolution(
     trace: Trace, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
@@ -23,6 +25,8 @@ def _convolution(
     conv = _owner(trace, ("weight", weight), ("bias", bias))
     if conv is None:
         raise trace.declined("a convolution uses the weight and the bias of different modules")
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise trace.declined(f"a convolution of {weight.dtype} is given {x.dtype}")
     if x.sizes[1] != weight.shape[1] * groups:
         raise ChannelsDiffer(trace, x, weight.shape[1] * groups)
     kernel = tuple(weight.shape[2:])
@@ -76,6 +80,15 @@ def _batch_norm(
     )
     if norm is None:
         raise trace.declined("a batch norm uses tensors of different modules")
+    if running_mean.shape != x.sizes[1:2]:
+        raise trace.declined(
+            f"a batch norm of {running_mean.numel()} channels is given {x.sizes[1]}"
+        )
+    # Norms of half-precision images may be more exact than these.
+    if running_mean.dtype != x.dtype and (
+        x.dtype not in _HALVES or running_mean.dtype != torch.float32
+    ):
+        raise trace.declined(f"a batch norm of {running_mean.dtype} is given {x.dtype}")
     if getattr(norm, "eps", None) != eps:
         raise trace.declined(f"a batch norm uses an eps of {eps}, which is not that of its module")
     return trace.new(Norm("norm", (x.node,), trace.call, norm), x.sizes)

@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .assemble import layers_of
 from .checks import check_untouched, has_hooks, left_as_it_was, only_computing
 from .declined import Declined, describe
-from .layers import Reading
+from .layers import Layer, Reading
 from .operations import ChannelsDiffer
 from .trace import Trace
 
@@ -38,9 +39,9 @@ def follow(
     module: nn.Module, shape: Sequence[int], calls: Sequence[Callable[[Tensor], Tensor]]
 ) -> tuple[Trace, Declined | None]:
     """What the calls do, up to one that is declined; `trace.outputs` has the results so far."""
-    like = next((p for p in module.parameters() if p.is_floating_point()), None)
+    like = next((p for p in module.parameters() if not is_lazy(p) and p.is_floating_point()), None)
     if like is None:
-        raise Declined("it has no parameters")
+        raise Declined("it has no parameters that are real numbers")
     trace = Trace(module)
     error = None
     try:
@@ -53,6 +54,8 @@ def follow(
                     _check_call(called, is_forward=called is not call)
                     with left_as_it_was(called), only_computing():
                         x = call(x)
+                    if trace.reason is not None:
+                        raise trace.reason
                     _check_result(trace, x, first)
                 except Exception:
                     del trace.made[before:]
@@ -91,6 +94,27 @@ def _check_result(trace: Trace, y: object, first: Tensor) -> None:
         raise Declined("its forward changes its input in place")
 
 
+def runs_in_order(
+    module: nn.Module, children: Sequence[nn.Module], shape: Sequence[int]
+) -> tuple[bool, bool]:
+    """Whether the forward of a module runs children one after the other for x of `shape`, and
+    whether that says so for all shapes.
+    """
+    try:
+        whole, parts = read(module, shape), read(module, shape, children)
+    except Declined:
+        return False, False
+    is_sized = whole.is_sized or parts.is_sized
+    return same_layers(whole.layers, parts.layers), not is_sized
+
+
+def same_layers(first: Sequence[Layer], second: Sequence[Layer]) -> bool:
+    """Whether two readings are of the same modules with the same arguments."""
+    return len(first) == len(second) and all(
+        vars(a) == vars(b) and type(a) is type(b) for a, b in zip(first, second, strict=True)
+    )
+
+
 # What a module is read for where nothing says what it will be called with.
 _USUAL_SIZE = (224, 224)
 
@@ -109,7 +133,7 @@ def read_unknown(module: nn.Module) -> Reading:
 
 def guess_channels(modules: Sequence[nn.Module]) -> int:
     """How many channels the first convolution takes, if it is the first that runs."""
-    weights = (p for module in modules for p in module.parameters() if p.dim() == 4)
+    weights = (p for module in modules for p in module.parameters() if is_image_weight(p))
     weight = next(weights, None)
     if weight is None:
         return 3
@@ -121,8 +145,13 @@ def has_depthwise(module: nn.Module) -> bool:
     return any(map(is_depthwise_weight, module.parameters()))
 
 
+def is_image_weight(weight: Tensor) -> bool:
+    """Whether a parameter may be the weight of a convolution of images."""
+    return not is_lazy(weight) and weight.dim() == 4
+
+
 def is_depthwise_weight(weight: Tensor) -> bool:
     """(C, 1, k, k) with k > 1 and C > 1."""
-    return (
-        weight.dim() == 4 and weight.shape[1] == 1 < weight.shape[0] and max(weight.shape[2:]) > 1
-    )
+    if not is_image_weight(weight):
+        return False
+    return weight.shape[1] == 1 < weight.shape[0] and max(weight.shape[2:]) > 1

@@ -74,6 +74,10 @@ class Linear(Node):
     linear: nn.Module = None
 
 
+# What a forward may ask for: all that is the same for the tensor that it will be called with.
+_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "is_cuda", "layout", "is_quantized", "is_sparse"}
+
+
 class Recorded(Tensor):
     """A tensor without values; `node` says what it stands for, `trace` what it belongs to."""
 
@@ -91,12 +95,22 @@ class Recorded(Tensor):
         for value in (*args, *(kwargs or {}).values()):
             trace = _trace_of(value)
             if trace is not None:
-                return trace.record(function, args, kwargs or {})
+                try:
+                    return trace.record(function, args, kwargs or {})
+                except Declined as reason:
+                    # The forward may catch it, and go on in another way than it would.
+                    trace.reason = reason
+                    raise
         raise Declined(f"{_name_of(function)} is an operation that cannot be followed")
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise Declined(f"{_name_of(function)} is an operation that cannot be followed")
+        reason = Declined(f"{_name_of(function)} is an operation that cannot be followed")
+        for value in (*args, *(kwargs or {}).values()):
+            trace = _trace_of(value)
+            if trace is not None:
+                trace.reason = reason
+        raise reason
 
 
 def _trace_of(value: Any) -> "Trace | None":
@@ -111,12 +125,14 @@ def _trace_of(value: Any) -> "Trace | None":
 class Trace:
     """What is recorded while the forward of `module` runs.
 
-    outputs: what every call has given. is_sized: whether a shape was looked at.
+    outputs: what every call has given. is_sized: whether a shape was looked at. reason: why the
+    forward that runs is declined, once it is.
     """
 
     module: nn.Module
     outputs: list[Node] = field(default_factory=list)
     is_sized: bool = False
+    reason: Declined | None = None
     made: list[Node] = field(default_factory=list)
     shapes: dict[Node, torch.Size] = field(default_factory=dict)
 
@@ -167,7 +183,7 @@ class Trace:
         return operation(self, *args, **kwargs)
 
     def _read(self, name: str, tensor: Recorded) -> Any:
-        if name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout"):
+        if name in _ATTRIBUTES:
             self.is_sized |= name == "shape"
             with torch._C.DisableTorchFunctionSubclass():
                 return getattr(tensor, name)

@@ -3,7 +3,7 @@
 #include "../../csrc/cpu/backward.h"
 #include "network_checks.h"
 
-// Weights as the backward kernel reads them, and as the reference does.
+// Weights for the backward kernel and for the reference.
 struct BackwardInputs {
     BackwardArgs args;
     Weights weights;
@@ -11,19 +11,12 @@ struct BackwardInputs {
     std::vector<Numbers> grads_y;
 };
 
-inline Numbers transposed(const Numbers& from, int64_t rows, int64_t columns) {
-    Numbers to(from.size());
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < columns; j++) to[j * rows + i] = from[i * columns + j];
-    return to;
-}
-
 inline BackwardInputs backward_inputs(Memory& memory, std::mt19937& engine, const BlockSizes& s,
                                       const BlockOptions& options) {
     BackwardInputs in{};
     static_cast<BlockSizes&>(in.args) = s;
     in.args.element = Element::single;
-    const int64_t hidden = s.hidden_channels, taps = s.kernel * s.kernel;
+    const int64_t hidden = s.hidden_channels, taps = s.kernel_size * s.kernel_size;
     const auto floats = [&](const Numbers& numbers) {
         return static_cast<const float*>(memory.constants(numbers, Element::single));
     };
@@ -32,16 +25,12 @@ inline BackwardInputs backward_inputs(Memory& memory, std::mt19937& engine, cons
         return floats(numbers);
     };
     Weights& w = in.weights;
-    if (s.expansion) {
-        in.args.w_expand = weight(w.expand, s.in_channels * hidden, s.in_channels);
-        in.args.w_expand_t = floats(transposed(w.expand, s.in_channels, hidden));
-    }
+    if (s.expansion) in.args.w_expand = weight(w.expand, s.in_channels * hidden, s.in_channels);
     if (s.expansion && options.biases[0])
         in.args.b_expand = floats(w.b_expand = random_numbers(engine, hidden, 2));
     in.args.w_dw = weight(w.dw, taps * hidden, taps);
     if (options.biases[1]) in.args.b_dw = floats(w.b_dw = random_numbers(engine, hidden, 2));
     in.args.w_project = weight(w.project, hidden * s.out_channels, 4 * hidden);
-    in.args.w_project_t = floats(transposed(w.project, hidden, s.out_channels));
 
     const int64_t x_size = s.H * s.W * s.in_channels, y_size = s.H_out * s.W_out * s.out_channels;
     Numbers x, grad_y;
@@ -60,7 +49,7 @@ inline void check_backward(std::mt19937& engine, const BlockSizes& s, const Bloc
                            bool at_end, int asked) {
     Memory memory(at_end);
     const BackwardInputs in = backward_inputs(memory, engine, s, options);
-    const int64_t hidden = s.hidden_channels, taps = s.kernel * s.kernel;
+    const int64_t hidden = s.hidden_channels, taps = s.kernel_size * s.kernel_size;
     BlockGradients right{{},
                          Numbers(s.expansion ? s.in_channels * hidden : 0),
                          Numbers(s.expansion ? hidden : 0),

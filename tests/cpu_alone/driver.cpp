@@ -30,9 +30,9 @@ struct BlockCase {
 void print(const BlockCase& c) {
     const BlockSizes& s = c.sizes;
     std::printf("%ld-%ld-%ld %ldx%ld k%ld s%ld d%ld pad %ld %ld element %d\n", long(s.in_channels),
-                long(s.hidden_channels), long(s.out_channels), long(s.H), long(s.W), long(s.kernel),
-                long(s.stride), long(s.dilation), long(s.pad_top), long(s.pad_left),
-                int(c.options.element));
+                long(s.hidden_channels), long(s.out_channels), long(s.H), long(s.W),
+                long(s.kernel_size), long(s.stride), long(s.dilation), long(s.pad_top),
+                long(s.pad_left), int(c.options.element));
 }
 
 void check_block(std::mt19937& engine, const BlockCase& c) {
@@ -52,7 +52,7 @@ BlockCase numbered_case(int number, const Channels& c, int64_t H, int64_t W, int
                         int64_t stride, int64_t dilation, Element element) {
     const int64_t extent = dilation * (k - 1);
     BlockSizes s{};
-    s.N = 1, s.H = H, s.W = W, s.kernel = k, s.stride = stride, s.dilation = dilation;
+    s.N = 1, s.H = H, s.W = W, s.kernel_size = k, s.stride = stride, s.dilation = dilation;
     s.pad_top = number % 3 == 2 ? number % (extent + 1) : extent / 2;
     s.pad_left = number % 3 == 2 ? extent - s.pad_top : extent / 2;
     s.H_out = (H - 1) / stride + 1, s.W_out = (W - 1) / stride + 1;
@@ -116,16 +116,16 @@ bool read_case(const std::string& line, BlockCase& c) {
     BlockSizes& s = c.sizes;
     int64_t bottom, right, element, biases;
     words >> s.in_channels >> s.hidden_channels >> s.out_channels >> s.expansion >> s.residual >>
-        s.H >> s.W >> s.kernel >> s.stride >> s.dilation >> s.pad_top >> s.pad_left >> bottom >>
-        right >> element >> biases >> c.options.for_network >> c.options.nan_in >> c.nan_in_x >>
-        c.at_end;
+        s.H >> s.W >> s.kernel_size >> s.stride >> s.dilation >> s.pad_top >> s.pad_left >>
+        bottom >> right >> element >> biases >> c.options.for_network >> c.options.nan_in >>
+        c.nan_in_x >> c.at_end;
     for (Clip* const clip : {&s.clip_expand, &s.clip_dw, &s.clip_project})
         for (float* const bound : {&clip->lower, &clip->upper}) {
             std::string word;
             words >> word;
             *bound = std::strtof(word.c_str(), nullptr);
         }
-    const int64_t extent = s.dilation * (s.kernel - 1);
+    const int64_t extent = s.dilation * (s.kernel_size - 1);
     s.N = 1;
     s.H_out = (s.H + s.pad_top + bottom - extent - 1) / s.stride + 1;
     s.W_out = (s.W + s.pad_left + right - extent - 1) / s.stride + 1;
@@ -152,8 +152,8 @@ BlockCase random_case(std::mt19937& engine) {
         s.in_channels = channels, s.expansion = to(4) > 1;
         s.hidden_channels = !s.expansion ? channels : to(2) == 1 ? 16 * to(8) : to(150);
         s.out_channels = to(2) == 1 ? channels : to(70);
-        s.kernel = to(3) == 1 ? 5 : 3, s.stride = to(2), s.dilation = to(4) == 1 ? 2 : 1;
-        const int64_t extent = s.dilation * (s.kernel - 1);
+        s.kernel_size = to(3) == 1 ? 5 : 3, s.stride = to(2), s.dilation = to(4) == 1 ? 2 : 1;
+        const int64_t extent = s.dilation * (s.kernel_size - 1);
         s.pad_top = to(extent + 1) - 1, s.pad_left = to(extent + 1) - 1;
         const int64_t rows = s.H + s.pad_top + to(extent + 1) - 1;
         const int64_t cols = s.W + s.pad_left + to(extent + 1) - 1;
@@ -194,7 +194,7 @@ void add_layers(Network& network, const NetworkCase& c) {
     const auto add = [&](int64_t ratio, int64_t channels, int64_t k, int64_t stride) {
         const Image& y = network.result;
         BlockSizes s{};
-        s.N = 1, s.H = y.H, s.W = y.W, s.kernel = k, s.stride = stride, s.dilation = 1;
+        s.N = 1, s.H = y.H, s.W = y.W, s.kernel_size = k, s.stride = stride, s.dilation = 1;
         s.pad_top = s.pad_left = k / 2;
         s.H_out = (y.H - 1) / stride + 1, s.W_out = (y.W - 1) / stride + 1;
         s.in_channels = y.channels, s.hidden_channels = ratio * y.channels;
@@ -206,11 +206,14 @@ void add_layers(Network& network, const NetworkCase& c) {
     add(1, 8, 3, 1);
     add(6, 12, 3, 2);
     add(6, 12, 5, 1);
-    if (number % 2 == 1) network.add_pool(12, false);
+    if (number % 2 == 1) network.add_pointwise(12, false);
     add(3, 12, 3, 1);
     add(6, 21, 3, 2);
     add(4, 21, 3, 1);
-    network.add_pool(number % 4 == 3 ? 0 : 70);
+    if (number % 4 == 3)
+        network.add_average();
+    else
+        network.add_pointwise(70, true);
     network.add_linear(11);
 }
 

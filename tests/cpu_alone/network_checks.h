@@ -75,7 +75,7 @@ struct Network {
         static_cast<BlockSizes&>(args) = sizes;
         args.element = element;
         Weights w;
-        const int64_t hidden = args.hidden_channels, taps = args.kernel * args.kernel;
+        const int64_t hidden = args.hidden_channels, taps = args.kernel_size * args.kernel_size;
         const auto& [e, biases, for_network, nan_in] = options;
         if (args.expansion) {
             args.w_expand = weight(args.in_channels * hidden, args.in_channels, w.expand);
@@ -110,22 +110,24 @@ struct Network {
         add(args);
     }
 
-    // channels 0: the mean alone.
-    void add_pool(int64_t channels, bool averages = true) {
-        PoolArgs args{};
+    void add_pointwise(int64_t channels, bool averages) {
+        PointwiseArgs args{};
         args.H = result.H, args.W = result.W, args.in_channels = result.channels;
         args.averages = averages;
-        args.out_channels = channels > 0 ? channels : result.channels;
-        args.element = element, args.clip = channels > 0 ? kClips[0] : kClips[2];
-        if (channels > 0) {
-            Numbers w, b;
-            args.weight = weight(args.in_channels * channels, args.in_channels, w);
-            args.bias = bias(channels, b, true);
-            args.pairs = kernel().multiplies_pairs(args);
-            result = pointwise(result, w, b, channels, args.clip);
-        }
+        args.out_channels = channels;
+        args.element = element, args.clip = kClips[0];
+        Numbers w, b;
+        args.weight = weight(args.in_channels * channels, args.in_channels, w);
+        args.bias = bias(channels, b, true);
+        args.pairs = kernel().multiplies_pairs(args);
+        result = pointwise(result, w, b, channels, args.clip);
         if (averages) result = mean(result);
         add(args);
+    }
+
+    void add_average() {
+        add(AverageArgs{result.H, result.W, result.channels, element});
+        result = mean(result);
     }
 
     void add_linear(int64_t features) {
@@ -144,8 +146,9 @@ inline int64_t result_size(const Step& step) {
         return b->args.H_out * b->args.W_out * b->args.out_channels;
     if (const auto* s = std::get_if<StemArgs>(&step.layer))
         return s->H_out * s->W_out * s->out_channels;
-    if (const auto* p = std::get_if<PoolArgs>(&step.layer))
+    if (const auto* p = std::get_if<PointwiseArgs>(&step.layer))
         return p->out_channels * (p->averages ? 1 : p->H * p->W);
+    if (const auto* a = std::get_if<AverageArgs>(&step.layer)) return a->channels;
     return std::get<LinearArgs>(step.layer).out_features;
 }
 

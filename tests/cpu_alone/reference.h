@@ -51,9 +51,10 @@ inline Image depthwise(const mnv2::BlockSizes& s, const Weights& w, const Image&
         for (int64_t x_out = 0; x_out < s.W_out; x_out++)
             for (int64_t c = 0; c < s.hidden_channels; c++) {
                 double sum = bias_of(w.b_dw, c);
-                for (int64_t i = 0; i < s.kernel * s.kernel; i++) {
-                    const int64_t row = y * s.stride + i / s.kernel * s.dilation - s.pad_top;
-                    const int64_t col = x_out * s.stride + i % s.kernel * s.dilation - s.pad_left;
+                for (int64_t i = 0; i < s.kernel_size * s.kernel_size; i++) {
+                    const int64_t row = y * s.stride + i / s.kernel_size * s.dilation - s.pad_top;
+                    const int64_t col =
+                        x_out * s.stride + i % s.kernel_size * s.dilation - s.pad_left;
                     sum += h.get(row, col, c) * w.dw[i * s.hidden_channels + c];
                 }
                 d.at[(y * s.W_out + x_out) * s.hidden_channels + c] = clipped(sum, s.clip_dw);
@@ -104,11 +105,11 @@ inline void add_gradients(const mnv2::BlockSizes& s, const Weights& w, const Ima
             }
             grad = through(s.clip_dw, value, grad);
             sums.b_dw[c] += grad;
-            for (int64_t i = 0; i < s.kernel * s.kernel; i++) {
+            for (int64_t i = 0; i < s.kernel_size * s.kernel_size; i++) {
                 const int64_t row =
-                    pixel / s.W_out * s.stride + i / s.kernel * s.dilation - s.pad_top;
+                    pixel / s.W_out * s.stride + i / s.kernel_size * s.dilation - s.pad_top;
                 const int64_t col =
-                    pixel % s.W_out * s.stride + i % s.kernel * s.dilation - s.pad_left;
+                    pixel % s.W_out * s.stride + i % s.kernel_size * s.dilation - s.pad_left;
                 if (row < 0 || row >= s.H || col < 0 || col >= s.W) continue;
                 sums.dw[i * hidden + c] += h.get(row, col, c) * grad;
                 grad_h[(row * s.W + col) * hidden + c] += w.dw[i * hidden + c] * grad;

@@ -49,7 +49,7 @@ def test_budget(source, architecture):
 @needs_nvcc
 def test_instructions_of_block_3():
     """24-144-24 at stride 1 in fp16: 4.5 multiply-adds of pairs, and not much else."""
-    codes = codes_of(cuda_code.SOURCES / "patch.cu", 90)
+    codes = codes_of(cuda_code.SOURCES / "patch/patch.cu", 90)
     instance = "inverted_residual_patch<__half, PatchSizes<24, 24, 1, 4, 4>, true"
     (code,) = (code for name, code in codes.items() if name.startswith(instance))
     # Nine taps of 64 hidden outputs a lane, two in an instruction.

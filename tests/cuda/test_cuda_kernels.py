@@ -12,7 +12,7 @@ import cuda_cases
 import emulated_cuda
 import pytest
 import torch
-from cases import Case, expect, why_wrong
+from cases import LONG, Case, expect, why_wrong
 from cuda_cases import (
     DTYPES,
     each_kernel,
@@ -86,13 +86,16 @@ def dtype(dtype_name):
 def test_every_block_that_it_takes(library, dtype, group):
     wrong, count = {}, 0
     step = STEPS.get((library.kernel, group), 1)
-    for i, (case, x, weights) in enumerate(taken(library, dtype, group, step)):
+    # Dtypes differ in how numbers are read and stored, which a third of the cases shows too.
+    first = torch.float32 if library.kernel == "generic" else torch.float16
+    fewer = 1 if LONG or dtype == first else 3
+    for i, (case, x, weights) in enumerate(taken(library, dtype, group, fewer * step)):
         y = run(library, x, weights, case, **one_of_many(i))
         if reason := why_wrong(y, expect(case, x, weights)):
             wrong[case.id] = reason
         count += 1
     assert not wrong
-    assert count >= LEAST[library.kernel].get(group, 0)
+    assert count >= LEAST[library.kernel].get(group, 0) // fewer
 
 
 @each_kernel

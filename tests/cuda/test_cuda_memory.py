@@ -55,7 +55,7 @@ class Exact:
 
 def run_calls(kernel: str, change: str | None = None) -> None:
     """Some of the cases of every group, dtypes and schedules in turn."""
-    path = ROOT / f"csrc/cuda/{kernel}.cu"
+    path = ROOT / f"csrc/cuda/{kernel}/{kernel}.cu"
     text = path.read_text()
     if change is not None:
         old, new = CHANGES[change]

@@ -150,8 +150,8 @@ MUTANTS = {
     },
     "generic": {
         "pixels in 32 bits": (
-            ": ((origin.image * call.H + row) * call.W + col) * call.in_channels",
-            ": static_cast<int>(((origin.image * call.H + row) * call.W + col) * call.in_channels)",
+            ": ((at.image * call.H + row) * call.W + col) * call.in_channels",
+            ": static_cast<int>(((at.image * call.H + row) * call.W + col) * call.in_channels)",
         ),
         "no barrier ahead of a slice": ("block_barrier();  // The slice", "// The slice"),
         "no barrier behind a slice": (
@@ -185,7 +185,7 @@ MUTANTS = {
 @cache
 def source(kernel: str) -> str:
     """The kernel's file with the parts that are its own put in place."""
-    folder = ROOT / "csrc/cuda"
+    folder = ROOT / "csrc/cuda" / kernel
 
     def part(match: re.Match) -> str:
         return inlined(folder / match[1]).replace("#pragma once", "")
@@ -227,7 +227,7 @@ def why_found(library: Library) -> str | None:
 def library_of(kernel: str, text: str) -> Library:
     # Whichever takes less time to compile and run: one compiles for long and runs little.
     flag = "-O0" if kernel == "patch" else "-O1"
-    return Library(kernel, (flag,), {ROOT / f"csrc/cuda/{kernel}.cu": text})
+    return Library(kernel, (flag,), {ROOT / f"csrc/cuda/{kernel}/{kernel}.cu": text})
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -1,8 +1,8 @@
-// One kernel for Python (tests/helpers/emulated_cuda.py), which gives the name of its launcher as MNV2_RUN,
-// and what is asked about all of them.
+// One kernel for Python (helpers/emulated_cuda.py), which gives the name of its launcher as
+// MNV2_RUN, and what is asked about all of them.
 #include "../../csrc/cuda/kernels.h"
-#include "../../csrc/cuda/patch_plan.h"
-#include "../../csrc/cuda/tile_plan.h"
+#include "../../csrc/cuda/patch/plan.h"
+#include "../../csrc/cuda/tile/plan.h"
 
 using namespace mnv2::cuda;
 
@@ -11,7 +11,7 @@ namespace {
 // As in Python, field by field.
 struct PythonCall {
     int64_t N, H, W, H_out, W_out, in_channels, hidden_channels, out_channels;
-    int64_t kernel, stride, dilation, pad_top, pad_left, expansion, residual, element;
+    int64_t kernel_size, stride, dilation, pad_top, pad_left, expansion, residual, element;
     float clips[6];
     const void *x, *w_expand, *w_dw, *w_project;
     const float *b_expand, *b_dw, *b_project;
@@ -22,7 +22,7 @@ struct PythonCall {
         to.N = N, to.H = H, to.W = W, to.H_out = H_out, to.W_out = W_out;
         to.in_channels = in_channels, to.hidden_channels = hidden_channels;
         to.out_channels = out_channels;
-        to.kernel = kernel, to.stride = stride, to.dilation = dilation;
+        to.kernel_size = kernel_size, to.stride = stride, to.dilation = dilation;
         to.pad_top = pad_top, to.pad_left = pad_left;
         to.expansion = expansion != 0, to.residual = residual != 0;
         to.element = static_cast<mnv2::Element>(element);

@@ -1,4 +1,5 @@
-// What csrc/ops_cuda.cpp asks of CUDA's runtime, for a GPU that tests/helpers/emulated_cuda.py emulates.
+// What csrc/torch/ops_cuda.cpp asks of CUDA's runtime, for a GPU that helpers/emulated_cuda.py
+// emulates.
 #include <cuda_runtime_api.h>
 
 namespace {

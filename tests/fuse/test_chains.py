@@ -12,14 +12,15 @@ from torch import nn
 
 import mnv2_kernels as mk
 from mnv2_kernels.fuse.sequential import FusedChain, FusedSequential, FusedSequentialBlock
+from mnv2_kernels.modules import fused_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def count_fused_calls(monkeypatch) -> list:
     calls = []
-    run = mk.fused.run
-    monkeypatch.setattr(mk.fused, "run", lambda *args: calls.append(args) or run(*args))
+    run = fused_module.run
+    monkeypatch.setattr(fused_module, "run", lambda *args: calls.append(args) or run(*args))
     return calls
 
 

@@ -62,19 +62,24 @@ def best_times(fused, x, rounds):
     return min(spent[True]), min(spent[False])
 
 
+def check_cost_of_eval(fused, x, rounds):
+    """At most 3 % of a call, in the best of three measurements on a machine that may be busy."""
+    for _ in range(3):
+        with_eval, without = best_times(fused, x, rounds)
+        if with_eval <= 1.03 * without:
+            return
+    pytest.fail(f"{with_eval * 1e3:.3f} ms, not {without * 1e3:.3f} ms")
+
+
 @pytest.mark.serial
 def test_eval_before_each_call_costs_little():
-    """At most 3 % of a call of MobileNetV2."""
-    fused, x = mk.fuse(mobilenet_v2().eval()), image(1, 3, 224, 224)
-    with_eval, without = best_times(fused, x, 30)
-    assert with_eval <= 1.03 * without, f"{with_eval * 1e3:.2f} ms, not {without * 1e3:.2f} ms"
+    check_cost_of_eval(mk.fuse(mobilenet_v2().eval()), image(1, 3, 224, 224), 20)
 
 
 @pytest.mark.serial
 def test_eval_before_each_call_of_a_block_costs_little():
-    fused, x = mk.fuse(TorchvisionBlock(64, 64, 1, 6).eval()), image(1, 64, 56, 56)
-    with_eval, without = best_times(fused, x, 60)
-    assert with_eval <= 1.03 * without, f"{with_eval * 1e3:.3f} ms, not {without * 1e3:.3f} ms"
+    block = TorchvisionBlock(64, 64, 1, 6).eval()
+    check_cost_of_eval(mk.fuse(block), image(1, 64, 56, 56), 40)
 
 
 def test_training_and_back(pair):

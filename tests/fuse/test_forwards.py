@@ -60,7 +60,7 @@ def check_call(case, plain, fused, exact, x, what):
     found, found_after = call(fused, args, kwargs)
     assert (reason := why_other(found, expected, truth)) is None, f"{what}: {reason}"
     reason = why_other(found_after, expected_after, truth_after)
-    assert reason is None, f"{what}: its arguments afterwards: {reason}"
+    assert reason is None, f"{what}: arguments afterwards, prints: {reason}"
     for name, value in tallies(plain).items():
         reason = why_other(getattr(fused, name), value, exact and getattr(exact, name))
         assert reason is None, f"{what}: its attribute {name}: {reason}"

@@ -31,12 +31,12 @@ DRIVER = "tests/cpu_alone/driver.cpp"
 # Included ahead of every source.
 AHEAD = ("tests/cpu_alone/masked_lanes.h",)
 # What every driver consists of, and what each kernel adds.
-SHARED = ("kernels", "network", "schedule", "backward")
+SHARED = ("kernels", "network", "run_block", "schedule", "backward")
 KERNEL_FILES = {
-    "avx512": ("avx512", "backward_avx512"),
-    "avx2": ("avx2", "backward_avx2"),
-    "default": ("generic", "backward_generic"),
-    "neon": ("neon", "backward_generic"),
+    "avx512": ("isa/avx512", "isa/backward_avx512"),
+    "avx2": ("isa/avx2", "isa/backward_avx2"),
+    "default": ("isa/generic", "isa/backward_generic"),
+    "neon": ("isa/neon", "isa/backward_generic"),
 }
 # Names of the tables' rows, so that a driver of one kernel can give all of them to it.
 SYMBOLS = {"avx512": "Avx512", "avx2": "Avx2", "default": "Generic"}
@@ -134,7 +134,7 @@ def objects(
 
 def _sources() -> list[Path]:
     folders = (ROOT / "csrc/cpu", ROOT / "tests/cpu_alone")
-    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     return [ROOT / "csrc/block.h", *files]
 
 

@@ -231,7 +231,7 @@ class Library(Emulator):
         self, kernel: str, flags: Sequence[str] = (), texts: Mapping[Path, str] | None = None
     ):
         """flags, texts: of `build`."""
-        source = ROOT / f"csrc/cuda/{kernel}.cu"
+        source = ROOT / f"csrc/cuda/{kernel}/{kernel}.cu"
         plans = sorted((ROOT / "csrc/cuda").glob("*.cpp"))
         flags = [*flags, f"-DMNV2_RUN=run_{kernel}"]
         super().__init__(build([source, *plans, *EMULATOR, LIBRARY], flags, texts))

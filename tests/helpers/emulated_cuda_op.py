@@ -1,4 +1,4 @@
-"""The compiled CUDA op, csrc/ops_cuda.cpp, on CPU tensors: its kernels run in the emulator.
+"""The compiled CUDA op, csrc/torch/ops_cuda.cpp, on CPU tensors: its kernels run in the emulator.
 
 `op()` is `torch.ops.mnv2.inverted_residual` as PyTorch's dispatcher calls it for CUDA tensors.
 Loading the library replaces what is registered for those in this process.
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 OWN = ROOT / "tests/cuda_op_on_cpu"
-SOURCES = (ROOT / "csrc/ops_cuda.cpp", ROOT / "csrc/host.cpp", OWN / "runtime.cpp")
+SOURCES = (ROOT / "csrc/torch/ops_cuda.cpp", ROOT / "csrc/torch/host.cpp", OWN / "runtime.cpp")
 _CUDA_TENSORS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
@@ -62,7 +62,7 @@ class Op:
     """The op, loaded, on a GPU of capability 9.0 or another that `configure` names."""
 
     def __init__(self):
-        sources = [ROOT / f"csrc/cuda/{kernel}.cu" for kernel in KERNELS]
+        sources = [ROOT / f"csrc/cuda/{kernel}/{kernel}.cu" for kernel in KERNELS]
         kernels = emulated_cuda.build([*sources, ROOT / "csrc/cuda/choose.cpp", *EMULATOR])
         built = build(kernels)
         torch.ops.load_library(built)

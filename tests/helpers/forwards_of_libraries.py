@@ -146,7 +146,7 @@ class EqualShapes(Copied):
 
 @forward("shapes that differ", is_block=True)
 class ShapesThatDiffer(EqualShapes):
-    settings = {"stride": 2}
+    settings = {"stride": 2, "outputs": 16}
 
 
 @forward("shapes that differ by channels", is_block=True)

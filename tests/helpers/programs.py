@@ -17,7 +17,7 @@ def between_marks(nbytes: int) -> tuple[Tensor, Tensor]:
 def one_by_one(x: Tensor, weights: list[Tensor], integers: list[int], bounds: list[float]):
     """What a program says, in float64, layer by layer: no matter where in memory and in what order.
 
-    Written against the format in csrc/program.cpp and not with what wrote the program.
+    Written against the format in csrc/torch/program.cpp and not with what wrote the program.
     """
     number, weight, bound = iter(integers), iter(weights), iter(bounds)
 

@@ -6,6 +6,8 @@ is at most twice theirs, and a little for tensors that are exact by luck.
 
 import copy
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from itertools import zip_longest
 
 import torch
@@ -51,10 +53,15 @@ def image(*shape: int, seed: int = 0) -> Tensor:
 
 
 def call(model: nn.Module, args: tuple, kwargs: dict, seed: int = 0):
-    """(result, the arguments afterwards) of a call on copies, with random numbers from `seed`."""
+    """(result, (the arguments afterwards, what was printed)) of a call on copies.
+
+    Random numbers are those of `seed`.
+    """
     args, kwargs = tree_map(_cloned, (args, kwargs))
     torch.manual_seed(seed)
-    return model(*args, **kwargs), (args, kwargs)
+    with redirect_stdout(StringIO()) as printed:
+        result = model(*args, **kwargs)
+    return result, (args, kwargs, printed.getvalue())
 
 
 def _cloned(value):

@@ -62,7 +62,9 @@ FAULTS = {
         "x_pixel<float>(c, row - (ON && row > 0), c.tile.col_begin) : nullptr",
     ),
     "last column of a strip left out": Fault(
-        "inverted_residual.inc", "args.pad_left + reach + 1;", "args.pad_left + reach + 1 - ON;"
+        "inverted_residual.inc",
+        "args.pad_left + extent(args) + 1;",
+        "args.pad_left + extent(args) + 1 - ON;",
     ),
     "16-bit rows finished in whole vectors": Fault(
         "inverted_residual.inc",
@@ -87,8 +89,8 @@ FAULTS = {
     ),
     "a row of a stream too few": Fault(
         "network.cpp",
-        "rows_per_step(step) - 1;\n    return std::min(most",
-        "rows_per_step(step) - 1 - ON;\n    return std::min(most",
+        "window + rows_per_step(step) - 1, rows_of",
+        "window + rows_per_step(step) - 1 - ON, rows_of",
     ),
     "rows beside a band not copied": Fault(
         "network.cpp", "if (from < to)", "if (from < to && !ON)"
@@ -118,19 +120,19 @@ FAULTS = {
     ),
     "scratch of gradients a row short": Fault(
         "backward.cpp",
-        "(schedule.rows + schedule.grad_rows) * sizes.W_out + taps)",
-        "(schedule.rows + schedule.grad_rows - ON) * sizes.W_out + taps)",
+        "rows_kept(sizes) * sizes.W_out + weights)",
+        "(rows_kept(sizes) - ON) * sizes.W_out + weights)",
     ),
     "pairs exchanged": Fault(
-        "inverted_residual.inc",
+        "panels.inc",
         "load_pairs(weight + n, weight + ld + n, lanes)",
         "load_pairs(weight + n + ON * ld, weight + n + !ON * ld, lanes)",
         "avx512",
     ),
     "half a vector in another row": Fault(
         "product.inc",
-        "store_halves(low, low + ld, shared[i]);",
-        "store_halves(ON ? low + ld : low, ON ? low : low + ld, shared[i]);",
+        "store_two(low, low + ld, shared[i]);",
+        "store_two(ON ? low + ld : low, ON ? low : low + ld, shared[i]);",
         "avx512",
     ),
 }

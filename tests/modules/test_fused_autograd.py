@@ -1,15 +1,26 @@
 """Derivatives through fused modules where parameters are swapped, cast or watched."""
 
+from copy import deepcopy
+
+import cases
 import pytest
 import torch
 from foreign_blocks import largest_difference, randomise
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 
 import mnv2_kernels as mk
+from mnv2_kernels.block.fold import fold_layers
+from mnv2_kernels.modules import autograd
+from mnv2_kernels.modules.fused_module import FusedModule
+from mnv2_kernels.ops.backends import last_backend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+compiled = pytest.mark.skipif(
+    "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
+)
 
 
 @pytest.fixture
@@ -115,3 +126,161 @@ def test_replica_for_data_parallel_runs_its_own_parameters(blocks):
 def test_padding_that_cannot_be(padding):
     with pytest.raises(ValueError, match="padding must"):
         mk.InvertedResidual(8, 8, padding=padding)
+
+
+def convs_and_norms(block):
+    return [(m[0], m[1]) for m in (block.conv[0], block.conv[1], [*block.conv][2:])]
+
+
+def six_tensors(conv, norm):
+    """As in `StageTensors`."""
+    return conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """needs_grad of every call of the compiled backward pass."""
+    calls = []
+    original = autograd._asked_for
+
+    def spy(*args):
+        calls.append(list(original(*args)))
+        return calls[-1]
+
+    monkeypatch.setattr(autograd, "_asked_for", spy)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("ask", "expected"),
+    [
+        (lambda y, m, x: torch.autograd.grad(y, x), [0]),
+        (lambda y, m, x: torch.autograd.grad(y, m.conv[2].weight), [13]),
+        (lambda y, m, x: torch.autograd.grad(y, [m.conv[3].bias, m.conv[0][1].weight]), [3, 16]),
+        (lambda y, m, x: y.backward(inputs=[m.conv[1][0].weight]), [7]),
+        (lambda y, m, x: y.backward(inputs=[x]), [0]),
+        (lambda y, m, x: y.backward(), [0, 1, 3, 4, 7, 9, 10, 13, 15, 16]),
+    ],
+    ids=["x", "a weight", "two vectors", "backward of a weight", "backward of x", "everything"],
+)
+@compiled
+def test_only_what_is_asked_for_is_computed(blocks, asked, ask, expected):
+    _, fused, x = blocks
+    x.requires_grad_()
+    ask(fused(x).sum(), fused, x)
+    assert [i for i, needs in enumerate(asked[0]) if needs] == expected
+
+
+@compiled
+def test_gradient_of_what_came_before(blocks, asked):
+    """Not of a leaf: of a tensor between two blocks, of which a hook wants to know too."""
+    plain, fused, x = blocks
+    found = []
+    for block in (plain, fused):
+        seen = []
+        middle = block(x.clone().requires_grad_())
+        middle.register_hook(seen.append)
+        found.append([torch.autograd.grad(block(middle).sum(), middle)[0], *seen])
+    assert largest_difference(found[1][0], found[0][0]) < 1e-4
+    assert torch.equal(*found[1])
+    assert asked == [[True] + [False] * 18]
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_backward_through_checkpoints(blocks, reentrant):
+    plain, fused, x = blocks
+    for block in (plain, fused):
+        block.zero_grad()
+        y = checkpoint(block, x.clone().requires_grad_(), use_reentrant=reentrant)
+        y.square().sum().backward()
+    for (name, ours), theirs in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        assert largest_difference(ours.grad, theirs.grad) < 1e-4, name
+
+
+def test_a_block_that_is_called_twice_and_asked_twice(blocks):
+    plain, fused, x = blocks
+    found = []
+    for block in (plain, fused):
+        leaf = x.clone().requires_grad_()
+        y = block(block(leaf)).sum()
+        parameters = list(block.parameters())
+        for wanted in ([leaf], parameters, [leaf, leaf, *parameters]):
+            found.append(torch.autograd.grad(y, wanted, retain_graph=True))
+    for ours, theirs in zip(found[3:], found[:3], strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert largest_difference(a, b) < 1e-4
+
+
+@pytest.mark.parametrize("by", (pytest.param("kernel", marks=compiled), "stages"))
+@pytest.mark.parametrize("with_biases", (False, True))
+def test_every_tensor_of_the_layers(monkeypatch, by, with_biases):
+    """Statistics too; alone and together, against autograd through the folding in float64."""
+    if by == "stages":
+        monkeypatch.setattr(autograd, "_is_compiled", lambda *args: False)
+    block = randomise(TorchvisionBlock(8, 8, 1, 6))
+    if with_biases:
+        for conv, _ in convs_and_norms(block):
+            conv.bias = torch.nn.Parameter(torch.randn(conv.out_channels))
+    fused, x = mk.fuse(block), torch.randn(3, 8, 5, 6)
+    truth = deepcopy(fused).double()
+    stages = [autograd.StageTensors(*six_tensors(c, n), n.eps) for c, n in convs_and_norms(block)]
+    arguments = fused.folded_arguments()
+    exact = [t for pair in convs_and_norms(truth) for t in six_tensors(*pair)]
+    present = [i for i, t in enumerate(exact) if t is not None]
+    for i in present:
+        exact[i].requires_grad_()
+    # The layers have no gradients of the statistics, their folding has.
+    folded = fold_layers(truth.block_layers)
+    y = mk.inverted_residual(x.double(), folded, residual=True, backend="reference")
+    grad_y = torch.randn_like(y)
+    right = dict(
+        zip(present, torch.autograd.grad(y, [exact[i] for i in present], grad_y), strict=True)
+    )
+    for chosen in (*([i] for i in present), present):
+        leaves = [t if t is None else t.detach().clone() for s in stages for t in s[:6]]
+        for i in chosen:
+            leaves[i].requires_grad_()
+        ours = [
+            autograd.StageTensors(*leaves[6 * i : 6 * i + 6], s.eps) for i, s in enumerate(stages)
+        ]
+        result = autograd.run_with_gradients("cpu", x, arguments, ours)
+        found = torch.autograd.grad(result, [leaves[i] for i in chosen], grad_y.float())
+        for i, gradient in zip(chosen, found, strict=True):
+            assert gradient.dtype == torch.float32 and gradient.is_contiguous()
+            assert largest_difference(gradient, right[i].float()) < 1e-4, (i, chosen)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_folding_without_a_graph_gives_the_same_bits(dtype):
+    for config in ((8, 8, 1, 6), (19, 33, 2, 1), (40, 72, 1, 6)):
+        block = randomise(TorchvisionBlock(*config)).to(dtype)
+        fused = mk.fuse(block)
+        with torch.no_grad():
+            expected = fold_layers(fused.block_layers).tensors()
+            found = autograd.fold_without_graph(fused._watched.stage_tensors())
+        if dtype == torch.float64:
+            assert found is None
+            continue
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+@compiled
+def test_a_step_of_an_optimizer_is_seen_by_the_next_forward_pass(blocks):
+    plain, fused, x = blocks
+    for block in (plain, fused):
+        optimizer = torch.optim.SGD(block.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            block(x).square().mean().backward()
+            optimizer.step()
+    for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert largest_difference(ours, theirs) < 1e-5
+
+
+def test_float64_looks_at_no_module(blocks, monkeypatch):
+    plain, fused, x = (t.double() for t in blocks)
+    monkeypatch.setattr(FusedModule, "_why_layers_needed", lambda self: pytest.fail("looked"))
+    assert torch.equal(fused(x), plain(x))
+    assert last_backend() == "reference"

@@ -28,7 +28,7 @@ GENERATED = {"PKG-INFO", "setup.cfg"}
 # What editors, tests and builds leave in a checkout.
 LITTER = (
     "build/lib/left.py",
-    "csrc/cpu/avx2.o",
+    "csrc/cpu/isa/avx2.o",
     "docs/__pycache__/page.cpython-311.pyc",
     "mnv2_kernels/_C.cpython-311-x86_64-linux-gnu.so",
     "mnv2_kernels/__pycache__/fold.cpython-311.pyc",

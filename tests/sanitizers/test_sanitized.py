@@ -71,7 +71,7 @@ def test_the_sanitizer_is_shown_every_masked_access():
     masked = r"_mm\d+_\w*mask\w*(?:load|store)\w*"
     shown = (ROOT / "tests/cpu_alone/masked_lanes.h").read_text()
     used = set()
-    for path in Path(ROOT, "csrc/cpu").iterdir():
+    for path in Path(ROOT, "csrc/cpu").rglob("*.*"):
         used |= set(re.findall(masked, path.read_text()))
     assert len(used) >= 6
     assert used == set(re.findall(rf"#define ({masked})\(", shown))

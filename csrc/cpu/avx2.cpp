@@ -1,8 +1,0 @@
-// The kernel for AVX2 with FMA. Compiled on every x86-64 build; runs only where kernels.cpp allows.
-#if defined(__x86_64__)
-#include "isa_includes.h"
-#pragma GCC target("avx2,fma,f16c")
-#define MNV2_LANES 8
-#include "isa_kernel.inc"
-MNV2_DEFINE_KERNEL(kAvx2Kernel, "avx2", "AVX2")
-#endif

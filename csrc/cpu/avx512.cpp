@@ -1,8 +1,0 @@
-// The kernel for AVX-512. Compiled on every x86-64 build; runs only where kernels.cpp allows it.
-#if defined(__x86_64__)
-#include "isa_includes.h"
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,fma,f16c,avx512bf16")
-#define MNV2_LANES 16
-#include "isa_kernel.inc"
-MNV2_DEFINE_KERNEL(kAvx512Kernel, "avx512", "AVX512")
-#endif

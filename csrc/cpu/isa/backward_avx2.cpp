@@ -1,0 +1,9 @@
+// The backward kernel for AVX2 with FMA; runs only where kernels.cpp allows it.
+#if defined(__x86_64__)
+#include "../backward.h"
+#include "includes.h"
+#pragma GCC target("avx2,fma,f16c")
+#define MNV2_LANES 8
+#include "../backward.inc"
+MNV2_DEFINE_BACKWARD(kAvx2Backward, "avx2")
+#endif

@@ -1,7 +1,0 @@
-// The kernel for NEON, which every aarch64 has.
-#if defined(__aarch64__)
-#include "isa_includes.h"
-#define MNV2_LANES 4
-#include "isa_kernel.inc"
-MNV2_DEFINE_KERNEL(kNeonKernel, "neon", "DEFAULT")
-#endif

@@ -1,0 +1,175 @@
+#include "host.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
+
+namespace mnv2 {
+
+namespace {
+
+constexpr const char* kNames[] = {"x",    "w_expand",  "b_expand", "w_dw",
+                                  "b_dw", "w_project", "b_project"};
+
+// Shapes in the words of Python: (1, 2) and (3,).
+std::string shape(const at::Tensor& tensor) {
+    std::string text = "(";
+    for (int64_t i = 0; i < tensor.dim(); i++)
+        text += (i ? ", " : "") + std::to_string(tensor.size(i));
+    return text + (tensor.dim() == 1 ? ",)" : ")");
+}
+
+void check_dtypes(const std::array<at::Tensor, 7>& tensors) {
+    const at::Tensor& x = tensors[0];
+    for (size_t i = 0; i < tensors.size(); i++) {
+        const at::Tensor& t = tensors[i];
+        if (!t.defined()) continue;
+        TORCH_CHECK_TYPE(
+            t.is_floating_point() && t.layout() == at::kStrided, "inverted_residual: ", kNames[i],
+            " must be a dense floating-point tensor, got ", t.scalar_type(), " ", t.layout());
+        const bool is_bias = kNames[i][0] == 'b';
+        TORCH_CHECK_TYPE(
+            t.scalar_type() == x.scalar_type() || (is_bias && t.scalar_type() == at::kFloat),
+            "inverted_residual: ", kNames[i], " must have the dtype of x, ", x.scalar_type(),
+            ", got ", t.scalar_type());
+        TORCH_CHECK_VALUE(t.device() == x.device(), "inverted_residual: ", kNames[i],
+                          " must be on the device of x, ", x.device(), ", got ", t.device());
+        check_memory("inverted_residual", kNames[i], t);
+    }
+}
+
+Clip checked_clip(const char* name, at::ArrayRef<double> clip) {
+    TORCH_CHECK_VALUE(clip.size() == 2 && clip[0] <= clip[1], "inverted_residual: ", name,
+                      " must be (lower, upper) with lower <= upper, got ", clip);
+    return {static_cast<float>(clip[0]), static_cast<float>(clip[1])};
+}
+
+void check_bias(const char* name, const at::Tensor& bias, const char* letter, int64_t channels) {
+    TORCH_CHECK_VALUE(!bias.defined() || (bias.dim() == 1 && bias.size(0) == channels),
+                      "inverted_residual: ", name, " must have shape (", letter, "=", channels,
+                      ",), got ", shape(bias));
+}
+
+}  // namespace
+
+std::optional<Element> element_of(at::ScalarType dtype) {
+    switch (dtype) {
+        case at::kFloat:
+            return Element::single;
+        case at::kBFloat16:
+            return Element::bfloat16;
+        case at::kHalf:
+            return Element::half;
+        default:
+            return std::nullopt;
+    }
+}
+
+Element checked_element(const at::Tensor& x, const char* kernels) {
+    const std::optional<Element> element = element_of(x.scalar_type());
+    TORCH_CHECK_TYPE(element.has_value(),
+                     "inverted_residual: x must be float32, float16 or bfloat16 for the ", kernels,
+                     ", got ", x.scalar_type(), "; backend='reference' takes any floating dtype");
+    return *element;
+}
+
+void check_memory(const char* op, const std::string& name, const at::Tensor& tensor) {
+    const size_t needed = at::detail::computeStorageNbytes(
+        tensor.sizes(), tensor.strides(), tensor.itemsize(), tensor.storage_offset());
+    const size_t allocated = tensor.storage().nbytes();
+    TORCH_CHECK_VALUE(tensor.numel() == 0 || needed <= allocated, op, ": ", name,
+                      " must lie inside its storage, which has been resized to ", allocated,
+                      " bytes of ", needed);
+}
+
+int64_t output_size(int64_t size, int64_t kernel_size, int64_t stride, int64_t pad,
+                    int64_t dilation) {
+    const int64_t room = size + pad - dilation * (kernel_size - 1) - 1;
+    return room < 0 ? 0 : room / stride + 1;
+}
+
+Call make_call(const OpArguments& op) {
+    const auto or_undefined = [](const OptionalTensor& t) { return t ? *t : at::Tensor(); };
+    Call call{{op.x, or_undefined(op.w_expand), or_undefined(op.b_expand), op.w_dw,
+               or_undefined(op.b_dw), op.w_project, or_undefined(op.b_project)},
+              {},
+              {}};
+    auto& [x, w_expand, b_expand, w_dw, b_dw, w_project, b_project] = call.inputs;
+    BlockSizes& sizes = call.sizes;
+
+    check_dtypes(call.inputs);
+    TORCH_CHECK_VALUE(x.dim() == 4, "inverted_residual: x must have shape (N, C_in, H, W), got ",
+                      shape(x));
+    sizes.N = x.size(0), sizes.in_channels = x.size(1), sizes.H = x.size(2), sizes.W = x.size(3);
+    TORCH_CHECK_VALUE(
+        w_dw.dim() == 3 && w_dw.size(0) == w_dw.size(1) && (w_dw.size(0) == 3 || w_dw.size(0) == 5),
+        "inverted_residual: w_dw must have shape (k, k, C_hidden) with k 3 or 5, got ",
+        shape(w_dw));
+    sizes.kernel_size = w_dw.size(0), sizes.hidden_channels = w_dw.size(2);
+    sizes.expansion = w_expand.defined();
+    if (!sizes.expansion) {
+        TORCH_CHECK_VALUE(!b_expand.defined(),
+                          "inverted_residual: b_expand must be None where w_expand is None");
+        TORCH_CHECK_VALUE(sizes.hidden_channels == sizes.in_channels,
+                          "inverted_residual: w_dw must have shape (", sizes.kernel_size, ", ",
+                          sizes.kernel_size, ", C_in=", sizes.in_channels,
+                          ") where w_expand is None, got ", shape(w_dw));
+    } else {
+        TORCH_CHECK_VALUE(w_expand.dim() == 2 && w_expand.size(0) == sizes.in_channels &&
+                              w_expand.size(1) == sizes.hidden_channels,
+                          "inverted_residual: w_expand must have shape (C_in=", sizes.in_channels,
+                          ", C_hidden=", sizes.hidden_channels, "), got ", shape(w_expand));
+    }
+    TORCH_CHECK_VALUE(w_project.dim() == 2 && w_project.size(0) == sizes.hidden_channels,
+                      "inverted_residual: w_project must have shape (C_hidden=",
+                      sizes.hidden_channels, ", C_out), got ", shape(w_project));
+    sizes.out_channels = w_project.size(1);
+    TORCH_CHECK_VALUE(
+        sizes.in_channels > 0 && sizes.hidden_channels > 0 && sizes.out_channels > 0,
+        "inverted_residual: every channel count must be at least 1, got C_in=", sizes.in_channels,
+        ", C_hidden=", sizes.hidden_channels, ", C_out=", sizes.out_channels);
+    check_bias("b_expand", b_expand, "C_hidden", sizes.hidden_channels);
+    check_bias("b_dw", b_dw, "C_hidden", sizes.hidden_channels);
+    check_bias("b_project", b_project, "C_out", sizes.out_channels);
+    TORCH_CHECK_VALUE(op.stride == 1 || op.stride == 2,
+                      "inverted_residual: stride must be 1 or 2, got ", op.stride);
+    TORCH_CHECK_VALUE(op.dilation == 1 || op.dilation == 2,
+                      "inverted_residual: dilation must be 1 or 2, got ", op.dilation);
+    sizes.stride = op.stride, sizes.dilation = op.dilation;
+    const at::IntArrayRef padding = op.padding;
+    const int64_t extent = op.dilation * (sizes.kernel_size - 1);
+    bool padding_fits = padding.size() == 4;
+    for (const int64_t pad : padding) padding_fits = padding_fits && pad >= 0 && pad <= extent;
+    TORCH_CHECK_VALUE(padding_fits,
+                      "inverted_residual: padding must be 4 integers (top, left, bottom, right) "
+                      "from 0 to ",
+                      extent, ", got ", padding);
+    sizes.pad_top = padding[0], sizes.pad_left = padding[1];
+    sizes.H_out =
+        output_size(sizes.H, sizes.kernel_size, op.stride, padding[0] + padding[2], op.dilation);
+    sizes.W_out =
+        output_size(sizes.W, sizes.kernel_size, op.stride, padding[1] + padding[3], op.dilation);
+    TORCH_CHECK_VALUE(sizes.H >= 1 && sizes.W >= 1 && sizes.H_out >= 1 && sizes.W_out >= 1,
+                      "inverted_residual: x must be large enough for one output row and column, "
+                      "got ",
+                      sizes.H, "x", sizes.W, " with padding ", padding);
+    sizes.clip_expand = checked_clip("clip_expand", op.clip_expand);
+    sizes.clip_dw = checked_clip("clip_dw", op.clip_dw);
+    sizes.clip_project = checked_clip("clip_project", op.clip_project);
+    TORCH_CHECK_VALUE(!op.residual || (sizes.out_channels == sizes.in_channels &&
+                                       sizes.H_out == sizes.H && sizes.W_out == sizes.W),
+                      "inverted_residual: residual needs x and the result to have one shape, got ",
+                      shape(x), " and (", sizes.N, ", ", sizes.out_channels, ", ", sizes.H_out,
+                      ", ", sizes.W_out, ")");
+    sizes.residual = op.residual;
+
+    x = x.contiguous(at::MemoryFormat::ChannelsLast);
+    for (at::Tensor* weight : {&w_expand, &w_dw, &w_project})
+        if (weight->defined()) *weight = weight->contiguous();
+    for (at::Tensor* bias : {&b_expand, &b_dw, &b_project})
+        if (bias->defined()) *bias = bias->contiguous().to(at::kFloat);
+    call.y = at::empty({sizes.N, sizes.out_channels, sizes.H_out, sizes.W_out},
+                       x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    return call;
+}
+
+}  // namespace mnv2

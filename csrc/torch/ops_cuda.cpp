@@ -1,0 +1,84 @@
+// The op on CUDA tensors: one launch on the current stream, which can be captured in a CUDA graph.
+#include <c10/core/DeviceGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+
+#include "../cuda/kernels.h"
+#include "host.h"
+
+namespace mnv2::cuda {
+
+namespace {
+
+int attribute(cudaDeviceAttr name, int device) {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, name, device);
+    TORCH_CHECK(error == cudaSuccess, "inverted_residual: CUDA cannot tell what device ", device,
+                " is: ", cudaGetErrorString(error));
+    return value;
+}
+
+// Asked once a device.
+const Device& device_facts(int device) {
+    static std::mutex mutex;
+    static std::map<int, Device> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find(device);
+    if (found != known.end()) return found->second;
+    Device facts{};
+    facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+    facts.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    facts.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                       attribute(cudaDevAttrComputeCapabilityMinor, device);
+    return known.emplace(device, facts).first->second;
+}
+
+// A view may start anywhere in its storage; the allocator's own tensors start at multiples of 512.
+at::Tensor aligned(const at::Tensor& tensor) {
+    const bool is_aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+    return is_aligned ? tensor : tensor.clone();
+}
+
+at::Tensor run_op(const OpArguments& arguments) {
+    const at::Tensor& x = arguments.x;
+    const c10::DeviceGuard guard(x.device());
+    mnv2::Call host = make_call(arguments);
+    Call call{};
+    static_cast<BlockSizes&>(call) = host.sizes;
+    call.element = checked_element(x, "CUDA kernels");
+    if (call.N == 0) return host.y;
+    const c10::DeviceIndex index = host.y.device().index();
+    const Device& device = device_facts(index);
+    TORCH_CHECK(device.capability >= 80,
+                "inverted_residual: x must be on a GPU of compute capability 8.0 or later, got ",
+                device.capability / 10, ".", device.capability % 10);
+
+    // What is copied here is freed for later work of this stream only.
+    for (at::Tensor& input : host.inputs)
+        if (input.defined()) input = aligned(input);
+    host.set_weights(call);
+    call.x = host.pointer(0);
+    call.y = host.y.mutable_data_ptr();
+
+    const Kernel kernel = choose(call, call.element);
+    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(index);
+    const cudaError_t error = run(kernel, call, device, stream);
+    if (error != cudaSuccess) {
+        cudaGetLastError();  // Else the next call of anyone would be blamed for it.
+        TORCH_CHECK(false, "inverted_residual: the CUDA kernel ", name(kernel),
+                    " was not launched for x of shape ", x.sizes(), ", ", call.hidden_channels,
+                    " hidden channels, kernel size ", call.kernel_size, ", stride ", call.stride,
+                    ": ", cudaGetErrorString(error));
+    }
+    return host.y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mnv2, CUDA, m) { m.impl("inverted_residual", &inverted_residual<run_op>); }
+
+}  // namespace mnv2::cuda

@@ -1,0 +1,357 @@
+#include "program.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <string>
+
+#include "../cpu/sizes.h"
+#include "host.h"
+
+namespace mnv2::cpu {
+
+namespace {
+
+at::ScalarType dtype_of(Element element) {
+    return element == Element::single ? at::kFloat
+           : element == Element::half ? at::kHalf
+                                      : at::kBFloat16;
+}
+
+// How many numbers a tensor of these sizes has, all of them at least 1; raises where sums
+// over tensors, in bytes and for every thread, could overflow.
+int64_t count_of(std::initializer_list<int64_t> sizes) {
+    constexpr int64_t most = int64_t{1} << 40;
+    int64_t count = 1;
+    for (const int64_t size : sizes) {
+        TORCH_CHECK_VALUE(count <= most / size,
+                          "run_plan: every tensor of program must have at most ", most,
+                          " numbers, got one of ", at::IntArrayRef(sizes));
+        count *= size;
+    }
+    return count;
+}
+
+// Reads a plan from the front: the order here is that of `Program` in
+// mnv2_kernels/network/program.py.
+class Program {
+ public:
+    Program(at::IntArrayRef integers, at::ArrayRef<double> bounds, const WeightList* weights,
+            Element element)
+        : element(element), integers_(integers), bounds_(bounds), weights_(weights) {}
+
+    const Element element;
+
+    int64_t integer() {
+        TORCH_CHECK_VALUE(next_integer_ < integers_.size(),
+                          "run_plan: program must not end before its last step, got ",
+                          integers_.size(), " integers");
+        return integers_[next_integer_++];
+    }
+    int64_t size() {
+        const int64_t value = integer();
+        TORCH_CHECK_VALUE(value >= 1 && value < int64_t{1} << 31,
+                          "run_plan: sizes in program must be from 1 to 2**31 - 1, got ", value);
+        return value;
+    }
+    Clip clip() {
+        TORCH_CHECK_VALUE(next_bound_ + 2 <= bounds_.size(),
+                          "run_plan: bounds must have two numbers for every clip in program, got ",
+                          bounds_.size());
+        const double lower = bounds_[next_bound_], upper = bounds_[next_bound_ + 1];
+        TORCH_CHECK_VALUE(lower <= upper, "run_plan: bounds[", next_bound_,
+                          "] and the next must be lower <= upper, got ", lower, " and ", upper);
+        next_bound_ += 2;
+        return {static_cast<float>(lower), static_cast<float>(upper)};
+    }
+    const void* weight(std::initializer_list<int64_t> sizes) {
+        return next_weight(count_of(sizes), dtype_of(element), false);
+    }
+    const float* bias(int64_t count) {
+        return static_cast<const float*>(next_weight(count, at::kFloat, true));
+    }
+    void check_end() const {
+        TORCH_CHECK_VALUE(next_integer_ == integers_.size() && next_bound_ == bounds_.size() &&
+                              (weights_ == nullptr || next_weight_ == weights_->size()),
+                          "run_plan: program, bounds and weights must end with the last step");
+    }
+
+ private:
+    // The next tensor of weights; nullptr where it may be missing and is. Without weights, for a
+    // program that is only described, something that is not nullptr: layouts ask for no more.
+    const void* next_weight(int64_t count, at::ScalarType dtype, bool optional) {
+        static constexpr char kUnread = 0;
+        if (weights_ == nullptr) return optional ? nullptr : &kUnread;
+        TORCH_CHECK_VALUE(
+            next_weight_ < weights_->size(),
+            "run_plan: weights must have a tensor or None for every one in program, got ",
+            weights_->size());
+        const size_t number = next_weight_++;
+        const std::optional<at::Tensor> weight = weights_->get(number);
+        if (!weight.has_value()) {
+            TORCH_CHECK_VALUE(optional, "run_plan: weights[", number,
+                              "] must be a tensor, got None");
+            return nullptr;
+        }
+        TORCH_CHECK_VALUE(weight->is_cpu() && weight->scalar_type() == dtype &&
+                              weight->is_contiguous() && weight->numel() == count,
+                          "run_plan: weights[", number, "] must be ", count,
+                          " contiguous numbers of ", dtype, " on the CPU, got ", weight->numel(),
+                          " of ", weight->scalar_type(), " on ", weight->device());
+        check_memory("run_plan", "weights[" + std::to_string(number) + "]", *weight);
+        return weight->const_data_ptr();
+    }
+
+    at::IntArrayRef integers_;
+    at::ArrayRef<double> bounds_;
+    const WeightList* weights_;
+    size_t next_integer_ = 0, next_bound_ = 0, next_weight_ = 0;
+};
+
+StemArgs read_stem(Program& p) {
+    StemArgs stem{};
+    stem.element = p.element;
+    stem.H = p.size(), stem.W = p.size();
+    stem.H_out = p.size(), stem.W_out = p.size();
+    stem.in_channels = p.size(), stem.out_channels = p.size();
+    stem.pad_top = p.integer(), stem.pad_left = p.integer();
+    stem.weight = p.weight({3, 3, stem.in_channels, stem.out_channels});
+    stem.bias = p.bias(stem.out_channels);
+    stem.clip = p.clip();
+    return stem;
+}
+
+// The schedule is chosen once the sizes are known to be right.
+BlockStep read_block(Program& p) {
+    BlockArgs args{};
+    args.element = p.element;
+    args.H = p.size(), args.W = p.size();
+    args.H_out = p.size(), args.W_out = p.size();
+    args.in_channels = p.size(), args.hidden_channels = p.size(), args.out_channels = p.size();
+    args.kernel_size = p.size(), args.stride = p.size(), args.dilation = p.size();
+    args.pad_top = p.integer(), args.pad_left = p.integer();
+    args.residual = p.integer() != 0, args.expansion = p.integer() != 0;
+    args.N = 1;
+    const int64_t hidden = args.hidden_channels;
+    if (args.expansion) {
+        args.w_expand = p.weight({args.in_channels, hidden});
+        args.b_expand = p.bias(hidden);
+    }
+    args.w_dw = p.weight({args.kernel_size, args.kernel_size, hidden});
+    args.b_dw = p.bias(hidden);
+    args.w_project = p.weight({hidden, args.out_channels});
+    args.b_project = p.bias(args.out_channels);
+    args.clip_expand = p.clip(), args.clip_dw = p.clip(), args.clip_project = p.clip();
+    return {args, {}};
+}
+
+using Layer = decltype(Step::layer);
+
+// A pool is a 1x1 convolution that averages, or the mean alone.
+Layer read_pointwise(Program& p, Kind kind, const Kernel& kernel) {
+    PointwiseArgs args{};
+    args.element = p.element;
+    args.averages = kind == Kind::pool;
+    args.H = p.size(), args.W = p.size();
+    args.in_channels = p.size(), args.out_channels = p.size();
+    if (kind == Kind::pool && p.integer() == 0) {
+        TORCH_CHECK_VALUE(args.in_channels == args.out_channels,
+                          "run_plan: a mean alone in program must keep the number of channels, ",
+                          args.in_channels, ", got ", args.out_channels);
+        p.clip();  // of the convolution that is not there
+        return AverageArgs{args.H, args.W, args.in_channels, args.element};
+    }
+    args.weight = p.weight({args.in_channels, args.out_channels});
+    args.bias = p.bias(args.out_channels);
+    args.clip = p.clip();
+    args.pairs = kernel.multiplies_pairs(args);
+    return args;
+}
+
+LinearArgs read_linear(Program& p) {
+    LinearArgs linear{};
+    linear.element = p.element;
+    linear.in_features = p.size(), linear.out_features = p.size();
+    linear.weight = p.weight({linear.in_features, linear.out_features});
+    linear.bias = p.bias(linear.out_features);
+    return linear;
+}
+
+Layer read_layer(Program& p, int64_t kind, int64_t number, const Kernel& kernel) {
+    constexpr auto kLast = static_cast<int64_t>(Kind::pointwise);
+    TORCH_CHECK_VALUE(kind >= 0 && kind <= kLast, "run_plan: the kind of step ", number,
+                      " in program must be from 0 to ", kLast, ", got ", kind);
+    switch (static_cast<Kind>(kind)) {
+        case Kind::stem:
+            return read_stem(p);
+        case Kind::block:
+            return read_block(p);
+        case Kind::pool:
+        case Kind::pointwise:
+            return read_pointwise(p, static_cast<Kind>(kind), kernel);
+        case Kind::linear:
+            break;
+    }
+    return read_linear(p);
+}
+
+#define MNV2_CHECK_STEP(condition, ...) \
+    TORCH_CHECK_VALUE(condition, "run_plan: step ", number, " in program ", __VA_ARGS__)
+
+// A tensor between two steps: where it is in the arena, -1: not there, and its shape.
+struct Between {
+    int64_t offset, channels, H, W;
+    bool is_image;  // otherwise a vector, and H and W are 1
+    int64_t size() const { return channels * H * W; }
+};
+
+Between result_of(const Step& step) {
+    if (const auto* stem = std::get_if<StemArgs>(&step.layer))
+        return {-1, stem->out_channels, stem->H_out, stem->W_out, true};
+    if (const auto* block = std::get_if<BlockStep>(&step.layer))
+        return {-1, block->args.out_channels, block->args.H_out, block->args.W_out, true};
+    if (const auto* average = std::get_if<AverageArgs>(&step.layer))
+        return {-1, average->channels, 1, 1, false};
+    if (const auto* linear = std::get_if<LinearArgs>(&step.layer))
+        return {-1, linear->out_features, 1, 1, false};
+    const auto& pointwise = std::get<PointwiseArgs>(step.layer);
+    if (pointwise.averages) return {-1, pointwise.out_channels, 1, 1, false};
+    return {-1, pointwise.out_channels, pointwise.H, pointwise.W, true};
+}
+
+bool is_output_size(int64_t out, int64_t size, int64_t pad, int64_t stride, int64_t extent) {
+    if (pad < 0 || pad > extent) return false;
+    const int64_t after = (out - 1) * stride + 1 + extent - pad - size;
+    return after <= extent && after > -stride;
+}
+
+// Whether the step takes x.
+bool fits(const Step& step, const Between& x) {
+    const auto is_x = [&x](int64_t channels, int64_t H, int64_t W) {
+        return channels == x.channels && H == x.H && W == x.W;
+    };
+    if (const auto* stem = std::get_if<StemArgs>(&step.layer))
+        return is_x(stem->in_channels, stem->H, stem->W) &&
+               is_output_size(stem->H_out, x.H, stem->pad_top, 2, 2) &&
+               is_output_size(stem->W_out, x.W, stem->pad_left, 2, 2);
+    if (const auto* block = std::get_if<BlockStep>(&step.layer)) {
+        const BlockArgs& args = block->args;
+        return is_x(args.in_channels, args.H, args.W) &&
+               is_output_size(args.H_out, x.H, args.pad_top, args.stride, extent(args)) &&
+               is_output_size(args.W_out, x.W, args.pad_left, args.stride, extent(args)) &&
+               (args.expansion || args.hidden_channels == args.in_channels);
+    }
+    if (const auto* pointwise = std::get_if<PointwiseArgs>(&step.layer))
+        return is_x(pointwise->in_channels, pointwise->H, pointwise->W);
+    if (const auto* average = std::get_if<AverageArgs>(&step.layer))
+        return is_x(average->channels, average->H, average->W);
+    return std::get<LinearArgs>(step.layer).in_features == x.size();
+}
+
+// Everything about a step's sizes, once the steps before it are right.
+void check_sizes(const Step& step, int64_t number, const Between& x) {
+    MNV2_CHECK_STEP(!std::holds_alternative<StemArgs>(step.layer) || number == 0,
+                    "is a stem, which must be the first one");
+    const auto* const block = std::get_if<BlockStep>(&step.layer);
+    if (block) {
+        const BlockArgs& args = block->args;
+        const bool known = (args.kernel_size == 3 || args.kernel_size == 5) && args.stride <= 2 &&
+                           args.dilation <= 2;
+        MNV2_CHECK_STEP(known, "must have kernel_size 3 or 5, stride 1 or 2, dilation 1 or 2");
+    }
+    MNV2_CHECK_STEP(fits(step, x), "does not fit its input");
+    const Between y = result_of(step);
+    if (block) {
+        count_of({block->args.hidden_channels, block->args.H, block->args.W});
+        MNV2_CHECK_STEP(
+            !block->args.residual || (y.channels == x.channels && y.H == x.H && y.W == x.W),
+            "has a residual of another shape than its result");
+    }
+    count_of({y.channels, y.H, y.W});
+}
+
+bool may_overwrite_input(const Step& step) {
+    const auto* block = std::get_if<BlockStep>(&step.layer);
+    return block && is_row_by_row(step) && block->args.residual && block->args.expansion;
+}
+
+// Everything that a kernel takes for granted of where results are. shapes[0] is that of x, and
+// shapes[i + 1] that of the result of step i.
+void check_places(const Network& network, const std::vector<Between>& shapes) {
+    Between in_memory = shapes[0];  // what the steps that stream into one another began with
+    bool comes_streaming = false;
+    const auto count = static_cast<int64_t>(network.steps.size());
+    for (int64_t number = 0; number < count; number++) {
+        const Step& step = network.steps[number];
+        const bool last = number + 1 == count;
+        Between x = shapes[number + 1];
+        MNV2_CHECK_STEP((!comes_streaming && !step.streams) || is_row_by_row(step),
+                        "cannot stream: it does not go through the image row by row");
+        MNV2_CHECK_STEP(!step.streams || !last, "cannot stream: there is no step after it");
+        if (!last && !step.streams) {
+            x.offset = step.output;
+            MNV2_CHECK_STEP(
+                x.offset >= 0 && x.offset % 16 == 0 && x.offset <= network.arena - x.size(),
+                "has its result outside of the arena of ", network.arena, " numbers");
+            const bool apart = in_memory.offset == -1 ||
+                               in_memory.offset + in_memory.size() <= x.offset ||
+                               x.offset + x.size() <= in_memory.offset;
+            const bool same = in_memory.offset == x.offset && !comes_streaming;
+            MNV2_CHECK_STEP(apart || (same && may_overwrite_input(step)), "overwrites its input");
+        }
+        if (!step.streams) in_memory = x;
+        comes_streaming = step.streams;
+    }
+}
+
+}  // namespace
+
+Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
+                     const WeightList* weights, Element element, const Kernel& kernel) {
+    Program p(integers, bounds, weights, element);
+    Network network{};
+    network.channels = p.size(), network.H = p.size(), network.W = p.size();
+    const int64_t dims = p.size();
+    TORCH_CHECK_VALUE(
+        dims == 1 || dims == 3,
+        "run_plan: the result of an image in program must have 1 or 3 dimensions, got ", dims);
+    std::vector<int64_t> y_shape(dims);
+    for (int64_t& size : y_shape) size = p.size();
+    network.arena = p.integer();
+    // Below this bound no sum of sizes overflows.
+    TORCH_CHECK_VALUE(
+        network.arena >= 0 && network.arena < int64_t{1} << 31 && network.arena % 16 == 0,
+        "run_plan: the arena in program must have a multiple of 16 numbers, fewer than 2**31, got ",
+        network.arena);
+    const int64_t count = p.size();
+    count_of({network.channels, network.H, network.W});
+    std::vector<Between> shapes{{-1, network.channels, network.H, network.W, true}};
+    for (int64_t number = 0; number < count; number++) {
+        Step step{};
+        const int64_t kind = p.integer();
+        step.output = p.integer();
+        step.streams = p.integer() != 0;
+        step.layer = read_layer(p, kind, number, kernel);
+        check_sizes(step, number, shapes.back());
+        shapes.push_back(result_of(step));
+        if (auto* block = std::get_if<BlockStep>(&step.layer)) {
+            block->args.pairs = kernel.multiplies_pairs(block->args);
+            block->schedule = choose_network_schedule(block->args, kernel.lanes);
+        }
+        network.steps.push_back(step);
+    }
+    p.check_end();
+    check_places(network, shapes);
+    const Between& y = shapes.back();
+    network.y_shape = {y.channels};
+    if (y.is_image) network.y_shape = {y.channels, y.H, y.W};
+    TORCH_CHECK_VALUE(y_shape == network.y_shape,
+                      "run_plan: program must give the result's shape, ",
+                      at::IntArrayRef(network.y_shape), ", got ", at::IntArrayRef(y_shape));
+    return network;
+}
+
+#undef MNV2_CHECK_STEP
+
+}  // namespace mnv2::cpu
