@@ -83,14 +83,20 @@ def idle_clips(model: nn.Module, x: Tensor) -> list[str]:
     inputs: dict[str, Tensor] = {}
 
     def remember(name: str):
-        return lambda module, args: inputs.setdefault(name, args[0])
+        def hook(module, args):
+            inputs.setdefault(name, args[0])  # And no result, which would be the input.
+
+        return hook
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(remember(name)) for name in blocks
     ]
     with torch.no_grad():
         model(x)
-        found = [
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad():
+        return [
             f"{block.name} {end}"
             for name, block in blocks.items()
             for end, acts, finite in clipped_ends(
@@ -98,9 +104,6 @@ def idle_clips(model: nn.Module, x: Tensor) -> list[str]:
             )
             if finite and not acts
         ]
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 def other_depthwise(report: Report) -> list[str]:
