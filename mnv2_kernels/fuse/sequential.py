@@ -86,6 +86,11 @@ class FusedChain(StandIn):
     def _called(self) -> list[nn.Module]:
         return [self._modules[name] for name in self._names]
 
+    @property
+    def fused_blocks(self) -> list[FusedInvertedResidual]:
+        """The blocks that run here, whose children are those of the chain."""
+        return [run.block for run in self.runs]
+
     def _run_one(self, x: Tensor, at: int) -> tuple[Tensor, int]:
         """(result, next child) of the child `at`, or of the run that begins there."""
         for start, stop, block in self.runs:

@@ -153,6 +153,11 @@ class FusedModule(nn.Module):
         return self._call_for(self._look(), None, (), {}).layers is not None
 
     @property
+    def fused_blocks(self) -> "list[FusedModule]":
+        """The blocks that run here: this one."""
+        return [self]
+
+    @property
     def block_layers(self) -> BlockLayers:
         """What the plain forward was last read as."""
         return self._block.layers

@@ -83,6 +83,8 @@ class LiveNetwork:
     def part(self, x_shape: Sequence[int], first: int = 0) -> tuple[Part, bool]:
         """The calls from `first` on that are one program, and whether that is so for all shapes."""
         calls = self.calls()[first:]
+        if not _asked_for(self.module) <= {None, "cpu"}:
+            return Part((), first), False
         try:
             trace, _ = follow(self.module, x_shape, calls)
         except Declined:
@@ -122,6 +124,12 @@ class LiveNetwork:
             return None  # The layers themselves say what is wrong with x.
         program = encode(placed, shape, arena)
         return program if _fits(program, x) else None
+
+
+def _asked_for(module: nn.Module) -> set[str | None]:
+    """The backends that the blocks inside were told to run on."""
+    blocks = (block for inner in module.modules() for block in getattr(inner, "fused_blocks", ()))
+    return {block.backend for block in blocks}
 
 
 def _fits(program: Program, x: Tensor) -> bool:

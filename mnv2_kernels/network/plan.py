@@ -9,6 +9,7 @@ and runs as one op (`plan_op.py`), which allocates the arena or gets one that th
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from operator import index
 from pathlib import Path
 from typing import SupportsIndex
@@ -291,7 +292,8 @@ def plan(
             ):
                 raise Declined("its forward depends on the number of images")
         layers = reading.layers
-        named = lower(layers, names_of(layers, model))
+        # What need not be folded would be shared with the model.
+        named = deepcopy(lower(layers, names_of(layers, model)))
     except Declined as reason:
         kind = type(model).__name__
         raise ValueError(f"plan: {kind} cannot be run as a plan: {reason}") from None

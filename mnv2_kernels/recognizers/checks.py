@@ -1,5 +1,6 @@
 """What has to hold of modules for their forward to be read, and for a call of it to be left out."""
 
+import gc
 import sys
 import time
 import warnings
@@ -78,7 +79,8 @@ def check_untouched(module: nn.Module) -> None:
 def only_computing() -> Iterator[None]:
     """Declines if functions are called from outside of PyTorch that do more than compute.
 
-    Nothing is seen while another profiler of Python runs.
+    Nothing is seen while another profiler of Python runs. Garbage is not collected meanwhile: that
+    calls functions of others.
     """
     called: list[str] = []
 
@@ -89,7 +91,8 @@ def only_computing() -> Iterator[None]:
         elif event == "c_call" and function in _EFFECTS and not name.startswith(_KNOWN):
             called.append(function.__name__)
 
-    watches = sys.getprofile() is None
+    watches, collects = sys.getprofile() is None, gc.isenabled()
+    gc.disable()
     if watches:
         sys.setprofile(see)
     try:
@@ -97,6 +100,8 @@ def only_computing() -> Iterator[None]:
     finally:
         if watches:
             sys.setprofile(None)
+        if collects:
+            gc.enable()
     if called:
         raise Declined(f"its forward does more than compute: it calls {called[0]}")
 
@@ -106,9 +111,7 @@ def left_as_it_was(module: nn.Module) -> Iterator[None]:
     """What runs inside may not change the attributes or the tensors of a module: this puts the
     attributes back and declines.
     """
-    modules = list(module.modules())
-    # What stands in for another module runs the forward of that one.
-    modules += [m for inner in modules if isinstance(m := vars(inner).get("original"), nn.Module)]
+    modules = _with_originals(module)
     before = [_state_of(m) for m in modules]
     tensors = [*module.parameters(), *module.buffers()]
     versions = [_version_of(t) for t in tensors]
@@ -128,6 +131,14 @@ def left_as_it_was(module: nn.Module) -> Iterator[None]:
         raise Declined(f"its forward changes the attribute {names[0]}")
     if written:
         raise Declined("its forward changes a parameter or a buffer")
+
+
+def _with_originals(module: nn.Module) -> list[nn.Module]:
+    """All modules inside; what stands in for another module runs the forward of that one."""
+    modules = list(module.modules())
+    return modules + [
+        m for inner in modules if isinstance(m := vars(inner).get("original"), nn.Module)
+    ]
 
 
 def _version_of(tensor: torch.Tensor) -> int:
@@ -173,7 +184,7 @@ def _same_content(value, content) -> bool:
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """The flags of all modules inside alone: no `train` or `eval` is called."""
-    before = {inner: inner.training for inner in module.modules()}
+    before = {inner: inner.training for inner in _with_originals(module)}
     try:
         for inner in before:
             inner.training = False

@@ -15,7 +15,6 @@ from cases import FLOOR, Expected, why_wrong
 from fuzzing import at_least, in_parts, of_few, search, searched
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from mnv2_kernels.fuse.links import BlockLink
 from model_edits import EDITS
 from random_blocks import BESIDE, BLOCKS, CHAINS, RELATIVES, Piece
 from random_calls import as_it_is, layouts, on_threads
@@ -30,17 +29,14 @@ from random_networks import (
     settle,
 )
 from torch import Tensor, nn
+from whole_networks import Watch
 
 import mnv2_kernels as mk
-from mnv2_kernels.fuse import live_network as joined
-from mnv2_kernels.fuse import model as whole
-from mnv2_kernels.modules import fused_module as fused
 from mnv2_kernels.profiling.variants import plain
 
-pytestmark = [
-    pytest.mark.skipif("cpu" not in cases.kernel_backends(), reason="needs the compiled extension"),
-    pytest.mark.usefixtures("settled"),
-]
+pytestmark = pytest.mark.skipif(
+    "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
+)
 
 
 @dataclass(frozen=True)
@@ -50,36 +46,12 @@ class Image:
     width: int
 
 
-class Calls:
-    """Counts the blocks that ran fused, alone or several in one call."""
-
-    def __init__(self, monkeypatch):
-        self.blocks = 0
-        run, run_joined = fused.run, joined.Joined.run
-
-        def counted(*args):
-            self.blocks += 1
-            return run(*args)
-
-        def counted_joined(links, x):
-            y = run_joined(links, x)
-            if y is not None:
-                self.blocks += sum(isinstance(k, BlockLink) for k in links._links)
-            return y
-
-        monkeypatch.setattr(fused, "run", counted)
-        monkeypatch.setattr(joined.Joined, "run", counted_joined)
-
-    def of(self, model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-        self.blocks = 0
-        return model(x), self.blocks
-
-
-@pytest.fixture
-def calls(monkeypatch) -> Calls:
-    # So that the networks that are chains run as a whole too.
-    monkeypatch.setattr(whole, "_LIBRARIES", (*whole._LIBRARIES, "random_networks"))
-    return Calls(monkeypatch)
+def blocks_run_fused(watch: Watch, original: nn.Module, model: nn.Module, x: Tensor) -> int:
+    """How many depthwise convolutions of the original do not run as such in the fused model."""
+    watch(plain(original), x)
+    of_layers = watch.ran.depthwise
+    watch(model, x)
+    return of_layers - watch.ran.depthwise
 
 
 def expect(model: nn.Module, x: Tensor) -> Expected:
@@ -234,7 +206,7 @@ def found(*pieces: Piece, **settings):
     action=st.sampled_from(("", "", "train", "gradients", "autocast")),
     edits=st.lists(st.tuples(st.sampled_from(sorted(EDITS)), st.integers(0, 60)), max_size=3),
 )
-def check_network(covered, calls, network, image, layout, threads, frozen, verify, action, edits):
+def check_network(covered, watch, network, image, layout, threads, frozen, verify, action, edits):
     size = network.channels, image.height, image.width
     dtype = getattr(torch, network.dtype)
     try:
@@ -259,7 +231,7 @@ def check_network(covered, calls, network, image, layout, threads, frozen, verif
             return
         if len(x):
             least, most = block_calls(network)
-            count = calls.of(model, x)[1]
+            count = blocks_run_fused(watch, original, model, x)
             assert least <= count <= most, f"{count} blocks ran fused, not {least} to {most}"
         plainly = mk.unfuse(model)
         assert torch.equal(plainly(x), original(x))
@@ -342,8 +314,8 @@ def test_every_edit(edit):
 
 
 @in_parts(20)
-def test_random_networks(calls, part):
-    covered = search(check_network, part, calls)
+def test_random_networks(watch, part):
+    covered = search(check_network, part, watch)
     seen = [n for n in (*BLOCKS, *CHAINS, *RELATIVES, *BESIDE, *EDITS) if covered[n]]
     assert len(seen) >= at_least(45), covered
     for name in ("frozen", "verified", "gradients", "bfloat16", "blocks declined"):

@@ -181,8 +181,7 @@ def expected_states(network: Network) -> Counter:
     found: Counter = Counter()
     for piece in network.pieces:
         if piece.kind == "own":
-            # Its children are known from its construction on.
-            found["fused" if piece.change is None else "plain"] += 1
+            found["plain" if is_spoiled(piece) else "fused"] += 1
         elif piece.kind in RELATIVES or (piece.kind in BLOCKS | CHAINS and is_spoiled(piece)):
             found["declined"] += 1
         elif piece.kind in BLOCKS | CHAINS:

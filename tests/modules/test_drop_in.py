@@ -119,7 +119,7 @@ def test_replaced_layer_is_computed():
     x = image()
     with torch.no_grad():
         assert torch.equal(fused(x), block(x))
-    assert "have been replaced" in fused.why_plain(x)
+    assert "silu is no operation of such a block" in fused.why_plain(x)
 
 
 def test_synchronised_norm_after_fusing_trains_its_statistics():
@@ -130,7 +130,7 @@ def test_synchronised_norm_after_fusing_trains_its_statistics():
         for parameter in converted.parameters():
             parameter.mul_(1.5)
         x = image()
-        assert torch.equal(converted(x), mk.unfuse(converted)(x))
+        assert largest_difference(converted(x), mk.unfuse(converted)(x)) < 1e-11
 
 
 def test_dropping_in_training_alone():
@@ -143,7 +143,7 @@ def test_dropping_in_training_alone():
         for module in (block, fused):
             module.drop_path.train()
             torch.manual_seed(3)
-        assert "DropPath is in training mode" in fused.why_plain(x)
+        assert "in drop_path (DropPath)" in fused.why_plain(x)
         results = []
         for module in (block, fused):
             torch.manual_seed(3)
@@ -161,5 +161,5 @@ def test_dilated_after_fusing():
         for module in (block, fused):
             module.conv[1][0].dilation = module.conv[1][0].padding = (2, 2)
         x = image()
-        assert torch.equal(fused(x), block(x))
+        assert_same(block, fused, x)
         assert_same(block, mk.fuse(mk.unfuse(fused), backend="reference"), x)

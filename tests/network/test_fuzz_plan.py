@@ -38,8 +38,7 @@ CHANGES = [(kind, into) for kind in HARMLESS for into in HARMLESS[kind]] * 4 + [
 def has_plan(network: Network) -> bool | None:
     """Whether a plan must be made of the network, or refused; None where both are right."""
     pieces = network.pieces
-    changed = any(p.change is not None and p.kind == "own" for p in pieces)
-    refused = changed or any(p.kind in REFUSED or is_spoiled(p) for p in pieces)
+    refused = any(p.kind in REFUSED or is_spoiled(p) for p in pieces)
     if refused or (network.form == "residual" and keeps_shape(network)):
         return False
     # A layer that does nothing ends a stage of a chain; a slice is a module without a name.
