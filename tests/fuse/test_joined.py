@@ -70,7 +70,7 @@ def test_one_layer_that_has_to_be_called(original, model, watch, x):
 @torch.no_grad()
 def test_children_replaced(original, model, x):
     model(x)
-    other = ready(copy.deepcopy(original)[5], 8, 8, 8)
+    other = ready(copy.deepcopy(original)[5], 16, 8, 8)
     changed = copy.deepcopy(original)
     model[5] = changed[5] = other
     assert_same(model(x), expect(changed, x))
