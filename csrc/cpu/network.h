@@ -11,6 +11,7 @@
 
 namespace mnv2::cpu {
 
+// Blocks have N = 1.
 struct Step {
     std::variant<StemArgs, BlockStep, PointwiseArgs, AverageArgs, LinearArgs> layer;
     // Where the result begins in the arena, elements. The last step writes the network's result.

@@ -178,10 +178,11 @@ def _longest(module: nn.Module, children: list[nn.Module]) -> tuple[list[Span], 
 
 def _is_declined_block(module: nn.Module, inside: list[Found]) -> bool:
     """Whether a declined module is a depthwise convolution with others, and not much more, or has
-    that inside it as a part of what itself is a block.
+    that inside it as an nn.Sequential.
     """
     if len(inside) > 1 or any(found.reason is None for found in inside):
         return False
-    if inside and isinstance(module, nn.Sequential):
+    kinds = [isinstance(part, nn.Sequential) for part in (module, *(f.module for f in inside))]
+    if inside and kinds != [False, True]:
         return False
     return 2 <= sum(map(is_image_weight, module.parameters())) <= _MOST_CONVOLUTIONS

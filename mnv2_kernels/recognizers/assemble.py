@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ..block.config import NO_CLIP, NO_PADDING, BlockConfig, Padding
 from ..block.fold import BlockLayers, ConvNorm
 from .declined import Declined
-from .layers import AverageLayer, ConvLayer, Layer, LinearLayer
+from .layers import AverageLayer, ConvLayer, Layer, LinearLayer, describe_layers
 from .trace import Clamp, Convolution, Linear, Node, Norm, Pad, Trace
 
 
@@ -161,7 +161,8 @@ def _length_of_block(stages: list[_Stage], at: int, sums: dict[int, int]) -> tup
         if len(inside) == length and not crosses and _is_block([s.layer for s in inside]):
             return length, sums.get(last) == at
     if at in sums:
-        raise Declined("it adds its input to the result of something else than a block")
+        inside = describe_layers([stage.layer for stage in stages[sums[at] : at + 1]])
+        raise Declined(f"it adds its input to the result of something else than a block: {inside}")
     return 1, False
 
 

@@ -1,5 +1,6 @@
 """The layers that a forward can be read as: the words for what is not folded yet."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -65,8 +66,13 @@ def block_of(reading: Reading) -> BlockLayers:
     """
     if len(reading.layers) == 1 and isinstance(reading.layers[0], BlockLayers):
         return reading.layers[0]
-    found = ", ".join(map(_describe, reading.layers)) or "nothing"
+    found = describe_layers(reading.layers) or "nothing"
     raise Declined(f"expected one inverted residual, found {found}")
+
+
+def describe_layers(layers: Sequence[Layer]) -> str:
+    """Layers for a sentence; empty where there are none."""
+    return ", ".join(map(_describe, layers))
 
 
 def _describe(layer: Layer) -> str:
@@ -75,8 +81,10 @@ def _describe(layer: Layer) -> str:
             return f"a block {layer.config.name}"
         case ConvLayer():
             size = "x".join(map(str, layer.kernel_size))
-            kind = "depthwise" if layer.is_depthwise else "convolution"
-            return f"a {size} {kind}"
+            if layer.is_depthwise:
+                return f"a {size} depthwise"
+            groups = f" of {layer.groups} groups" if layer.groups > 1 else ""
+            return f"a {size} convolution{groups}"
         case AverageLayer():
             return "an average over all pixels"
     return "a fully connected layer"

@@ -128,7 +128,10 @@ def read_unknown(module: nn.Module) -> Reading:
     try:
         return read(module, (1, guess_channels([module]), *_USUAL_SIZE))
     except ChannelsDiffer as reason:
-        return read(module, (1, reason.expected, *_USUAL_SIZE))
+        try:
+            return read(module, (1, reason.expected, *_USUAL_SIZE))
+        except ChannelsDiffer:
+            raise reason from None
 
 
 def guess_channels(modules: Sequence[nn.Module]) -> int:

@@ -10,7 +10,8 @@ import torch
 from benchmarks import harness, machine
 from benchmarks.cpu import bench_widths
 from benchmarks.peers import turns
-from benchmarks.report import plot, report, summary
+from benchmarks.report import __main__ as report
+from benchmarks.report import plot, summary
 from mnv2_kernels import plan
 from mnv2_kernels.block import cost
 from mnv2_kernels.block.config import inverted_residual_config

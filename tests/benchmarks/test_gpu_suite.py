@@ -104,13 +104,14 @@ class CpuGraph:
             y.copy_(self.call(x))
 
 
+@pytest.mark.serial
 def test_times_of_graphs_are_those_of_one_call(workload, context, monkeypatch, one_thread):
     shared, model = workload
     three = replace(shared, inputs=shared.inputs * 3, truths=shared.truths * 3)
     eager = gpu_peers.eager(model, shared.inputs[0])
 
     def slow(x):
-        time.sleep(0.02)
+        time.sleep(0.1)
         return eager(x)
 
     def stubborn(x):
@@ -124,8 +125,8 @@ def test_times_of_graphs_are_those_of_one_call(workload, context, monkeypatch, o
     found = {row["provider"]: row for row in rows}
     assert list(found) == ["unfused", "eager", "folded"]
     assert found["folded"]["error"] == "in a CUDA graph: RuntimeError: cannot be captured"
-    assert 0.02 <= found["unfused"]["seconds"]["50%"] < 0.055
-    assert 0.02 <= found["unfused"]["seconds_called"]["50%"] < 0.055
+    for seconds in ("seconds", "seconds_called"):
+        assert 0.1 <= found["unfused"][seconds]["50%"] < 0.28, "of one call, not of all three"
     assert found["eager"]["speedup"]["unfused"] > 5
     assert set(found["eager"]["speedup_called"]) == {"unfused", "folded"}
     assert found["eager"]["input_sets"] == 3

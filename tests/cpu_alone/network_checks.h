@@ -73,6 +73,7 @@ struct Network {
     void add_block(const BlockSizes& sizes, const BlockOptions& options) {
         BlockArgs args{};
         static_cast<BlockSizes&>(args) = sizes;
+        args.N = 1;  // a network is run image by image
         args.element = element;
         Weights w;
         const int64_t hidden = args.hidden_channels, taps = args.kernel_size * args.kernel_size;

@@ -16,7 +16,7 @@ from model_zoo import MODELS, images
 from torch import nn
 
 import mnv2_kernels as mk
-from benchmarks.report import report
+from benchmarks import markdown
 from mnv2_kernels.modules.fused_module import FusedModule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,7 +77,7 @@ class Table(dict[str, dict[str, str]]):
         if WRITES and name in complete:
             TABLE.parent.mkdir(exist_ok=True)
             TABLE.write_text(render(complete))
-            README.write_text(report.fill(README.read_text(), {"models": summary(complete)}))
+            README.write_text(markdown.fill(README.read_text(), {"models": summary(complete)}))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 import mnv2_kernels as mk
 from mnv2_kernels.block.fold import BlockLayers, fold_conv_norm
-from mnv2_kernels.fuse.find import Found, find
+from mnv2_kernels.fuse.explain import Report
+from mnv2_kernels.fuse.find import find
+from mnv2_kernels.recognizers import evaluation_mode
 
 
 def enliven(model: nn.Module, x: Tensor) -> nn.Module:
@@ -58,16 +60,16 @@ def largest_error(found, expected) -> float:
 
 def clipped_ends(layers: BlockLayers, x: Tensor) -> Iterator[tuple[str, bool, bool]]:
     """(stage, whether a bound acts, whether it is finite) of expansion and depthwise on x."""
-    layers = layers.at(*x.shape[2:])
-    top, left, bottom, right = layers.padding
+    config = layers.config
     for name, stage in (("expansion", layers.expand), ("depthwise", layers.depthwise)):
         if stage is None:
             continue
         weight, bias = fold_conv_norm(stage)
-        conv = stage.conv
-        if stage is layers.depthwise:
-            x = F.pad(x, (left, right, top, bottom))
-        x = F.conv2d(x, weight, bias.to(x), conv.stride, 0, conv.dilation, conv.groups)
+        is_depthwise = stage is layers.depthwise
+        top, left, bottom, right = config.padding if is_depthwise else layers.pads
+        x = F.pad(x, (left, right, top, bottom))
+        sizes = (config.stride, 0, config.dilation, len(weight)) if is_depthwise else ()
+        x = F.conv2d(x, weight, bias.to(x), *sizes)
         lower, upper = stage.clip
         yield f"{name} lower", bool((x < lower).any()), lower != -torch.inf
         yield f"{name} upper", bool((x > upper).any()), upper != torch.inf
@@ -76,46 +78,42 @@ def clipped_ends(layers: BlockLayers, x: Tensor) -> Iterator[tuple[str, bool, bo
 
 def idle_clips(model: nn.Module, x: Tensor) -> list[str]:
     """The bounds of recognised blocks that cut off nothing when the model runs on x."""
-    blocks = {f.first: f for f in find(model) if f.layers is not None}
+    with evaluation_mode(model):
+        blocks = {f.first: f for f in find(model) if f.reading is not None}
     inputs: dict[str, Tensor] = {}
 
     def remember(name: str):
-        return lambda module, args: inputs.setdefault(name, args[0])
+        def hook(module, args):
+            inputs.setdefault(name, args[0])  # And no result, which would be the input.
+
+        return hook
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(remember(name)) for name in blocks
     ]
     with torch.no_grad():
         model(x)
-        found = [
-            f"{block.name} {end}"
-            for name, block in blocks.items()
-            for end, acts, finite in clipped_ends(block.layers, inputs[name])
-            if finite and not acts
-        ]
     for handle in handles:
         handle.remove()
-    return found
+    with torch.no_grad():
+        return [
+            f"{block.name} {end}"
+            for name, block in blocks.items()
+            for end, acts, finite in clipped_ends(
+                block.make().call_for(inputs[name]).layers, inputs[name]
+            )
+            if finite and not acts
+        ]
 
 
-def other_depthwise(model: nn.Module) -> list[str]:
+def other_depthwise(report: Report) -> list[str]:
     """Depthwise convolutions that are in no row of `explain`."""
-    told: set[nn.Module] = set()
-    for found in find(model):
-        told.update(inner for module in _modules_of(found) for inner in module.modules())
+    declined = [row.name for row in report if row.state == "declined"]
     return [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-        and module not in told
-        and module.groups == module.in_channels == module.out_channels > 1
+        for name in report.outside
+        if not any(f"{name}.".startswith(f"{block}." if block else "") for block in declined)
     ]
-
-
-def _modules_of(found: Found) -> list[nn.Module]:
-    if found.span is None:
-        return [found.module]
-    return list(found.module.children())[slice(*found.span)]
 
 
 def error(found: nn.Module, expected: nn.Module, x: Tensor) -> float:
@@ -162,4 +160,4 @@ def count(model: nn.Module) -> Counts:
     rows = mk.explain(model)
     reasons = Counter(row.reason for row in rows if row.state == "declined")
     fused = sum(row.state in ("fused", "fusable", "plain") for row in rows)
-    return Counts(fused, tuple(sorted(reasons.items())), len(other_depthwise(model)))
+    return Counts(fused, tuple(sorted(reasons.items())), len(other_depthwise(rows)))

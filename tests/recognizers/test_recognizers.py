@@ -1,13 +1,16 @@
 """Which blocks are recognised, and that they are computed as they were written."""
 
 import copy
+from functools import partial
 from math import inf
 
 import pytest
 import torch
+from declined_blocks import Opaque, flat_changed, norm_with_drop, own_parameter
 from foreign_blocks import (
     ConvBNReLU,
     Flat,
+    Kuangliu,
     Nested,
     OldTorchvision,
     conv_norm_act,
@@ -26,23 +29,53 @@ from foreign_blocks import (
     universal_block,
     v3,
 )
-from timm.layers import SeparableConv2d, SeparableConvNormAct
+from timm.layers import Conv2dSame, SeparableConv2d, SeparableConvNormAct
 from timm.layers.norm_act import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models._efficientnet_blocks import (
     DepthwiseSeparableConv,
 )
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.efficientnet import MBConv, MBConvConfig
 from torchvision.models.mnasnet import _InvertedResidual as MnasnetBlock
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
+from torchvision.models.quantization.mobilenetv2 import QuantizableInvertedResidual
 from torchvision.ops import FrozenBatchNorm2d
 
-from mnv2_kernels.block.fold import fold_layers
-from mnv2_kernels.ops import reference
-from mnv2_kernels.recognizers import recognize
+import mnv2_kernels as mk
+from mnv2_kernels.ops.backends import ran
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = ((9, 12), (6, 5), (8, 10), (7, 11))
+
+
+class WithoutFlag(nn.Sequential):
+    """A Sequential whose own forward adds the input."""
+
+    def __init__(self, layers):
+        super().__init__(*layers)
+
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+class Functional(nn.Module):
+    """No layers but tensors, and functions that use them."""
+
+    def __init__(self, in_channels, hidden, out_channels):
+        super().__init__()
+        self.wide = nn.Conv2d(in_channels, hidden, 1)
+        self.deep = nn.Conv2d(hidden, hidden, 3, groups=hidden)
+        self.narrow = nn.Conv2d(hidden, out_channels, 1)
+
+    def forward(self, x):
+        wide, deep, narrow = self.wide, self.deep, self.narrow
+        y = F.conv2d(x, wide.weight, wide.bias).clamp(0, 6)
+        y = torch.clip(F.conv2d(y, deep.weight, deep.bias, 1, 1, 1, deep.groups), min=0)
+        return torch.add(x, F.conv2d(y, narrow.weight, narrow.bias))
 
 
 def torchvision_t1():
@@ -188,19 +221,51 @@ RECOGNISED = {
     "lukemelas-no-skip": (lambda: lukemelas(id_skip=False), False, 1),
     "lukemelas-stride2-even": (lambda: lukemelas(8, 16, 3, 2, 3, 16), False, 2),
     "lukemelas-stride2-odd": (lambda: lukemelas(8, 16, 3, 2, 5, 15), False, 2),
+    # What only its forward says.
+    "torchvision-quantizable": (lambda: QuantizableInvertedResidual(8, 8, 1, 6), True, 1),
+    "kuangliu": (lambda: Kuangliu(8, 24, 8, 1), True, 1),
+    "kuangliu-stride2": (lambda: Kuangliu(8, 24, 16, 2), False, 2),
+    "timm-drop-in-norm": (norm_with_drop, True, 1),
+    "timm-same-stride2-dilated": (
+        lambda: edited(
+            timm_block(out_channels=16),
+            "conv_dw",
+            Conv2dSame(24, 24, 3, stride=2, dilation=2, groups=24),
+        ),
+        False,
+        2,
+    ),
+    "flat-padding-before-the-expansion": (
+        lambda: Flat([nn.ZeroPad2d(1), *flow(padding=0)], False),
+        False,
+        1,
+    ),
+    "flat-opaque-layer": (lambda: Flat([*flow()[:3], Opaque(*flow()[3:])], True), True, 1),
+    "flat-child-that-does-not-run": (
+        lambda: flat_changed(lambda b: b.add_module("shortcut", nn.Identity())),
+        True,
+        1,
+    ),
+    "flat-parameter-that-is-not-used": (own_parameter, True, 1),
+    "flat-flag-nobody-reads": (
+        lambda: flat_changed(lambda b: setattr(b, "has_skip", False)),
+        True,
+        1,
+    ),
+    "flat-no-flag-residual": (lambda: WithoutFlag(flow()), True, 1),
+    "functional": (lambda: Functional(8, 24, 8), True, 1),
 }
 
 
-def run_reference(layers, x):
-    config = layers.at(*x.shape[2:]).config
-    return reference.inverted_residual(
-        x,
-        fold_layers(layers),
-        stride=config.stride,
-        padding=config.padding,
-        dilation=config.dilation,
-        residual=config.residual,
-    )
+def fused_of(block, **settings):
+    """The block fused: it must be one block."""
+    (row,) = mk.explain(block)
+    assert (row.name, row.state) == ("", "fusable")
+    return mk.fuse(block, **settings)
+
+
+def calls_that_ran():
+    return sum(ran().values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
@@ -208,14 +273,40 @@ def run_reference(layers, x):
 def test_recognised_block_is_computed_as_written(name, dtype):
     build, residual, stride = RECOGNISED[name]
     block = randomise(build()).to(dtype)
-    layers = recognize(block)
-    assert (layers.residual, layers.config.stride) == (residual, stride)
-    for height, width in ((9, 12), (6, 5), (8, 10), (7, 11)):
+    fused = fused_of(block, backend="reference" if dtype == torch.float64 else None)
+    (row,) = mk.explain(fused)
+    assert (row.config.residual, row.config.stride) == (residual, stride)
+    before = calls_that_ran()
+    for height, width in SIZES:
         # Large enough for the upper clips to matter.
         x = 4 * torch.randn(2, 8, height, width, dtype=dtype)
         with torch.no_grad():
-            difference = largest_difference(run_reference(layers, x), block(x))
+            difference = largest_difference(fused(x), block(x))
         assert difference < (1e-12 if dtype == torch.float64 else 2e-5)
+    assert calls_that_ran() == before + len(SIZES)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", RECOGNISED)
+def test_gradients_are_those_of_the_block(name, training):
+    """To the bit with the statistics of a batch, and with the same random numbers."""
+    block = randomise(RECOGNISED[name][0]()).double().train(training)
+    exact = training and any(isinstance(m, _BatchNorm) for m in block.modules())
+    fused = fused_of(block, backend="reference")
+    x = 4 * torch.randn(2, 8, 9, 12, dtype=torch.float64)
+    results = []
+    for module in (fused, block):
+        torch.manual_seed(1)
+        own = x.clone().requires_grad_()
+        y = module(own)
+        y.square().mean().backward()
+        grads = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+        results.append({"y": y, "x": own.grad, **grads} | dict(module.named_buffers()))
+    found, expected = results
+    assert list(found) == list(expected)
+    for what, tensor in expected.items():
+        same = partial(torch.allclose, rtol=1e-7, atol=1e-9 * max(1, tensor.abs().max().item()))
+        assert (torch.equal if exact else same)(found[what], tensor), what
 
 
 def test_every_layer_of_a_recognised_block_counts():
@@ -228,20 +319,19 @@ def test_every_layer_of_a_recognised_block_counts():
             continue
         changed = copy.deepcopy(block)
         changed.state_dict()[name].mul_(1.01)
-        assert largest_difference(run_reference(recognize(changed), x), before) > 1e-5
+        assert largest_difference(mk.fuse(changed, backend="reference")(x), before) > 1e-5
 
 
 def test_batch_norm_activation_is_read():
-    layers = recognize(timm_block(DepthwiseSeparableConv, pw_act=True, act_layer=nn.ReLU))
-    assert layers.depthwise.clip == (0.0, inf)
-    assert layers.project.clip == (0.0, inf)
+    weights = mk.fold(timm_block(DepthwiseSeparableConv, pw_act=True, act_layer=nn.ReLU))
+    assert weights.clip_dw == weights.clip_project == (0.0, inf)
 
 
 def test_two_activations_may_differ():
     block = Flat(flow(), True)
     block.conv[2] = nn.ReLU()
-    layers = recognize(block)
-    assert (layers.expand.clip, layers.depthwise.clip) == ((0.0, inf), (0.0, 6.0))
+    weights = mk.fold(block)
+    assert (weights.clip_expand, weights.clip_dw) == ((0.0, inf), (0.0, 6.0))
 
 
 @pytest.mark.parametrize(
@@ -249,4 +339,5 @@ def test_two_activations_may_differ():
     [(16, 3, (0, 0, 1, 1)), (15, 3, (1, 1, 1, 1)), (16, 5, (1, 1, 2, 2)), (15, 5, (2, 2, 2, 2))],
 )
 def test_lukemelas_padding_is_that_of_the_image_size(size, kernel, padding):
-    assert recognize(lukemelas(8, 16, 3, 2, kernel, size)).padding == padding
+    (row,) = mk.explain(lukemelas(8, 16, 3, 2, kernel, size))
+    assert row.config.padding == padding

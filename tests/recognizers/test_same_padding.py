@@ -13,12 +13,11 @@ from foreign_blocks import (
     smp_block,
     transformers_block,
 )
-from mnv2_kernels.fuse.same_padding import FusedSamePadding
 from timm.layers import Conv2dSame
 from torch import nn
 
 import mnv2_kernels as mk
-from mnv2_kernels.block.fold import same_padding_by_two
+from mnv2_kernels.ops.backends import ran
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,33 +49,26 @@ def assert_same(fused, block, sizes=SIZES):
         torch.testing.assert_close(y, z, rtol=0, atol=1e-12 * z.abs().max().item())
 
 
-def test_each_parity_of_the_size(block, monkeypatch):
-    fused = mk.fuse(block, backend="reference")
-    assert isinstance(fused, FusedSamePadding)
-    calls = []
-    run = mk.fused.run
-    monkeypatch.setattr(mk.fused, "run", lambda *args: calls.append(args) or run(*args))
-    assert_same(fused, block)
-    assert len(calls) == len(SIZES)
-    # (top, left, bottom, right) follows the stride among the op's arguments.
-    paddings = [arguments[7] for _, _, arguments in calls]
-    kernel = block_kernel(fused)
-    assert paddings == [same_padding_by_two(kernel, *size) for size in SIZES]
-    assert len(set(paddings)) == 4
-
-
-def block_kernel(fused):
-    return fused.config.kernel_size
-
-
-@pytest.mark.parametrize("kernel", [3, 5])
-@pytest.mark.parametrize("size", range(1, 20))
-def test_padding_is_tensorflows(kernel, size):
-    """Against its definition: the output has ceil(size / 2) rows, and the odd zero comes last."""
-    top, left, bottom, right = same_padding_by_two(kernel, size, 7)
+def padding(kernel, size):
+    """(before, after) by TensorFlow's definition: ceil(size / 2) results, an odd zero last."""
     total = max((-(-size // 2) - 1) * 2 + kernel - size, 0)
-    assert (top, bottom) == (total // 2, total - total // 2)
-    assert left == right == kernel // 2
+    return total // 2, total - total // 2
+
+
+def test_each_parity_of_the_size(block):
+    fused = mk.fuse(block, backend="reference")
+    before = ran().get("reference", 0)
+    assert_same(fused, block)
+    assert ran()["reference"] == before + len(SIZES)
+    (row,) = mk.explain(fused)
+    found = []
+    for height, width in SIZES:
+        (row,) = mk.explain(fused, input_shape=(1, 8, height, width))
+        top, left, bottom, right = row.config.padding
+        assert (top, bottom) == padding(row.config.kernel_size, height)
+        assert (left, right) == padding(row.config.kernel_size, width)
+        found.append(row.config.padding)
+    assert len(set(found)) >= 4
 
 
 def test_original_and_copies(block):
@@ -173,7 +165,9 @@ def test_compiled_in_one_graph_and_exported(build):
         with torch.no_grad():
             expected = block(x)
             program = torch.export.export(fused, (x,))
-            assert any("mnv2" in str(node.target) for node in program.graph.nodes)
+            # Padding that depends on the size is that of the layers in a graph.
+            has_op = any("mnv2" in str(node.target) for node in program.graph.nodes)
+            assert has_op == (build is chain)
             for y in (compiled(x), program.module()(x)):
                 torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
