@@ -54,6 +54,8 @@ def check_steps(layers: Sequence[Layer]) -> None:
                     raise Declined("nothing may follow a fully connected layer")
             case AverageLayer() if i == 0 or averaged:
                 raise Declined("an average over all pixels must follow a convolution")
+            case AverageLayer() if not layer.is_flat:
+                raise Declined("an average over all pixels must be flattened")
             case AverageLayer():
                 averaged = True
             case _ if averaged:
