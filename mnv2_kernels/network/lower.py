@@ -54,6 +54,8 @@ def check_steps(layers: Sequence[Layer]) -> None:
                     raise Declined("nothing may follow a fully connected layer")
             case AverageLayer() if i == 0 or averaged:
                 raise Declined("an average over all pixels must follow a convolution")
+            case AverageLayer() if not layer.is_flat:
+                raise Declined("an average over all pixels must be flattened")
             case AverageLayer():
                 averaged = True
             case _ if averaged:
@@ -98,7 +100,11 @@ def _step(layer: Layer) -> Step:
 def _classifier(linear: nn.Module) -> Linear:
     weight, bias = linear.weight.detach().contiguous(), linear.bias
     # Where a bias is used in place, its values are those of now too: a guard sees changes.
-    bias = None if bias is None else bias.detach().float().contiguous()
+    if bias is not None:
+        bias = bias.detach().contiguous()
+        # PyTorch refuses a bias of another dtype than the weight; so must the check of a program.
+        if bias.dtype == weight.dtype:
+            bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
     return Linear(weight.shape[1], weight.shape[0], weight, bias)
 
 

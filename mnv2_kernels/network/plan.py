@@ -286,9 +286,9 @@ def plan(
         raise TypeError(f"plan: dtype must be a torch.dtype, got {dtype!r}")
     try:
         with evaluation_mode(model):
-            reading = read(model, (1, *shape))
+            reading = read(model, (1, *shape), [model])
             if reading.is_sized and not same_layers(
-                reading.layers, read(model, (3, *shape)).layers
+                reading.layers, read(model, (3, *shape), [model]).layers
             ):
                 raise Declined("its forward depends on the number of images")
         layers = reading.layers

@@ -41,7 +41,10 @@ def layers_of(trace: Trace, calls: int) -> list[Layer]:
 def spans_of(trace: Trace, calls: int) -> list[Span]:
     """As `layers_of`, with the calls that each layer is in."""
     made = [node for node in trace.made if node.call < calls]
-    stages, sums = _stages(made, trace.outputs[calls - 1])
+    result = trace.outputs[calls - 1]
+    stages, sums = _stages(made, result)
+    if stages and isinstance(stages[-1].layer, AverageLayer):
+        stages[-1].layer = AverageLayer(is_flat=len(trace.shapes[result]) == 2)
     spans: list[Span] = []
     at = 0
     while at < len(stages):

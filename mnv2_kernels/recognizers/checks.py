@@ -71,8 +71,16 @@ def check_untouched(module: nn.Module) -> None:
             raise Declined(f"{name} is not initialised yet")
         if tensor.is_complex():
             raise Declined(f"{name} is complex")
+        if _redefines_functions(type(tensor)):
+            raise Declined(f"{name} is a {type(tensor).__name__}, whose class redefines functions")
         if tensor.layout != torch.strided:
             raise Declined(f"{name} is not dense: {tensor.layout}")
+
+
+def _redefines_functions(kind: type[torch.Tensor]) -> bool:
+    usual = (torch.Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+    function = kind.__torch_function__
+    return getattr(function, "__func__", function) not in usual
 
 
 @contextmanager

@@ -34,7 +34,9 @@ class ConvLayer:
 
 @dataclass(frozen=True, eq=False)
 class AverageLayer:
-    """The mean over all pixels."""
+    """The mean over all pixels; `is_flat` where the result is (N, C) and not (N, C, 1, 1)."""
+
+    is_flat: bool = True
 
 
 @dataclass(frozen=True, eq=False)

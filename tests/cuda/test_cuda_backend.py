@@ -143,13 +143,10 @@ def test_explain_names_the_kernel(monkeypatch):
 @compiles
 def test_fused_modules_know_what_they_are_chosen_by():
     for clips in ((RELU6, RELU6), (RELU, RELU)):
-        block = mk.InvertedResidual(16, 24, stride=2)
-        block.block_layers = replace(
-            block.block_layers,
-            expand=replace(block.block_layers.expand, clip=clips[0]),
-            depthwise=replace(block.block_layers.depthwise, clip=clips[1]),
-        )
-        block._watch()
+        block = mk.InvertedResidual(16, 24, stride=2).eval()
+        if clips[0] == RELU:
+            block.conv[0][2], block.conv[1][2] = torch.nn.ReLU().eval(), torch.nn.ReLU().eval()
+        assert block.why_plain() is None
         assert block.chosen_by == backends.Block.of(block.config, (*clips, NO_CLIP))
     assert mk.InvertedResidual(8, 8, expand_ratio=1).chosen_by.clip_expand == NO_CLIP
 

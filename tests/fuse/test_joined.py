@@ -48,6 +48,16 @@ def test_layers_that_cannot_be_fused_among_others(watch, size):
     assert watch.ran.together >= 1
 
 
+@pytest.mark.parametrize("ends", [[], [nn.Flatten()], [nn.Flatten(), nn.Linear(8, 3)]], ids=len)
+@torch.no_grad()
+def test_an_average_keeps_its_dimensions(watch, x, ends):
+    pool = nn.AdaptiveAvgPool2d(1)
+    stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU6())
+    original = ready(nn.Sequential(stem, mk.InvertedResidual(16, 8), pool, *ends))
+    assert_same(watch(mk.fuse(original), x), expect(original, x))
+    assert watch.ran.together == 1 and watch.ran.depthwise == 0
+
+
 @torch.no_grad()
 def test_hooks_of_a_container_inside(x):
     original = ready(NETWORKS["timm"]())
@@ -70,7 +80,7 @@ def test_one_layer_that_has_to_be_called(original, model, watch, x):
 @torch.no_grad()
 def test_children_replaced(original, model, x):
     model(x)
-    other = ready(copy.deepcopy(original)[5], 8, 8, 8)
+    other = ready(copy.deepcopy(original)[5], 16, 8, 8)
     changed = copy.deepcopy(original)
     model[5] = changed[5] = other
     assert_same(model(x), expect(changed, x))

@@ -180,6 +180,7 @@ BLOCKS: dict[str, Callable[[int, Piece], nn.Module]] = {
     "stages": partial(_written, Stages),
     "mmcv": partial(_units, mmcv_block),
     "cvnets": partial(_units, cvnets_block),
+    "no-flag": _no_flag,
 }
 # Modules that look like a block and cannot be fused.
 RELATIVES: dict[str, Callable[[int, Piece], nn.Module]] = {
@@ -187,7 +188,6 @@ RELATIVES: dict[str, Callable[[int, Piece], nn.Module]] = {
     "timm-squeeze-excite": partial(_timm, se_layer=SqueezeExcite),
     "lukemelas-squeeze-excite": partial(_lukemelas, se_ratio=0.25),
     "kuangliu": _kuangliu,
-    "no-flag": _no_flag,
 }
 # Blocks without a module of their own: layers among others.
 CHAINS: dict[str, Callable[[int, Piece], list[nn.Module]]] = {

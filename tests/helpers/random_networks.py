@@ -177,16 +177,31 @@ def expected(truth: Tensor, layers: list[Tensor], dtype: torch.dtype) -> Expecte
 
 
 def expected_states(network: Network) -> Counter:
-    """How many blocks are in each of the states that `explain` knows, once the model is fused."""
+    """How many blocks are in each of the states that `explain` knows, once the model is fused.
+
+    "either" is fused or declined: a block whose expansion is no such layer may have a depthwise and
+    a projection that are a block of their own.
+    """
     found: Counter = Counter()
     for piece in network.pieces:
         if piece.kind == "own":
             found["plain" if is_spoiled(piece) else "fused"] += 1
-        elif piece.kind in RELATIVES or (piece.kind in BLOCKS | CHAINS and is_spoiled(piece)):
+        elif piece.kind == "kuangliu" or (piece.kind in BLOCKS and is_spoiled(piece)):
+            found["either"] += 1
+        elif piece.kind in RELATIVES or (piece.kind in CHAINS and is_spoiled(piece)):
             found["declined"] += 1
         elif piece.kind in BLOCKS | CHAINS:
             found["fused"] += 1
     return found
+
+
+def are_expected(states: Counter, network: Network) -> bool:
+    """Whether the states that `explain` tells of can be those of the network."""
+    expected = expected_states(network)
+    either = expected.pop("either", 0)
+    more = {name: states[name] - expected[name] for name in states.keys() | expected.keys()}
+    fused, declined = more.pop("fused", 0), more.pop("declined", 0)
+    return not any(more.values()) and min(fused, declined) >= 0 and fused + declined == either
 
 
 def block_calls(network: Network) -> tuple[int, int]:
@@ -196,10 +211,13 @@ def block_calls(network: Network) -> tuple[int, int]:
     """
     last = network.pieces[-1]
     again = repeats_last(network) and expected_states(replace(network, pieces=(last,)))["fused"]
-    most = expected_states(network)["fused"] + int(again)
+    states = expected_states(network)
+    fused = states["fused"] + int(again)
+    # A last piece that is either counts twice at most.
+    most = fused + 2 * states["either"]
     cut = network.form in ("looped", "sliced")
     chains = tuple(p for p in network.pieces if p.kind in CHAINS)
-    return most - cut * expected_states(replace(network, pieces=chains))["fused"], most
+    return fused - cut * expected_states(replace(network, pieces=chains))["fused"], most
 
 
 CHANGES = [

@@ -29,7 +29,14 @@ pytestmark = pytest.mark.skipif(
 POINTWISE = ("pointwise", "pointwise-linear", "pointwise-bias")
 KINDS = (*BLOCKS, *CHAINS) * 3 + (*POINTWISE, "identity", "dropout") * 2
 # Rarely one that no plan has a step for.
-REFUSED = (*RELATIVES, "dense", "max-pool", "average-pool", "upsample", "pointwise-swish")
+REFUSED = (
+    *sorted(RELATIVES.keys() - {"kuangliu"}),
+    "dense",
+    "max-pool",
+    "average-pool",
+    "upsample",
+    "pointwise-swish",
+)
 CHANGES = [(kind, into) for kind in HARMLESS for into in HARMLESS[kind]] * 4 + [
     (kind, into) for kind in SPOILING for into in SPOILING[kind]
 ]
@@ -45,6 +52,7 @@ def has_plan(network: Network) -> bool | None:
     loose = any(p.kind in CHAINS and p.change and p.change[1] == "none" for p in pieces)
     inside = any(p.kind in BLOCKS or p.kind in CHAINS for p in pieces)
     stems = any(p.kind == "stem" for p in pieces[1:])
+    loose = loose or any(p.kind == "kuangliu" for p in pieces)
     return None if loose or stems or not inside or network.form == "sliced" else True
 
 

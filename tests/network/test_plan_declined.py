@@ -95,12 +95,6 @@ def replaced_forward(path: str = "classifier.1") -> nn.Module:
     return model
 
 
-def stride_changed() -> nn.Module:
-    model = ours()
-    model.features[2].conv[1][0].stride = (1, 1)
-    return model
-
-
 def stem(*settings, **more) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, *settings, **more), mk.InvertedResidual(16, 8))
 
@@ -111,92 +105,100 @@ def behind(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*begin, *layers)
 
 
-STEM = (
-    "0 must be a 3x3 convolution with stride 2, dilation 1, 1 group and at most 2 zeros around its"
-    " input, got kernel_size=(3, 3), "
+CONVOLUTION = (
+    "a convolution outside of blocks must be 1x1 with stride 1, 1 group and no padding, or the"
+    " first layer and 3x3 with stride 2, 1 group and at most 2 zeros around its input, got "
 )
-HEAD = "2 must be a 1x1 convolution with stride 1, 1 group and no padding, got "
+STEM, HEAD = CONVOLUTION + "kernel_size=(3, 3), ", CONVOLUTION + "kernel_size=(1, 1), "
 DECLINED = {
     "squeeze-excite of timm": (
         lambda: timm.create_model("semnasnet_100"),
-        "EfficientNet cannot be run as a plan: blocks.2.0: se is SqueezeExcite, expected Identity",
+        "EfficientNet cannot be run as a plan: sigmoid is no operation of such a block, in"
+        " blocks.2.0.se.gate (Sigmoid)",
     ),
     "squeeze-excite of torchvision": (
         torchvision.models.mobilenet_v3_large,
-        "MobileNetV3 cannot be run as a plan: features.4: SqueezeExcitation is not a convolution",
+        "MobileNetV3 cannot be run as a plan: hardswish is no operation of such a block, in"
+        " features.0.2 (Hardswish)",
     ),
     "padding at run time behind the blocks": (
         lambda: behind(Conv2dSame(8, 20, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        HEAD + "kernel_size=(1, 1), stride=(2, 2), groups=1, padding=None",
+        HEAD + "stride=(2, 2), dilation=(1, 1), groups=1, padding=(0, 0, 0, 0)",
     ),
     "padding at run time of another stem": (
         lambda: nn.Sequential(Conv2dSame(3, 16, 5, 2), mk.InvertedResidual(16, 8)),
-        "0 must be ",
+        CONVOLUTION + "kernel_size=(5, 5), ",
     ),
     "depthwise without projection": (
         lambda: behind(*conv_norm_act(8, 8, 3, 1, groups=8)),
-        "2 must be a 3x3 convolution with stride 2, dilation 1, 1 group",
+        STEM + "stride=(1, 1), dilation=(1, 1), groups=8",
     ),
     "depthwise of another size": (
         lambda: behind(*conv_norm_act(8, 8, 7, 1, groups=8), *conv_norm_act(8, 9)),
-        "2: the depthwise must have a kernel_size in (3, 5), got (7, 7)",
+        "the depthwise must have a kernel_size in (3, 5), got (7, 7)",
     ),
     "replaced forward of the stem": (
         lambda: replaced_forward("features.0.0"),
-        "features.0.0: the forward of this very module has been replaced",
+        "the forward of features.0.0 (Conv2d) has been replaced",
     ),
     "replaced forward of the stem's clip": (
         lambda: replaced_forward("features.0.2"),
-        "features.0.0: the forward of this very module has been replaced",
+        "the forward of features.0.2 (ReLU6) has been replaced",
     ),
-    "two branches": (lambda: Changed(two_branches), "it is no chain"),
-    "around the network": (lambda: Changed(around_the_network), "it is no chain"),
-    "a tensor twice": (lambda: Changed(a_tensor_twice), "mul is an operation that a plan has no"),
-    "two results": (lambda: Changed(two_results), "its result is not a tensor"),
-    "a list": (lambda: Changed(a_list), "its result is not a tensor"),
-    "by values": (lambda: Changed(by_values), "its forward cannot be traced: "),
+    "two branches": (lambda: Changed(two_branches), "flip is no operation"),
+    "around the network": (
+        lambda: Changed(around_the_network),
+        "its mean is not over all pixels",
+    ),
+    "a tensor twice": (lambda: Changed(a_tensor_twice), "it multiplies by something"),
+    "two results": (lambda: Changed(two_results), "its result is a tuple that was not"),
+    "a list": (lambda: Changed(a_list), "its result is a list that was not"),
+    "by values": (lambda: Changed(by_values), "sum is no operation of such a block"),
     "an operation": (
         lambda: Changed(an_operation),
-        "sigmoid is an operation that a plan has no step for",
+        "sigmoid is no operation of such a block",
     ),
     "pooled by half": (
         lambda: Changed(pooled_by_half),
-        "adaptive_avg_pool2d is an operation that a plan has no step for",
+        "its average pool has a result of (2, 2), expected one pixel",
     ),
     "dropped in evaluation": (
         lambda: Changed(dropped_in_evaluation),
-        "dropout is an operation that a plan has no step for",
+        "dropout is in training mode and drops values",
     ),
     "mean of rows": (
         lambda: Changed(mean_of_rows),
-        "mean is an operation that a plan has no step for",
+        "its mean is not over all pixels",
     ),
     "hook in a block": (
         lambda: hooked("features.3.conv.1.0"),
-        "features.3.conv.1.0 has hooks, which would not be called",
+        "features.3.conv.1.0 (PaddedConv2d) has hooks, which would not be called",
     ),
     "hook of the model": (
         lambda: hooked(""),
-        "the model itself has hooks, which would not be called",
+        "MobileNetV2 has hooks, which would not be called",
     ),
     "hook of the stem": (
         lambda: hooked("features.0.0"),
-        "features.0.0 has hooks, which would not be called",
+        "features.0.0 (Conv2d) has hooks, which would not be called",
     ),
     "hook around the stem": (
         lambda: hooked("features.0"),
-        "features.0 has hooks, which would not be called",
+        "features.0 (Sequential) has hooks, which would not be called",
     ),
     "hook of a block": (
         lambda: hooked("features.5"),
-        "features.5 has hooks, which would not be called",
+        "features.5 (InvertedResidual) has hooks, which would not be called",
     ),
     "hook of the classifier": (
         lambda: hooked("classifier.1"),
-        "classifier.1 has hooks, which would not be called",
+        "classifier.1 (Linear) has hooks, which would not be called",
     ),
-    "parametrized": (parametrized, "this very module is parametrized"),
-    "replaced forward": (replaced_forward, "the forward of this very module has been replaced"),
+    "parametrized": (parametrized, "classifier.1 (ParametrizedLinear) is parametrized"),
+    "replaced forward": (
+        replaced_forward,
+        "the forward of classifier.1 (Linear) has been replaced",
+    ),
     "stem with stride 1": (lambda: stem(3, padding=1), STEM + "stride=(1, 1), dilation=(1, 1), "),
     "stem with groups": (
         lambda: nn.Sequential(nn.Conv2d(4, 16, 3, 2, 1, groups=2), mk.InvertedResidual(16, 8)),
@@ -210,61 +212,57 @@ DECLINED = {
         lambda: stem(3, 2, padding=3),
         STEM + "stride=(2, 2), dilation=(1, 1), groups=1, padding=(3, 3, 3, 3)",
     ),
-    "stem of another size": (lambda: stem(5, 2), "0 must be "),
+    "stem of another size": (lambda: stem(5, 2), CONVOLUTION + "kernel_size=(5, 5), "),
     "stem that pads with copies": (
         lambda: stem(3, 2, 1, padding_mode="reflect"),
-        "0: padding_mode must be",
+        "its padding is reflect and not of zeros, in 0 (Conv2d)",
     ),
     "1x1 with stride": (
         lambda: behind(nn.Conv2d(8, 20, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        HEAD + "kernel_size=(1, 1), stride=(2, 2), groups=1, padding=(0, 0, 0, 0)",
+        HEAD + "stride=(2, 2), dilation=(1, 1), groups=1, padding=(0, 0, 0, 0)",
     ),
     "1x1 with groups": (
         lambda: behind(nn.Conv2d(8, 20, 1, groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        HEAD + "kernel_size=(1, 1), stride=(1, 1), groups=4, padding=(0, 0, 0, 0)",
+        HEAD + "stride=(1, 1), dilation=(1, 1), groups=4, padding=(0, 0, 0, 0)",
     ),
     "1x1 with padding": (
         lambda: behind(nn.Conv2d(8, 20, 1, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        HEAD + "kernel_size=(1, 1), stride=(1, 1), groups=1, padding=(1, 1, 1, 1)",
+        HEAD + "stride=(1, 1), dilation=(1, 1), groups=1, padding=(1, 1, 1, 1)",
     ),
     "pool that is not flattened": (
         lambda: behind(nn.AdaptiveAvgPool2d(1)),
-        "_2 must be flattened",
+        "an average over all pixels must be flattened",
     ),
     "pool before blocks": (
         lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        "_0 must follow a block",
+        "it has no parameters",
     ),
     "flattened image": (
         lambda: behind(nn.Flatten()),
-        "_2 must follow an average over all pixels",
+        "it reshapes (1, 8, 32, 32) to (1, -1), in 2 (Flatten)",
     ),
     "max pool": (
         lambda: behind(nn.MaxPool2d(2)),
-        "2 is MaxPool2d, which a plan has no step for",
+        "max_pool2d is no operation of such a block, in 2 (MaxPool2d)",
     ),
-    "activation in between": (lambda: behind(nn.Sigmoid()), "2 is Sigmoid, which"),
-    "norm in between": (lambda: behind(nn.BatchNorm2d(8)), "2: BatchNorm2d stands where a"),
+    "activation in between": (lambda: behind(nn.Sigmoid()), "sigmoid is no operation"),
+    "norm in between": (lambda: behind(nn.BatchNorm2d(8)), "a batch norm follows another one"),
     "activation of a block": (
         lambda: edited(torchvision.models.mobilenet_v2(), "features.3.conv.0.2", nn.SiLU()),
-        "features.3: SiLU is not a convolution, a batch norm, ReLU, ReLU6 or Hardtanh",
+        "silu is no operation of such a block, in features.3.conv.0.2 (SiLU)",
     ),
     "activation of a block after fusing": (
         lambda: edited(ours(), "features.3.conv.0.2", nn.SiLU()),
-        "features.3: inner modules have been replaced: unfuse, then fuse again",
+        "silu is no operation of such a block, in features.3.conv.0.2 (SiLU)",
     ),
-    "stride of a block after fusing": (
-        stride_changed,
-        "features.2: a convolution or a clip has been changed: unfuse, then fuse again",
-    ),
-    "no layers": (nn.Sequential, "Sequential cannot be run as a plan: it has no layers"),
+    "no layers": (nn.Sequential, "Sequential cannot be run as a plan: it has no parameters"),
     "linear without average": (
         lambda: behind(nn.Linear(32, 5)),
-        "2 must follow an average over all pixels",
+        "a fully connected layer is not one of vectors with its own weight, in 2 (Linear)",
     ),
     "block behind the average": (
         lambda: behind(nn.AdaptiveAvgPool2d(1), nn.Flatten(), mk.InvertedResidual(8, 8)),
-        "4 must not follow an average over all pixels",
+        "a convolution is not given an image (N, C, H, W), in 4.conv.0.0 (Conv2d)",
     ),
 }
 
@@ -277,6 +275,17 @@ def test_declined(why):
     found = str(raised.value)
     assert found.startswith("plan: ") and " cannot be run as a plan: " in found
     assert sentence in found, found
+
+
+@torch.no_grad()
+def test_a_stride_changed_after_fusing():
+    model = ours().eval()
+    model.features[2].conv[1][0].stride = (1, 1)
+    x = torch.randn(2, 3, 64, 64)
+    y = mk.unfuse(model)
+    for block in y.features[1:18]:
+        block.forward = block.plain_forward
+    torch.testing.assert_close(mk.plan(model, (3, 64, 64))(x), y(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", [None, torch.ones(3), nn.Linear])
@@ -296,7 +305,7 @@ def test_what_is_no_shape(shape):
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_another_number_of_channels(channels):
     for model in (ours(), mk.InvertedResidual(3, 8)):
-        with pytest.raises(ValueError, match="^plan: input_shape must have 3 channels, got "):
+        with pytest.raises(ValueError, match="^plan: .*convolution of 3 channels is given "):
             mk.plan(model, (channels, 64, 64))
 
 
