@@ -126,7 +126,7 @@ class FusedChain(StandIn):
 
 
 def _is_plain(x: object) -> bool:
-    return isinstance(x, Tensor) and (torch.compiler.is_compiling() or type(x) is not Recorded)
+    return isinstance(x, Tensor) and type(x) is not Recorded
 
 
 class _Sliced(StandIn):

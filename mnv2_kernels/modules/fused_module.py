@@ -86,10 +86,11 @@ class FusedModule(nn.Module):
             if x is _NOT_GIVEN:
                 return self._by_name(kwargs)
             return trace_symbolically(self, x, args, kwargs)
-        if torch.compiler.is_compiling():
-            return self._compiled_forward(x, *args, **kwargs)
+        # Before the compiler is asked for: it runs what reads a forward while it compiles.
         if type(x) is Recorded:
             return self.plain_forward(x, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._compiled_forward(x, *args, **kwargs)
         if profiler._is_profiler_enabled:
             with profiler.record_function(f"mnv2_kernels::{self.config.name}"):
                 return self._eager_forward(x, *args, **kwargs)

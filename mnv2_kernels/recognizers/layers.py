@@ -28,8 +28,9 @@ class ConvLayer:
 
     @property
     def is_depthwise(self) -> bool:
-        hidden = self.stage.conv.weight.shape
-        return self.groups == hidden[0] > 1 == hidden[1]
+        hidden, of_each = self.stage.conv.weight.shape[:2]
+        # One channel of 3x3 is a depthwise convolution too, of 1x1 a pointwise one.
+        return self.groups == hidden and of_each == 1 and (hidden > 1 or not self.is_pointwise)
 
 
 @dataclass(frozen=True, eq=False)

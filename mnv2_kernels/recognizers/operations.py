@@ -42,7 +42,7 @@ def _convolution(
         "convolution", (x.node,), trace.call, conv, kernel, stride, sides, dilation, groups
     )
     height, width = (
-        output_size(x.sizes[2 + i], kernel[i], stride[i], sides[i], sides[2 + i], dilation[i])
+        max(0, output_size(x.sizes[2 + i], kernel[i], stride[i], *sides[i::2], dilation[i]))
         for i in (0, 1)
     )
     return trace.new(node, (x.sizes[0], weight.shape[0], height, width))
