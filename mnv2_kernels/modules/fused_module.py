@@ -153,7 +153,8 @@ class FusedModule(nn.Module):
         """Whether the plain forward is a block in the modes of now; `block_layers` is then that."""
         if is_observed():
             # An export has put other tensors in place of the parameters: nothing can be read.
-            return not any(module.training for module in self.modules())
+            asking = (m for m in self.modules() if not isinstance(m, nn.Sequential))
+            return not any(module.training for module in asking)
         return self._call_for(self._look(), None, (), {}).layers is not None
 
     @property
