@@ -11,8 +11,8 @@ struct BlockStep {
     Schedule schedule;
 };
 
-// x and y are dense and apart, args.N images each. A thread needs scratch_layout().total floats. The same bits at any
-// number of threads.
+// x and y are dense and apart, args.N images each. A thread needs scratch_layout().total floats.
+// The same bits at any number of threads.
 void run_block(const Kernel& kernel, const BlockStep& block, const void* x, void* y,
                const Scratch& scratch, const Threads& threads);
 
