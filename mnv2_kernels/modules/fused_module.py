@@ -31,8 +31,6 @@ from .kept import Kept, State
 from .stand_in import StandIn
 from .tracing import has_global_hooks, is_observed, trace_symbolically
 
-_NOT_GIVEN: Any = object()
-
 
 class Call(NamedTuple):
     """What a call comes to: the block that it computes, or why its layers have to run."""
@@ -73,7 +71,7 @@ class FusedModule(nn.Module):
         """The block layer by layer; any further arguments are those of the original module."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor = _NOT_GIVEN, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor = None, *args, **kwargs) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H_out, W_out), channels_last where the kernel ran.
 
         A graph that is recorded holds the op and the folding before it, one that is compiled for
@@ -83,7 +81,7 @@ class FusedModule(nn.Module):
         by it.
         """
         if not isinstance(x, Tensor):
-            if x is _NOT_GIVEN:
+            if x is None and kwargs:
                 return self._by_name(kwargs)
             return trace_symbolically(self, x, args, kwargs)
         # Before the compiler is asked for: it runs what reads a forward while it compiles.
@@ -223,7 +221,10 @@ class FusedModule(nn.Module):
     def _call_for(self, state: State, x: Tensor | None, args: tuple, kwargs: dict) -> Call:
         """What the plain forward computes of such an x: looked up, or read now."""
         if state.why_blind is not None:
-            return Call(None, None, state.why_blind)
+            if not (is_observed() or torch.compiler.is_compiling()):
+                return Call(None, None, state.why_blind)
+            # What is recorded is the forward of now, and the tensors are often stand-ins.
+            x = None
         key: Any = None
         if args or kwargs:
             key = _key_of(args, kwargs)
@@ -250,7 +251,10 @@ class FusedModule(nn.Module):
             call = Call(layers, Block.of(layers.config, layers.clips), None)
             if key is None:
                 self._block.take(layers, is_sized)
-        state.readings.keep((key, shape) if is_sized else key, call)
+        if state.why_blind is None:
+            state.readings.keep((key, shape) if is_sized else key, call)
+        elif is_sized:
+            return Call(None, None, state.why_blind)
         return call
 
     def train(self, mode: bool = True) -> "FusedModule":

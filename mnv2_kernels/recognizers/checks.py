@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .declined import Declined, describe
 
@@ -112,6 +113,18 @@ def only_computing() -> Iterator[None]:
             gc.enable()
     if called:
         raise Declined(f"its forward does more than compute: it calls {called[0]}")
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """What runs inside is no part of what `torch.jit.trace` or a dispatch mode records."""
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        torch._C._set_tracing_state(tracing)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .assemble import layers_of
-from .checks import check_untouched, has_hooks, left_as_it_was, only_computing
+from .checks import check_untouched, has_hooks, left_as_it_was, only_computing, unrecorded
 from .declined import Declined, describe
 from .layers import Layer, Reading
 from .operations import ChannelsDiffer
@@ -45,7 +45,7 @@ def follow(
     trace = Trace(module)
     error = None
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with unrecorded(), torch.inference_mode(False), torch.enable_grad():
             x = first = trace.begin(shape, like)
             for trace.call, call in enumerate(calls):
                 called = call if isinstance(call, nn.Module) else module

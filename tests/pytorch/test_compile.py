@@ -229,8 +229,10 @@ def test_what_is_kept_of_a_block_goes_with_it(kernel_backend, blocks):
     compiled(torch.randn(2, 8, 9, 9))
     assert len(compiled_blocks._cache) == before + 3
     for block in blocks:
-        block.conv[2].weight = torch.nn.Parameter(torch.ones_like(block.conv[2].weight))
-    del compiled
+        conv = block.block_layers.project.conv
+        conv.weight = torch.nn.Parameter(torch.ones_like(conv.weight))
+    blocks(torch.randn(2, 8, 9, 9))
+    del compiled, conv
     torch._dynamo.reset()
     gc.collect()
     assert len(compiled_blocks._cache) == before
