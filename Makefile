@@ -15,7 +15,7 @@ OLDEST := build/oldest
 OLDEST_PYTHON ?= $(firstword $(shell for p in python3.10 python3.11 python3.12; do \
     $$p -c "" 2>/dev/null && echo $$p; done) $(PYTHON))
 OLDEST_TESTS ?= $(addprefix tests/,op/test_inverted_residual.py op/test_ops.py \
-    modules/test_modules.py modules/test_fused_autograd.py fuse/test_fuse.py fuse/test_joined.py \
+    modules/test_modules.py modules/test_fused_autograd.py fuse/test_fuse.py fuse/test_together.py \
     fuse/test_chains.py network/test_plan.py network/test_plan_op.py pytorch/test_compile.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh'))
@@ -50,7 +50,7 @@ models: .venv/built
 # Every test in its long form (an hour or so), then what users of the newest Triton get: beside
 # .venv, whose own is the oldest supported.
 test-long: ISA_TESTS += $(addprefix tests/,op/test_determinism.py op/test_fuzz.py \
-    op/test_layouts.py op/test_numerics.py fuse/test_joined.py network/test_plan.py \
+    op/test_layouts.py op/test_numerics.py fuse/test_together.py network/test_plan.py \
     profiling/test_workspace.py sanitizers/test_memory_safety.py)
 test-long: export MNV2_LONG := 1
 test-long: export PYTEST_ADDOPTS := --timeout=7200
