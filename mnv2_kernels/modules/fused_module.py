@@ -252,7 +252,7 @@ class FusedModule(nn.Module):
                 self._block.take(layers, is_sized)
         if state.why_blind is None:
             state.readings.keep((key, shape) if is_sized else key, call)
-        elif is_sized:
+        elif is_sized and call.reason is None:
             return Call(None, None, state.why_blind)
         return call
 

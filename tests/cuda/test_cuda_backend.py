@@ -47,7 +47,7 @@ def fake(case: Case, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Folded
 def chosen(case: Case, dtype: torch.dtype, backend: str | None = None) -> str:
     """What runs a call on such inputs; kernels are called, the reference needs real memory."""
     x, weights = fake(case, dtype)
-    block = _block(op_arguments(weights, **case.settings))
+    block = _block(op_arguments(weights, case.config))
     assert block == backends.Block.of(case.config, case.clips)
     name = backends.choose(backend, x, block)
     if name != "reference":
