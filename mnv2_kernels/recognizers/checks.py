@@ -5,7 +5,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from types import FrameType
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .declined import Declined, describe
@@ -131,11 +132,14 @@ def only_computing() -> Iterator[None]:
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """What runs inside is no part of what `torch.jit.trace` or a dispatch mode records."""
+    """What runs inside is no part of what `torch.jit.trace` or a mode of torch records."""
     tracing = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)
     try:
-        with _disable_current_modes():
+        with ExitStack() as modes:
+            modes.enter_context(_disable_current_modes())
+            for _ in range(torch._C._len_torch_function_stack()):
+                modes.enter_context(_pop_mode_temporarily())
             yield
     finally:
         torch._C._set_tracing_state(tracing)
