@@ -50,6 +50,8 @@ class _Block:
         norms = [stage.norm for stage in layers.stages]
         self.batch_norms = [n for n in norms if isinstance(n, nn.modules.batchnorm._BatchNorm)]
         self.layers, self.is_sized = layers, is_sized
+        # Made here, since the compiler does not trace how.
+        self.chosen_by = Block.of(layers.config, layers.clips)
 
     def uses_batches(self) -> bool:
         """Whether a batch norm is in training mode, and needs the statistics of whole tensors."""
@@ -173,7 +175,7 @@ class FusedModule(nn.Module):
     @property
     def chosen_by(self) -> Block:
         """What a backend is chosen by, beside x."""
-        return Block.of(self.config, self.block_layers.clips)
+        return self._block.chosen_by
 
     def why_plain(self, x: Tensor | None = None) -> str | None:
         """Why a forward of x would run the plain layers; None where it would run fused."""
@@ -253,7 +255,7 @@ class FusedModule(nn.Module):
                 self._block.take(layers, is_sized)
         if state.why_blind is None:
             state.readings.keep((key, shape) if is_sized else key, call)
-        elif is_sized:
+        elif is_sized and call.reason is None:
             return Call(None, None, state.why_blind)
         return call
 

@@ -5,7 +5,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from types import FrameType
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .declined import Declined, describe
@@ -24,9 +25,9 @@ _EFFECTS = {
     *(torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.is_autocast_enabled),
     *(time.time, time.perf_counter, time.monotonic),
 }
-# Who may ask: PyTorch, and what records here.
-_KNOWN = ("torch.", __package__)
 _MODULES_WITH_EFFECTS = ("logging", "random", "subprocess")
+# Who calls a forward: the nearest of PyTorch and of this package, if the forward has asked.
+_CALLERS = ("torch.nn.modules.module", f"{__package__}.read")
 
 
 def check_module(function: str, module: object, argument: str = "model") -> None:
@@ -84,6 +85,16 @@ def _redefines_functions(kind: type[torch.Tensor]) -> bool:
     return getattr(function, "__func__", function) not in usual
 
 
+def _is_asked_by_forward(frame: FrameType | None) -> bool:
+    """Whether a forward has led to a call, and neither PyTorch nor what records here."""
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.startswith(("torch.", __package__)):
+            return name in _CALLERS
+        frame = frame.f_back
+    return True
+
+
 @contextmanager
 def only_computing() -> Iterator[None]:
     """Declines if functions are called from outside of PyTorch that do more than compute.
@@ -96,9 +107,13 @@ def only_computing() -> Iterator[None]:
     def see(frame: FrameType, event: str, function: object) -> None:
         name = frame.f_globals.get("__name__", "")
         if event == "call" and name.partition(".")[0] in _MODULES_WITH_EFFECTS:
-            called.append(f"{name}.{frame.f_code.co_name}")
-        elif event == "c_call" and function in _EFFECTS and not name.startswith(_KNOWN):
-            called.append(function.__name__)
+            what = f"{name}.{frame.f_code.co_name}"
+        elif event == "c_call" and function in _EFFECTS:
+            what = function.__name__
+        else:
+            return
+        if _is_asked_by_forward(frame):
+            called.append(what)
 
     watches, collects = sys.getprofile() is None, gc.isenabled()
     gc.disable()
@@ -117,11 +132,14 @@ def only_computing() -> Iterator[None]:
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """What runs inside is no part of what `torch.jit.trace` or a dispatch mode records."""
+    """What runs inside is no part of what `torch.jit.trace` or a mode of torch records."""
     tracing = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)
     try:
-        with _disable_current_modes():
+        with ExitStack() as modes:
+            modes.enter_context(_disable_current_modes())
+            for _ in range(torch._C._len_torch_function_stack()):
+                modes.enter_context(_pop_mode_temporarily())
             yield
     finally:
         torch._C._set_tracing_state(tracing)
