@@ -5,6 +5,7 @@ weights are kept, and before every call a guard says whether both still hold.
 """
 
 from collections.abc import Hashable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from ..recognizers import (
     evaluation_mode,
     read,
     read_unknown,
+    unrecorded,
 )
 from .autograd import fold_without_graph, run_with_gradients, tensors_of
 from .compiled import folds_when_run, run_layers
@@ -111,14 +113,17 @@ class FusedModule(nn.Module):
             self._pass_on_mode()
             return self.plain_forward(x, *args, **kwargs)
         state = self._look()
-        layers, chosen_by, _ = self._call_for(state, x, args, kwargs)
-        if layers is None or not _fits(layers, x):
+        observed = is_observed()
+        with unrecorded() if observed else nullcontext():
+            layers, chosen_by, _ = self._call_for(state, x, args, kwargs, observed)
+            fits = layers is not None and _fits(layers, x)
+        if not fits:
             return self.plain_forward(x, *args, **kwargs)
         if x.is_cuda:
             backend = choose(self.backend, x, chosen_by)
             if backend == "reference" != self.backend:
                 return self.plain_forward(x, *args, **kwargs)
-        if is_observed():
+        if observed:
             if torch.onnx.is_in_onnx_export():
                 return self.plain_forward(x, *args, **kwargs)
             return _run(layers, backend, x, _fold(layers))
@@ -220,10 +225,17 @@ class FusedModule(nn.Module):
     def _pass_on_mode(self) -> None:
         """Give the module whose forward is read the mode that was set on this one."""
 
-    def _call_for(self, state: State, x: Tensor | None, args: tuple, kwargs: dict) -> Call:
+    def _call_for(
+        self,
+        state: State,
+        x: Tensor | None,
+        args: tuple,
+        kwargs: dict,
+        observed: bool = False,
+    ) -> Call:
         """What the plain forward computes of such an x: looked up, or read now."""
         if state.why_blind is not None:
-            if not (is_observed() or torch.compiler.is_compiling()):
+            if not (observed or torch.compiler.is_compiling()):
                 return Call(None, None, state.why_blind)
             # What is recorded is the forward of now, and the tensors are often stand-ins.
             x = None

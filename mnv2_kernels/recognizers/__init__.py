@@ -6,7 +6,7 @@ known of any class or library: what counts is what runs. docs/recognizers.md say
 """
 
 from .assemble import layers_of, spans_of
-from .checks import check_module, evaluation_mode
+from .checks import check_module, evaluation_mode, unrecorded
 from .declined import Declined
 from .layers import AverageLayer, ConvLayer, Layer, LinearLayer, Reading, block_of
 from .read import (
@@ -44,4 +44,5 @@ __all__ = [
     "runs_in_order",
     "same_layers",
     "spans_of",
+    "unrecorded",
 ]
