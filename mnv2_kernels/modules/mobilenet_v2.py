@@ -6,6 +6,7 @@ from math import inf
 from numbers import Real
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..block.config import (
     LAST_CHANNELS,
@@ -21,7 +22,7 @@ from ..block.config import (
 from ..block.fold import BlockLayers, ConvNorm
 from ..ops.backends import check_backend
 from ..ops.contract import whole
-from ..recognizers import Reading
+from ..recognizers import Declined, Reading, evaluation_mode, read
 from .fused_module import FusedModule
 
 
@@ -132,18 +133,33 @@ def _norm(norm_layer: Callable[[int], nn.Module], channels: int) -> nn.Module:
     if not callable(norm_layer) or isinstance(norm_layer, nn.Module):
         raise TypeError(f"norm_layer must be a constructor, got {norm_layer!r}")
     norm = norm_layer(channels)
-    if not isinstance(norm, nn.Module) or not _is_batch_norm(norm):
-        raise ValueError(f"norm_layer must make batch norms of images, got {type(norm).__name__}")
+    odd = f"norm_layer must make batch norms of images, got {type(norm).__name__}"
+    if not isinstance(norm, nn.Module) or not _has_statistics(norm):
+        raise ValueError(odd)
     mean = norm.running_mean
     if mean is not None and mean.shape != (channels,):
         raise ValueError(f"norm_layer must make norms of {channels} channels, got {len(mean)}")
+    if mean is not None and not _reads_as_norm(norm, channels):
+        raise ValueError(odd)
     return norm
 
 
-def _is_batch_norm(norm: nn.Module) -> bool:
-    if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm3d):
+def _has_statistics(norm: nn.Module) -> bool:
+    if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm3d) or any(map(is_lazy, norm.buffers())):
         return False
     return all(hasattr(norm, name) for name in ("running_mean", "running_var", "eps"))
+
+
+def _reads_as_norm(norm: nn.Module, channels: int) -> bool:
+    """Whether its forward computes a batch norm, and perhaps a clip."""
+    # On the meta device, where no random numbers are drawn.
+    both = nn.Sequential(nn.Conv2d(channels, channels, 1, device="meta"), norm)
+    try:
+        with evaluation_mode(both):
+            layers = read(both, (1, channels, 8, 8)).layers
+    except Declined:
+        return False
+    return len(layers) == 1 and layers[0].stage.norm is norm
 
 
 def _check_padding(config: BlockConfig) -> None:
