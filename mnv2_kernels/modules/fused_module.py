@@ -155,12 +155,18 @@ class FusedModule(nn.Module):
 
     @asked_once_a_graph
     def _reads_as_block(self, training: bool) -> bool:
-        """Whether the plain forward is a block in the modes of now; `block_layers` is then that."""
-        if is_observed():
-            # An export has put other tensors in place of the parameters: nothing can be read.
-            asking = (m for m in self.modules() if not isinstance(m, nn.Sequential))
-            return not any(module.training for module in asking)
-        return self._call_for(self._look(), None, (), {}).layers is not None
+        """Whether the plain forward is a block in the modes of now; `block_layers` is then that.
+
+        Read anew: a program that is exported has other tensors in place of the parameters, of which
+        nothing may be kept.
+        """
+        self._pass_on_mode()
+        try:
+            reading = read_unknown(self)
+            self._block.take(block_of(reading), reading.is_sized)
+        except Declined:
+            return False
+        return not reading.is_sized
 
     @property
     def fused_blocks(self) -> "list[FusedModule]":
