@@ -156,10 +156,8 @@ class FusedModule(nn.Module):
     @asked_once_a_graph
     def _reads_as_block(self, training: bool) -> bool:
         """Whether the plain forward is a block in the modes of now; `block_layers` is then that."""
-        if is_observed():
-            # An export has put other tensors in place of the parameters: nothing can be read.
-            return not any(module.training for module in self.modules())
-        return self._call_for(self._look(), None, (), {}).layers is not None
+        with unrecorded():
+            return self._call_for(self._look(), None, (), {}).layers is not None
 
     @property
     def fused_blocks(self) -> "list[FusedModule]":
