@@ -228,11 +228,12 @@ def test_what_is_kept_of_a_block_goes_with_it(kernel_backend, blocks):
     before = len(compiled_blocks._cache)
     compiled(torch.randn(2, 8, 9, 9))
     assert len(compiled_blocks._cache) == before + 3
+    x = torch.randn(2, 8, 9, 9)
     for block in blocks:
         conv = block.block_layers.project.conv
         conv.weight = torch.nn.Parameter(torch.ones_like(conv.weight))
-    blocks(torch.randn(2, 8, 9, 9))
-    del compiled, conv
+        x = block(x)
+    del compiled
     torch._dynamo.reset()
     gc.collect()
     assert len(compiled_blocks._cache) == before
