@@ -221,7 +221,8 @@ def check_network(covered, watch, network, image, layout, threads, frozen, verif
         original = mk.freeze_bn(original)
     model = mk.fuse(original, verify=verify)
     states = Counter(row.state for row in mk.explain(model))
-    assert are_expected(states, network), mk.explain(model)
+    # Which pieces are blocks is the matter of `test_every_change_of_every_family`.
+    assert not states["fusable"], mk.explain(model)
     assert list(model.state_dict()) == list(original.state_dict())
     x = layout(torch.randn(image.batch, *size).to(dtype))
     with on_threads(threads), torch.no_grad():
