@@ -76,9 +76,6 @@ class FusedChain(StandIn):
 
     @asked_once_a_graph
     def _always_runs_in_order(self) -> bool:
-        # Reading would become a part of a program that is exported.
-        if self._kept.look().why_blind is not None:
-            return False
         children = self._called()
         shape = (1, guess_channels(children), 224, 224)
         return all(runs_in_order(self.original, children, shape))

@@ -22,7 +22,6 @@ from ..recognizers import (
     Reading,
     Recorded,
     block_of,
-    evaluation_mode,
     read,
     read_unknown,
     unrecorded,
@@ -211,11 +210,8 @@ class FusedModule(nn.Module):
                 return _fold(self.block_layers)
         return _folded(state, self.block_layers)
 
-    def _take_over(self, reading: Reading | None = None) -> None:
-        """Remember what the plain forward computes: as it was read, or read it now."""
-        if reading is None:
-            with evaluation_mode(self):
-                reading = read_unknown(self)
+    def _take_over(self, reading: Reading) -> None:
+        """Remember what the plain forward was read as."""
         # Not to be seen as children. The objects stay the same, for a guard to see no change.
         self.__dict__["_block"] = _Block(block_of(reading), reading.is_sized)
         self.__dict__["_kept"] = Kept(self)
@@ -241,7 +237,7 @@ class FusedModule(nn.Module):
     ) -> Call:
         """What the plain forward computes of such an x: looked up, or read now."""
         if state.why_blind is not None:
-            if not (observed or torch.compiler.is_compiling()):
+            if not observed:
                 return Call(None, None, state.why_blind)
             # What is recorded is the forward of now, and the tensors are often stand-ins.
             x = None
@@ -252,6 +248,8 @@ class FusedModule(nn.Module):
                 return Call(None, None, "it is called with further arguments")
         is_image = x is not None and x.dim() == 4 and x.shape[1] == self.config.in_channels
         shape = x.shape if is_image else None
+        if key is not None and shape is None:
+            return Call(None, None, "it is called with further arguments and no image")
         call = state.readings.get(key) or state.readings.get((key, shape))
         return self._read(state, key, shape, args, kwargs) if call is None else call
 

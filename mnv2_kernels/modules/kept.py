@@ -1,14 +1,14 @@
 """What was found out about modules, for as long as they are what they were."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
+from ..recognizers import with_originals
 from .guard import Change, Guard
-from .stand_in import StandIn
 
 # Entries of a state: one for every shape or further argument that a forward depends on.
 _MOST = 32
@@ -87,19 +87,19 @@ class State:
 
 
 class Kept:
-    """The state of some modules and of all inside them, looked at before every use.
+    """The state of a module and of all inside it, looked at before every use.
 
     Copies, by `copy.deepcopy` or pickle, find out for themselves.
     """
 
-    def __init__(self, *roots: nn.Module):
-        self.__setstate__(roots)
+    def __init__(self, root: nn.Module):
+        self.__setstate__((root,))
 
-    def __getstate__(self) -> tuple[nn.Module, ...]:
-        return self._roots
+    def __getstate__(self) -> tuple[nn.Module]:
+        return (self._root,)
 
-    def __setstate__(self, roots: tuple[nn.Module, ...]) -> None:
-        self._roots = roots
+    def __setstate__(self, state: tuple[nn.Module]) -> None:
+        (self._root,) = state
         self._state: State | None = None
         self._restless = self._rest = 0
 
@@ -119,7 +119,7 @@ class Kept:
         elif state is not None and self._rest > 0:
             self._rest -= 1
             return state
-        modules = everything_in(self._roots)
+        modules = with_originals(self._root)
         guard = Guard(modules)
         self._state = state = State(guard if guard.watches else None, guard.why_blind, modules)
         if guard.watches:
@@ -140,14 +140,3 @@ class Kept:
 
 def _is_usual(train: Callable) -> bool:
     return train is nn.Module.train or train.__module__.partition(".")[0] == "mnv2_kernels"
-
-
-def everything_in(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """The modules and those inside them, with the originals of what `fuse` has put there."""
-    found: dict[nn.Module, None] = {}
-    for module in modules:
-        for inner in module.modules():
-            found[inner] = None
-            if isinstance(inner, StandIn):
-                found[inner.original] = None
-    return list(found)

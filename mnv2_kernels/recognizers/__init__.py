@@ -6,7 +6,7 @@ known of any class or library: what counts is what runs. docs/recognizers.md say
 """
 
 from .assemble import layers_of, spans_of
-from .checks import check_module, evaluation_mode, unrecorded
+from .checks import check_module, evaluation_mode, unrecorded, with_originals
 from .declined import Declined
 from .layers import AverageLayer, ConvLayer, Layer, LinearLayer, Reading, block_of
 from .read import (
@@ -45,4 +45,6 @@ __all__ = [
     "same_layers",
     "spans_of",
     "unrecorded",
+    "with_originals",
+    "with_originals",
 ]

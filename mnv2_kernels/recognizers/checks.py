@@ -21,7 +21,7 @@ from .declined import Declined, describe
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Functions that do something besides computing a result, or whose answer is another one later.
 _EFFECTS = {
-    *(print, open, input, exec, breakpoint, warnings.warn, torch.manual_seed),
+    *(print, open, input, exec, breakpoint, warnings.warn),
     *(torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.is_autocast_enabled),
     *(time.time, time.perf_counter, time.monotonic),
 }
@@ -150,7 +150,7 @@ def left_as_it_was(module: nn.Module) -> Iterator[None]:
     """What runs inside may not change the attributes or the tensors of a module: this puts the
     attributes back and declines.
     """
-    modules = _with_originals(module)
+    modules = with_originals(module)
     before = [_state_of(m) for m in modules]
     tensors = [*module.parameters(), *module.buffers()]
     versions = [_version_of(t) for t in tensors]
@@ -172,7 +172,7 @@ def left_as_it_was(module: nn.Module) -> Iterator[None]:
         raise Declined("its forward changes a parameter or a buffer")
 
 
-def _with_originals(module: nn.Module) -> list[nn.Module]:
+def with_originals(module: nn.Module) -> list[nn.Module]:
     """All modules inside; what stands in for another module runs the forward of that one."""
     modules = list(module.modules())
     return modules + [
@@ -223,7 +223,7 @@ def _same_content(value, content) -> bool:
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """The flags of all modules inside alone: no `train` or `eval` is called."""
-    before = {inner: inner.training for inner in _with_originals(module)}
+    before = {inner: inner.training for inner in with_originals(module)}
     try:
         for inner in before:
             inner.training = False

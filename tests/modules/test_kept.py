@@ -170,3 +170,24 @@ def test_models_that_were_called_are_collected():
         del model
         gc.collect()
         assert not any(module() for module in gone)
+
+
+class AddsOnRequest(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = InvertedResidual(8, 8, 1, 2).conv
+
+    def forward(self, x, adds=True):
+        y = self.conv(x)
+        return x + y if adds else y
+
+
+@torch.no_grad()
+def test_a_call_that_fails_says_nothing_of_others_with_its_arguments():
+    """What is kept for further arguments was read with them."""
+    original = AddsOnRequest().eval()
+    fused, x = mk.fuse(original), torch.randn(1, 8, 6, 5)
+    with pytest.raises(RuntimeError, match="channels"):
+        fused(torch.randn(1, 9, 6, 5), False)
+    for adds in (False, True):
+        torch.testing.assert_close(fused(x, adds), original(x, adds))
