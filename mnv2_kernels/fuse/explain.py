@@ -73,7 +73,8 @@ class Report(tuple[Row, ...]):
         else:
             sentences.append("No inverted residual block was found.")
         reasons = Counter(row.reason for row in self if row.reason is not None)
-        sentences += [f"{count} do not: {reason}." for reason, count in reasons.most_common(3)]
+        for reason, count in reasons.most_common(3):
+            sentences.append(f"{count} {'does' if count == 1 else 'do'} not: {reason}.")
         if self.outside:
             names = ", ".join(self.outside[:3]) + (", ..." if len(self.outside) > 3 else "")
             count = len(self.outside)

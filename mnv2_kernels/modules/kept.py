@@ -12,11 +12,11 @@ from .guard import Change, Guard
 
 # Entries of a state: one for every shape or further argument that a forward depends on.
 _MOST = 32
-# Changes of structure one after the other, with no call in between that saw none, from which on
-# the layers run for a while: reading takes longer than they do.
+# After more changes of structure than this in consecutive calls, the layers run for a while:
+# reading the forward takes longer than they do.
 _PATIENCE = 3
 _LONGEST_REST = 256  # calls
-# The same where changes cannot be seen, which costs less to find out.
+# Calls until the next attempt where changes cannot be seen.
 _BLIND_REST = 16
 
 
@@ -63,8 +63,10 @@ class State:
         self._of_weights = (guard and guard.version, Entries())
 
     def of_weights(self) -> Entries:
-        """What depends on the values of weights. Taken before these are read, for no value of old
-        weights to be kept among those of newer ones.
+        """Results of the weights as they are now.
+
+        Call this before reading a weight: a result of old weights is then never kept as one of new
+        weights.
         """
         version, entries = self._of_weights
         if version != self.guard.version:
@@ -89,7 +91,7 @@ class State:
 class Kept:
     """The state of a module and of all inside it, looked at before every use.
 
-    Copies, by `copy.deepcopy` or pickle, find out for themselves.
+    Copies, by `copy.deepcopy` or pickle, begin with nothing known.
     """
 
     def __init__(self, root: nn.Module):
@@ -114,7 +116,7 @@ class Kept:
             self._restless += 1
             if self._restless > _PATIENCE:
                 self._rest = min(2 ** (self._restless - _PATIENCE), _LONGEST_REST)
-                self._state = State(None, "it has changed in every call for a while")
+                self._state = State(None, "its modules have changed before each of the last calls")
                 return self._state
         elif state is not None and self._rest > 0:
             self._rest -= 1

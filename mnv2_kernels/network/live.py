@@ -30,7 +30,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The calls up to `stop` as layers; none where the call has to be made itself."""
+    """The layers of the calls up to `stop`; no layers where a call must be made by itself."""
 
     layers: tuple[Layer, ...]
     stop: int

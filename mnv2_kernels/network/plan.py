@@ -292,7 +292,7 @@ def plan(
             ):
                 raise Declined("its forward depends on the number of images")
         layers = reading.layers
-        # What need not be folded would be shared with the model.
+        # Weights that need no folding would share memory with the model.
         named = deepcopy(lower(layers, names_of(layers, model)))
     except Declined as reason:
         kind = type(model).__name__

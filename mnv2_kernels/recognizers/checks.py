@@ -26,7 +26,8 @@ _EFFECTS = {
     *(time.time, time.perf_counter, time.monotonic),
 }
 _MODULES_WITH_EFFECTS = ("logging", "random", "subprocess")
-# Who calls a forward: the nearest of PyTorch and of this package, if the forward has asked.
+# These call a forward. Where one of them is the nearest caller from PyTorch or this package, the
+# forward itself has made the call.
 _CALLERS = ("torch.nn.modules.module", f"{__package__}.read")
 
 
@@ -54,7 +55,7 @@ def overrides_call(module: nn.Module) -> bool:
 def check_untouched(module: nn.Module) -> None:
     """Decline where a call of a module inside would be missed, or where tensors cannot be folded.
 
-    The hooks of `module` itself are no matter: they are called before and after its forward.
+    Hooks of `module` itself do not matter: they are called before and after its forward.
     """
     for name, inner in module.named_modules():
         where = f"{name} ({describe(inner)})" if name else "this very module"
@@ -86,7 +87,7 @@ def _redefines_functions(kind: type[torch.Tensor]) -> bool:
 
 
 def _is_asked_by_forward(frame: FrameType | None) -> bool:
-    """Whether a forward has led to a call, and neither PyTorch nor what records here."""
+    """Whether the forward made a call itself, and not PyTorch or this package on its behalf."""
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
         if name.startswith(("torch.", __package__)):
@@ -99,8 +100,8 @@ def _is_asked_by_forward(frame: FrameType | None) -> bool:
 def only_computing() -> Iterator[None]:
     """Declines if functions are called from outside of PyTorch that do more than compute.
 
-    Nothing is seen while another profiler of Python runs. Garbage is not collected meanwhile: that
-    calls functions of others.
+    Nothing is seen while another Python profiler runs. Garbage collection is off meanwhile, since
+    it may call finalizers.
     """
     called: list[str] = []
 
@@ -173,7 +174,7 @@ def left_as_it_was(module: nn.Module) -> Iterator[None]:
 
 
 def with_originals(module: nn.Module) -> list[nn.Module]:
-    """All modules inside; what stands in for another module runs the forward of that one."""
+    """All modules inside, and the originals whose forwards stand-ins among them run."""
     modules = list(module.modules())
     return modules + [
         m for inner in modules if isinstance(m := vars(inner).get("original"), nn.Module)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..block.config import Clip, Padding
 from .declined import Declined, describe
 
-# Filled by `operations`: what a PyTorch function means to a trace, called with the trace and the
-# function's arguments.
+# PyTorch function -> what records it, called with the trace and the function's arguments. The
+# module `operations` fills it.
 OPERATIONS: dict[Callable, Callable] = {}
 
 
@@ -83,11 +83,11 @@ class Recorded(Tensor):
 
     node: Node
     trace: "Trace"
-    is_shared: bool  # with another tensor, or the same one by its strides
+    is_shared: bool  # Another tensor may have the same memory.
 
     @property
     def sizes(self) -> torch.Size:
-        """The shape, for whom it does not matter that somebody has looked at it."""
+        """The shape, read without making the reading one of this shape alone."""
         return self.trace.shapes[self.node]
 
     @classmethod
@@ -98,7 +98,7 @@ class Recorded(Tensor):
                 try:
                     return trace.record(function, args, kwargs or {})
                 except Declined as reason:
-                    # The forward may catch it, and go on in another way than it would.
+                    # The forward may catch the exception and take another branch.
                     trace.reason = reason
                     raise
         raise Declined(f"{_name_of(function)} is an operation that cannot be followed")
@@ -166,7 +166,7 @@ class Trace:
     def replace(self, old: Recorded, node: Node) -> Recorded:
         """`old` after an operation in place."""
         if old.is_shared:
-            raise Declined("an operation in place may change a tensor that has another name too")
+            raise Declined("an operation in place may change the memory of another tensor too")
         self.shapes[node] = self.shapes[old.node]
         self.made.append(node)
         old.node = node
