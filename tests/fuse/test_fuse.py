@@ -8,7 +8,12 @@ import timm
 import torch
 import torchvision
 from efficientnet_lite_pytorch import EfficientNet
-from foreign_blocks import Flat, flow, largest_difference, randomise
+from foreign_blocks import (
+    Flat,
+    flow,
+    largest_difference,
+)
+from same_answers import randomise
 from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 

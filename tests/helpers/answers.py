@@ -1,7 +1,7 @@
 """A torchvision block, what a model answers, and that it still answers so."""
 
 import torch
-from foreign_blocks import randomise
+from same_answers import randomise
 from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 

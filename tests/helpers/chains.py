@@ -1,7 +1,10 @@
 """Chains of layers as children of an nn.Sequential, fused and compared."""
 
 import torch
-from foreign_blocks import conv_norm_act, randomise
+from foreign_blocks import (
+    conv_norm_act,
+)
+from same_answers import randomise
 from torch import nn
 
 import mnv2_kernels as mk

@@ -19,18 +19,6 @@ from transformers.models.mobilenet_v2.modeling_mobilenet_v2 import (
 from transformers.models.mobilevit.modeling_mobilevit import MobileViTInvertedResidual
 
 
-def randomise(module: nn.Module) -> nn.Module:
-    """The module in evaluation mode; every batch norm with statistics and weights of its own."""
-    for norm in module.modules():
-        if getattr(norm, "running_mean", None) is not None:
-            norm.running_mean.normal_()
-            norm.running_var.uniform_(0.5, 1.5)
-            if norm.weight is not None:
-                nn.init.uniform_(norm.weight, 0.5, 1.5)
-                nn.init.normal_(norm.bias)
-    return module.eval()
-
-
 def conv_norm_act(
     in_channels, out_channels, kernel=1, stride=1, groups=1, act=nn.ReLU6, padding=None, **kwargs
 ) -> list[nn.Module]:

@@ -1,7 +1,11 @@
 """A plain block and the same block fused, one pair a family, for tests of fused modules."""
 
 import torch
-from foreign_blocks import largest_difference, lukemelas, randomise
+from foreign_blocks import (
+    largest_difference,
+    lukemelas,
+)
+from same_answers import randomise
 from timm.models._efficientnet_blocks import InvertedResidual as TimmBlock
 from torch import nn
 from torchvision.models.mnasnet import _InvertedResidual as MnasnetBlock

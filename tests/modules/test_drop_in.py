@@ -5,8 +5,13 @@ import copy
 import pytest
 import torch
 from efficientnet_lite_pytorch.model import MBConvBlock
-from foreign_blocks import largest_difference, lukemelas, mobilenet_v1_pair, randomise
+from foreign_blocks import (
+    largest_difference,
+    lukemelas,
+    mobilenet_v1_pair,
+)
 from fused_pairs import assert_same, image
+from same_answers import randomise
 from timm.models._efficientnet_blocks import InvertedResidual as TimmBlock
 from torch import nn
 from torchvision.models.mnasnet import _InvertedResidual as MnasnetBlock

@@ -8,8 +8,14 @@ import pytest
 import timm
 import torch
 import torchvision
-from foreign_blocks import Flat, flow, largest_difference, lukemelas, randomise
+from foreign_blocks import (
+    Flat,
+    flow,
+    largest_difference,
+    lukemelas,
+)
 from fused_pairs import make_pair
+from same_answers import randomise
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock

@@ -5,7 +5,10 @@ from copy import deepcopy
 import cases
 import pytest
 import torch
-from foreign_blocks import largest_difference, randomise
+from foreign_blocks import (
+    largest_difference,
+)
+from same_answers import randomise
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint

@@ -7,8 +7,13 @@ import pickle
 import pytest
 import torch
 import torchvision
-from foreign_blocks import Flat, flow, largest_difference, randomise
+from foreign_blocks import (
+    Flat,
+    flow,
+    largest_difference,
+)
 from fused_pairs import assert_same, image
+from same_answers import randomise
 from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 

@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 from cases import Case, expect, make_inputs, why_wrong
-from foreign_blocks import randomise
+from same_answers import randomise
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
 from torch.library import opcheck

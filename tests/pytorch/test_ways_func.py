@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from closeness import close
-from foreign_blocks import randomise
+from same_answers import randomise
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp, vmap

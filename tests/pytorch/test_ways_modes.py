@@ -5,7 +5,10 @@ import copy
 import pytest
 import torch
 from closeness import close
-from foreign_blocks import largest_difference, randomise
+from foreign_blocks import (
+    largest_difference,
+)
+from same_answers import randomise
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.testing._internal.two_tensor import TwoTensor

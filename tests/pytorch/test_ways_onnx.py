@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from foreign_blocks import randomise
+from same_answers import randomise
 from timm.models._efficientnet_blocks import InvertedResidual as TimmBlock
 from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock

@@ -36,13 +36,13 @@ from foreign_blocks import (
     lukemelas,
     mobile_vit_block,
     old_timm_same,
-    randomise,
     smp_block,
     timm_block,
     transformers_block,
     universal_block,
     v3,
 )
+from same_answers import randomise
 from timm.models._efficientnet_blocks import (
     CondConvResidual,
     EdgeResidual,

@@ -22,13 +22,13 @@ from foreign_blocks import (
     mmcv_block,
     mobilenet_v1_pair,
     old_timm_same,
-    randomise,
     smp_block,
     timm_block,
     transformers_block,
     universal_block,
     v3,
 )
+from same_answers import randomise
 from timm.layers import Conv2dSame, SeparableConv2d, SeparableConvNormAct
 from timm.layers.norm_act import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models._efficientnet_blocks import (

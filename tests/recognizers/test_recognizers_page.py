@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign_blocks import Flat, flow, largest_difference, randomise
+from foreign_blocks import (
+    Flat,
+    flow,
+    largest_difference,
+)
+from same_answers import randomise
 from torch import nn
 
 import mnv2_kernels as mk

@@ -9,10 +9,10 @@ from foreign_blocks import (
     conv_norm_act,
     lukemelas,
     old_timm_same,
-    randomise,
     smp_block,
     transformers_block,
 )
+from same_answers import randomise
 from timm.layers import Conv2dSame
 from torch import nn
 
