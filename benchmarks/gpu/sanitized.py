@@ -17,7 +17,7 @@ import triton.language as tl
 from mnv2_kernels import FoldedWeights, inverted_residual
 from mnv2_kernels.block.config import BlockConfig, same_padding
 from mnv2_kernels.ops import reference
-from mnv2_kernels.ops.backends import last_backend
+from mnv2_kernels.ops.backends import ran
 
 _PLAIN = BlockConfig(24, 72, 24, residual=True)
 # (block, height, width, batch): sizes that cut tiles short in every direction.
@@ -110,8 +110,9 @@ def check(number: int, dtype: torch.dtype, device: str, backend: str) -> None:
         name: getattr(config, name) for name in ("stride", "padding", "dilation", "residual")
     }
     moved = weights.to(device)
+    before = ran()
     y = inverted_residual(x.to(device), moved, backend=backend, **settings).cpu().double()
-    assert last_backend() == backend, f"{backend} must have run, {last_backend()} did"
+    assert ran() - before == {backend: 1}, f"{backend} must have run, got {ran() - before}"
     truth = reference.inverted_residual(x.double(), weights.to(torch.float64), **settings)
     error = ((y - truth).abs().max() / truth.abs().max()).item()
     allowed = TOLERANCE * torch.finfo(dtype).eps

@@ -185,9 +185,7 @@ def workload(candidate: Candidate, dtype: torch.dtype, batch: int) -> tuple[Tens
 
 
 def on_gpu(candidate: Candidate, x: Tensor, weights: FoldedWeights) -> Callable[[], Tensor]:
-    block = candidate.block
-    settings = (block.stride, block.padding, block.dilation, block.residual)
-    arguments = op_arguments(weights, *settings)
+    arguments = op_arguments(weights, candidate.block)
     return lambda: launch.inverted_residual(x, *arguments, config=candidate.config)
 
 

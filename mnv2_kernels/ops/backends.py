@@ -208,26 +208,18 @@ def check_backend(owner: str, name: object) -> None:
         raise ValueError(f"{owner}: backend must be one of {', '.join(names)}, got {name!r}")
 
 
-_last: str | None = None
-
-
 def choose(name: str | None, x: Tensor, block: Block | None = None) -> str:
     """The name of the backend that will run the block on x; raises where the asked-for one cannot.
 
     Only the choice among kernels for GPUs looks at the block.
     """
-    global _last
     if name is None:
-        for backend in BACKENDS:
-            if backend.why_not(x, block) is None:
-                _last = backend.name
-                return _last
+        return next(b.name for b in BACKENDS if b.why_not(x, block) is None)
     check_backend("inverted_residual", name)
     backend = next(b for b in BACKENDS if b.name == name)
     reason = backend.why_refused(x, block)
     if reason is not None:
         raise RuntimeError(f"inverted_residual: backend {name!r} cannot run here: {reason}")
-    _last = name
     return name
 
 
@@ -237,11 +229,7 @@ def is_for_layers(name: str | None, x: Tensor) -> bool:
     To be asked before anything else is: float64 layers take so long that nobody would fuse them
     for speed, and they should not take longer for having been fused.
     """
-    global _last
-    if name is not None or (x.dtype in _DTYPES and x.device.type in _DEVICES):
-        return False
-    _last = "reference"
-    return True
+    return name is None and not (x.dtype in _DTYPES and x.device.type in _DEVICES)
 
 
 def why_no_kernel(x: Tensor, block: Block | None = None) -> str | None:
@@ -258,16 +246,11 @@ def count(name: str) -> None:
     _ran[name] += 1
 
 
-def ran() -> dict[str, int]:
+def ran() -> Counter[str]:
     """How often each backend has run a block in this process, and "network" several layers as one
     call: for tests and diagnosis. Compiled programs are not counted.
     """
-    return dict(_ran)
-
-
-def last_backend() -> str | None:
-    """Name of the backend that `choose` returned last in this process: for tests and diagnosis."""
-    return _last
+    return _ran.copy()
 
 
 def backends() -> dict[str, str]:

@@ -77,7 +77,7 @@ def run_plugin(folder: Path, source: str, seconds: float, *options: str):
     """(exit code, outcome by name, launches by place) of tests run as on the device."""
     (folder / "test_it.py").write_text(source)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null"]
-    command += ["-p", "benchmarks.gpu.device_tests", *options, str(folder)]
+    command += ["-p", "benchmarks.gpu.checks", *options, str(folder)]
     code, _ = gpu_checks.child(command, seconds, MNV2_DEVICE_TESTS=str(folder))
     tests, launches = gpu_checks.kept(folder)
     return code, {name.rpartition("::")[2]: of for name, of in tests.items()}, launches

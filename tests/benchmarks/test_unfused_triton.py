@@ -28,10 +28,8 @@ SHAPES = [
 
 
 def run(case: cases.Case, x, weights):
-    config = case.config
-    settings = (config.stride, config.padding, config.dilation, config.residual)
     x = x.contiguous(memory_format=torch.channels_last)
-    return unfused_triton.inverted_residual(x, *op_arguments(weights, *settings))
+    return unfused_triton.inverted_residual(x, *op_arguments(weights, case.config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

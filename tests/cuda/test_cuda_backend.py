@@ -51,8 +51,9 @@ def chosen(case: Case, dtype: torch.dtype, backend: str | None = None) -> str:
     assert block == backends.Block.of(case.config, case.clips)
     name = backends.choose(backend, x, block)
     if name != "reference":
-        y = inverted_residual(x, weights, backend=backend, **case.settings)
-        assert y.is_cuda and y.dtype == dtype and cases.last_backend() == name
+        with cases.runs_on(name):
+            y = inverted_residual(x, weights, backend=backend, **case.settings)
+        assert y.is_cuda and y.dtype == dtype
     return name
 
 

@@ -13,6 +13,7 @@ import os
 import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import combinations, product
@@ -34,7 +35,7 @@ from mnv2_kernels.block.config import (
     same_padding,
 )
 from mnv2_kernels.ops import reference
-from mnv2_kernels.ops.backends import BACKENDS, last_backend
+from mnv2_kernels.ops.backends import BACKENDS, ran
 
 FLOOR = 8
 # Whether tests that have a short and a long form take the long one: `make test-long` asks for it.
@@ -190,9 +191,17 @@ def _errors(y: Tensor, truth: Tensor) -> tuple[float, float]:
 
 def run(backend: str, x: Tensor, weights: FoldedWeights, **settings) -> Tensor:
     """One call, which must have run on this backend and no other."""
-    y = inverted_residual(x, weights, backend=backend, **settings)
-    assert last_backend() == backend, f"asked for {backend}, {last_backend()} ran"
-    return y
+    with runs_on(backend):
+        return inverted_residual(x, weights, backend=backend, **settings)
+
+
+@contextmanager
+def runs_on(*backends: str) -> Iterator[None]:
+    """Fails unless what is called inside runs kernels on these backends and no others."""
+    before = ran()
+    yield
+    found = set(ran() - before)
+    assert found == set(backends), f"{backends} must run, got {found}"
 
 
 def pairwise(

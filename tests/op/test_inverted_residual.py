@@ -95,16 +95,16 @@ def _check_clips(case: Case) -> None:
 def test_other_dtypes_run_on_the_reference_unasked():
     case = cases.groups()["S4"][-1]
     x, weights = make_inputs(case, torch.float64)
-    y = inverted_residual(x, weights.to(torch.float64), **case.settings)
-    assert cases.last_backend() == "reference"
+    with cases.runs_on("reference"):
+        y = inverted_residual(x, weights.to(torch.float64), **case.settings)
     assert why_wrong(y, expect(case, x, weights.to(torch.float64))) is None
 
 
 def test_the_first_kernel_runs_unasked(kernel_backend, tested_dtype):
     case = cases.groups()["S4"][-1]
     x, weights = make_inputs(case, tested_dtype)
-    inverted_residual(x, weights, **case.settings)
-    assert cases.last_backend() == cases.kernel_backends()[0]
+    with cases.runs_on(cases.kernel_backends()[0]):
+        inverted_residual(x, weights, **case.settings)
 
 
 @pytest.mark.parametrize("group", ["S1-width1", "S4"])

@@ -34,7 +34,7 @@ BROKEN = {"CC": "/bin/false", "CXX": "/bin/false"}
 FORCE = {"MNV2_KERNELS_FORCE_BUILD": "1"}
 WITHOUT_EXTENSION = """
 import torch, mnv2_kernels as mk
-from mnv2_kernels.ops.backends import last_backend
+from mnv2_kernels.ops.backends import ran
 from mnv2_kernels.block.config import RELU6, NO_CLIP
 why = mk.backends()["cpu"]
 assert why.startswith("cannot run: the compiled extension is not available"), why
@@ -42,7 +42,7 @@ weights = mk.FoldedWeights(
     torch.randn(8, 48), torch.randn(48), torch.randn(3, 3, 48), torch.randn(48),
     torch.randn(48, 8), torch.randn(8), RELU6, RELU6, NO_CLIP)
 y = mk.inverted_residual(torch.randn(1, 8, 7, 7), weights, residual=True)
-assert y.shape == (1, 8, 7, 7) and last_backend() == "reference"
+assert y.shape == (1, 8, 7, 7) and ran() == {"reference": 1}
 """
 # The op, a fused network and a plan against plain layers in float64, and two commands.
 IN_A_CLEAN_ENVIRONMENT = """
@@ -50,7 +50,7 @@ import runpy, torch
 import mnv2_kernels as mk
 from mnv2_kernels.ops import reference
 from mnv2_kernels import _C
-from mnv2_kernels.ops.backends import last_backend
+from mnv2_kernels.ops.backends import ran
 
 assert _C.__file__.startswith(sys.prefix), _C.__file__
 torch.manual_seed(0)
@@ -58,7 +58,7 @@ x = torch.randn(2, 24, 15, 13)
 weights = mk.fold(mk.InvertedResidual(24, 24).eval())
 settings = dict(stride=1, padding=(1, 1, 1, 1), dilation=1, residual=True)
 y = mk.inverted_residual(x, weights, **settings)
-assert last_backend() == "cpu"
+assert ran() == {"cpu": 1}
 truth = reference.inverted_residual(x.double(), weights.to(torch.float64), **settings)
 torch.testing.assert_close(y.double(), truth, rtol=1e-4, atol=1e-4)
 model, images = mk.mobilenet_v2(0.35).eval(), torch.randn(2, 3, 64, 64)

@@ -26,7 +26,7 @@ needs_gloo = pytest.mark.skipif(
 def networks():
     """(plain, fused) of the same weights, the same in every process."""
     import torchvision_first  # noqa: F401
-    from foreign_blocks import randomise
+    from same_answers import randomise
     from torch import nn
     from torchvision.models.mobilenetv2 import InvertedResidual
 
