@@ -97,7 +97,9 @@ def why_not() -> str | None:
 
 
 LIBRARY = ROOT / "tests/cuda_on_cpu/library.cpp"
-EMULATOR = tuple(ROOT / "tests/cuda_on_cpu" / name for name in ("emulator.cpp", "control.cpp"))
+EMULATOR = tuple(
+    ROOT / "tests/cuda_on_cpu" / name for name in ("emulator.cpp", "memory.cpp", "control.cpp")
+)
 
 
 def build(
