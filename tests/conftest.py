@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,21 @@ def pytest_generate_tests(metafunc):
             )
         else:
             metafunc.parametrize(name, tested)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of each test that is marked as sampled, the short form runs a share of the cases, always the
+    same, and at least one."""
+    if cases.LONG:
+        return
+    kept, left_out, seen = [], [], set()
+    for item in items:
+        mark, test = item.get_closest_marker("sampled"), item.nodeid.partition("[")[0]
+        share = 1 if mark is None or test not in seen else mark.args[0]
+        seen.add(test)
+        (left_out if zlib.crc32(item.nodeid.encode()) % share else kept).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,8 @@ from mnv2_kernels import InvertedResidual, fuse
 from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
 from mnv2_kernels.ops.inverted_residual import op_arguments
 
+pytestmark = pytest.mark.sampled(2)
+
 SHAPES = [
     cases.Case(BlockConfig(8, 24, 8, residual=True), 5, 9, 2),
     cases.Case(BlockConfig(16, 40, 24, stride=2), 9, 6),

@@ -23,6 +23,8 @@ from mnv2_kernels.cli import classify, pretrained
 from mnv2_kernels.cli import main as cli
 from mnv2_kernels.cli.console import CannotRun
 
+pytestmark = pytest.mark.sampled(2)
+
 KINDS = classify.IMAGE_FORMATS
 
 

@@ -18,7 +18,7 @@ from special_values import skipping_reference, why_unlike
 
 from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
 
-pytestmark = needs_emulator
+pytestmark = [pytest.mark.sampled(4), needs_emulator]
 HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
 RESIDUAL, STRIDED = BlockConfig(24, 72, 24, residual=True), BlockConfig(16, 56, 24, 2)
 UNEVEN = replace(STRIDED, padding=(0, 1, 1, 2))

@@ -17,7 +17,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 
 import mnv2_kernels as mk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.sampled(2), pytest.mark.usefixtures("one_thread")]
 
 FIRST, NORM, CLIP = "conv.0.0", "conv.0.1", "conv.0.2"
 

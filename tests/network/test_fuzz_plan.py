@@ -91,7 +91,7 @@ def chains(draw) -> Network:
     dtype=torch.float16,
     layout=as_it_is,
 )
-@searched(150, 330)
+@searched(60, 330)
 @given(
     network=chains(),
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
@@ -130,6 +130,6 @@ def check_plan(covered, set_threads, network, size, dtype, layout):
 def test_random_plans(set_threads, part):
     covered = search(check_plan, part, set_threads)
     assert covered["planned"] >= at_least(covered["cases"] // 4), covered
-    assert min(covered["streams"], covered["refused"]) >= at_least(20), covered
+    assert min(covered["streams"], covered["refused"]) >= at_least(8), covered
     assert covered["steps"] >= at_least(3 * covered["planned"]), covered
-    assert min(covered[str(dtype)] for dtype in cases.DTYPES) >= at_least(8), covered
+    assert min(covered[str(dtype)] for dtype in cases.DTYPES) >= at_least(3), covered

@@ -231,8 +231,9 @@ def run_hostile_programs() -> None:
             torch.set_num_threads(threads)
             for i, value in enumerate(integers):
                 near = (value - 1, value + 1, value + 16, value - 16, 2 * value)
-                for other in {*HOSTILE, *integers, *near} - {value}:
-                    if not -(2**63) <= other < 2**63 or threads == 2 and other not in near:
+                values = sorted({*near} if threads == 2 else {*HOSTILE, *integers, *near})
+                for other in values if cases.LONG else values[i % 5 :: 5]:
+                    if not -(2**63) <= other < 2**63 or other == value:
                         continue
                     print(name, threads, i, value, other, flush=True)
                     changed = [*integers[:i], other, *integers[i + 1 :]]

@@ -54,7 +54,7 @@ def assert_near(y: Tensor, truth: Tensor, case: Case) -> None:
     )
 
 
-@searched(2000, 800)
+@searched(800, 800)
 @given(
     case=calls(extents=EXTENTS),
     layout=layouts(),

@@ -14,6 +14,8 @@ from special_values import skipping_reference, why_unlike
 from mnv2_kernels import FoldedWeights
 from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
 
+pytestmark = pytest.mark.sampled(2)
+
 
 def special(dtype: torch.dtype) -> tuple[float, ...]:
     return nan, inf, -inf, -0.0, torch.finfo(dtype).smallest_normal / 4

@@ -22,6 +22,8 @@ from mnv2_kernels.network.program import Block, Linear, Pool, Stem, Step
 from mnv2_kernels.profiling import memory_report, timing
 from mnv2_kernels.profiling.memory import allocations
 
+pytestmark = pytest.mark.sampled(2)
+
 needs_cpu_kernel = pytest.mark.skipif(
     "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
 )

@@ -11,6 +11,8 @@ from cases import Case, make_inputs, run
 from mnv2_kernels.block.config import BlockConfig, mobilenet_v2_block_inputs
 from mnv2_kernels.profiling import memory
 
+pytestmark = pytest.mark.sampled(2)
+
 WORKSPACE_PER_THREAD = 256 * 1024
 BLOCKS = [
     pytest.param(Case(config, size, size), id=f"{number}-{config.name}-{size}px")

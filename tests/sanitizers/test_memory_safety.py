@@ -22,6 +22,8 @@ from torch import Tensor
 
 from mnv2_kernels import FoldedWeights
 
+pytestmark = pytest.mark.sampled(2)
+
 TENSORS = ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
 BAND = 67
 LIBC = ctypes.CDLL(None, use_errno=True)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import cases
 import pytest
 import torch
-from cases import Case, expect, why_wrong
+from cases import LONG, Case, expect, why_wrong
 from triton_cases import (
     CONFIGS,
     DEVICE,
@@ -26,6 +26,8 @@ from triton_cases import (
 
 from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
 from mnv2_kernels.ops.triton.configs import PatchConfig
+
+pytestmark = pytest.mark.sampled(3)
 
 # For weights too large for the interpreter with the configuration that they would get.
 WIDE = replace(QUICK, patches=16, patch_h=1, patch_w=1, chunk=256, out_tiles=8)
@@ -106,7 +108,7 @@ def test_every_configuration(config, dtype):
     odd = Case(BlockConfig(37, 75, 45, stride=2, padding=(0, 1, 2, 0)), 6, 7)
     residual = Case(BlockConfig(20, 50, 20, residual=True), 5, 4, clips=(RELU6, RELU6, RELU6))
     wrong = {}
-    for case in (odd, residual, *HALVES[4::6]):
+    for case in (odd, residual, *HALVES[4 :: 6 if LONG else 18]):
         if case not in (odd, residual) and steps(case, config) > 600:
             continue
         x, weights = make_inputs(case, dtype)

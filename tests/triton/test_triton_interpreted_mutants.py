@@ -25,6 +25,8 @@ from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
 from mnv2_kernels.ops.triton import interpreter, patch
 from mnv2_kernels.ops.triton.configs import PatchConfig
 
+pytestmark = pytest.mark.sampled(4)
+
 
 def whole_source() -> str:
     """The kernel's module with the source of those it imports from its package put in place."""
