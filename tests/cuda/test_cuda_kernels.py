@@ -50,7 +50,11 @@ STRIDED = BlockConfig(24, 72, 32, stride=2, padding=(0, 1, 1, 1))
 WIDE = BlockConfig(8, 40, 24, kernel_size=5, dilation=2, padding=(8, 4, 0, 3))
 # What is looked at more closely: small, odd, and different in kind.
 CLOSE = {
-    "patch": [Case(OCTETS, 21, 22), Case(STRIDED, 41, 42, clips=(RELU, RELU, NO_CLIP))],
+    "patch": [
+        Case(OCTETS, 21, 22),
+        Case(BlockConfig(16, 40, 24), 20, 21),
+        Case(STRIDED, 41, 42, clips=(RELU, RELU, NO_CLIP)),
+    ],
     "tile": [
         Case(OCTETS, 5, 6),
         Case(STRIDED, 7, 9, clips=(RELU, RELU, NO_CLIP)),

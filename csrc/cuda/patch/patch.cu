@@ -115,7 +115,8 @@ __global__ void __launch_bounds__(kPatchThreads, BlocksPerMultiprocessor)
                 }
                 project<T, Sizes, HalfSums>(
                     shared + weights.project + chunk * kPatchChunk * Sizes::kOut * 2, lane,
-                    arguments.uppers, depthwise, sums);
+                    chunk * kPatchChunk + 8 < call.hidden_channels, arguments.uppers, depthwise,
+                    sums);
             }
             if (patch < patches) {
                 at = position<Sizes>(tile, number);
