@@ -50,7 +50,7 @@ def workload():
 
 
 def test_a_dry_run_goes_all_the_way(tmp_path):
-    parts = "build,device,sanitizer,tune,blocks,network"
+    parts = "build,device,sanitizer-cuda,tune,blocks,network"
     done = suite("--dry-run", "--out", str(tmp_path), "--parts", parts, "--commit", "abc")
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"{part:<10} ok" in done.stdout for part in parts.split(","))

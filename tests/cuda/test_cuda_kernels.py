@@ -153,6 +153,19 @@ def test_neither_the_schedule_nor_the_grid_changes_a_bit(library, dtype):
             assert torch.equal(again.view(BITS[dtype]), y.view(BITS[dtype])), case.id
 
 
+def test_clusters_are_as_large_as_the_gpu_can_place():
+    """The emulator refuses larger ones. The bits are the same."""
+    library = emulated_cuda.library("tile")
+    case = Case(BlockConfig(64, 384, 64, residual=True), 14, 14)
+    x, weights = make_inputs(case, torch.float16)
+    results, blocks = [], {}
+    for most in (8, 5, 2, 1):
+        results.append(run(library, x, weights, case, device=replace(H200, cluster=most)))
+        blocks[most] = library.counts.blocks
+    assert all(torch.equal(y, results[0]) for y in results)
+    assert blocks[8] != blocks[1], "a cluster is the best plan where it can be placed"
+
+
 @each_kernel
 def test_an_image_has_the_same_bits_in_every_batch(library, dtype):
     for case, x, weights in of_two_kinds(library, dtype):
