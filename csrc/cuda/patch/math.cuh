@@ -135,10 +135,8 @@ MNV2_DEVICE void load_expand(SharedAddress chunk, int lane, uint32_t (&operands)
     }
 }
 
-// Sums of a second group of 8 hidden channels that is not there count as 0: an infinity in x makes
-// them NaN.
 template <class T, class Sizes, bool HalfSums>
-MNV2_DEVICE void project(SharedAddress chunk, int lane, bool both_groups, const Uppers& upper,
+MNV2_DEVICE void project(SharedAddress chunk, int lane, const Uppers& upper,
                          const Depthwise<T, Sizes, HalfSums>& depthwise,
                          float (&sums)[Sizes::kPixels / 2][Sizes::kOutTiles][4]) {
     Pair operands[Sizes::kPixels / 2][4];
@@ -146,9 +144,7 @@ MNV2_DEVICE void project(SharedAddress chunk, int lane, bool both_groups, const 
     for (int i = 0; i < Sizes::kPixels / 2; i++) {
 #pragma unroll
         for (int part = 0; part < 4; part++)
-            operands[i][part] = part < 2 || both_groups
-                                    ? depthwise.clipped_sum(part / 2, 2 * i + part % 2, upper)
-                                    : 0u;
+            operands[i][part] = depthwise.clipped_sum(part / 2, 2 * i + part % 2, upper);
     }
 #pragma unroll
     for (int j = 0; j < Sizes::kOutTiles; j += 2) {
