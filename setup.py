@@ -47,12 +47,16 @@ CPU_SOURCES = [
 ]
 CUDA_SOURCES = [
     "csrc/torch/ops_cuda.cpp",
+    "csrc/cuda/device.cu",
     "csrc/cuda/patch/patch.cu",
     "csrc/cuda/tile/tile.cu",
     "csrc/cuda/generic/generic.cu",
 ]
-# Code for these compute capabilities, and for later ones what the driver compiles at first use.
-CUDA_CAPABILITIES = ("80", "90")
+# Code for those of these compute capabilities that nvcc knows, and for later ones what the driver
+# compiles at first use.
+CUDA_CAPABILITIES = ("80", "90", "100", "120")
+# Entries of TORCH_CUDA_ARCH_LIST, torch's names among them, that are too old for the kernels.
+OLD_ARCHITECTURES = r"[1-7]\.|Kepler|Maxwell|Pascal|Volta|Turing"
 # torch takes these conversions and operators of CUDA's types away; the kernels use them.
 TAKEN_AWAY = ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
 
@@ -92,14 +96,18 @@ def write_headers(why_no_cuda: str | None) -> None:
 
 def nvcc_version() -> str | None:
     """The CUDA version of the compiler that torch would call, None where there is none."""
-    from torch.utils.cpp_extension import CUDA_HOME
-
     try:
-        command = [str(Path(CUDA_HOME or "", "bin", "nvcc")), "--version"]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return re.search(r"release (\d+\.\d+)", nvcc_says("--version"))[1]
     except (OSError, subprocess.CalledProcessError):
         return None
-    return re.search(r"release (\d+\.\d+)", printed)[1]
+
+
+def nvcc_says(option: str) -> str:
+    """What the compiler that torch would call prints."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    command = [str(Path(CUDA_HOME or "", "bin", "nvcc")), option]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def why_no_cuda() -> str | None:
@@ -121,10 +129,27 @@ def why_no_cuda() -> str | None:
 def architecture_flags() -> list[str]:
     """For nvcc; none where TORCH_CUDA_ARCH_LIST is set, which torch turns into flags itself."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        drop_old_architectures()
         return []
-    last = CUDA_CAPABILITIES[-1]
-    codes = [(c, f"sm_{c}") for c in CUDA_CAPABILITIES] + [(last, f"compute_{last}")]
+    codes = nvcc_says("--list-gpu-code").split()
+    known = [c for c in CUDA_CAPABILITIES if f"sm_{c}" in codes]
+    codes = [(c, f"sm_{c}") for c in known] + [(known[-1], f"compute_{known[-1]}")]
     return [f"-gencode=arch=compute_{c},code={code}" for c, code in codes]
+
+
+def drop_old_architectures() -> None:
+    """Take GPUs that the kernels do not run on out of TORCH_CUDA_ARCH_LIST, and say so."""
+    entries = re.split(r"[ ;]+", os.environ["TORCH_CUDA_ARCH_LIST"].strip())
+    old = [entry for entry in entries if re.match(OLD_ARCHITECTURES, entry)]
+    if not old:
+        return
+    print(
+        f"mnv2_kernels: GPUs must be of compute capability 8.0 or later; {', '.join(old)} of"
+        " TORCH_CUDA_ARCH_LIST are left out",
+        file=sys.stderr,
+    )
+    left = [entry for entry in entries if entry not in old]
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(left or [f"{CUDA_CAPABILITIES[0][:-1]}.0"])
 
 
 def module(cuda: bool):
@@ -135,8 +160,9 @@ def module(cuda: bool):
     # Python's own flags may ask for debug information, ten times as large as the code.
     debug = [] if enabled("DEBUG") else ["-g0"]
     cxx = [*optimise, *debug, "-fopenmp", "-fvisibility=hidden", "-Wall"]
-    nvcc = [*optimise, "-Xcompiler=-fvisibility=hidden", *architecture_flags()]
+    nvcc = [*optimise, "-Xcompiler=-fvisibility=hidden"]
     nvcc += [f"-U__CUDA_NO_{name}__" for name in TAKEN_AWAY]
+    nvcc += architecture_flags() if cuda else []
     headers = (".h", ".inc", ".cuh")
     return (CUDAExtension if cuda else CppExtension)(
         "mnv2_kernels._C",

@@ -1,5 +1,6 @@
 """What a row of results must say about the machine and the software that it came from."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from mnv2_kernels.profiling import timing
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("mnv2_kernels", "csrc", "setup.py")
 
 
 @cache
@@ -66,14 +68,24 @@ def cache_sizes() -> dict[str, str | None]:
     return sizes
 
 
-def commit() -> str | None:
-    """The checked-out commit, with a + where sources differ from it; None outside a repository."""
+def commit() -> str:
+    """The checked-out commit, with a + where sources differ from it; a hash of the sources outside
+    a repository."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        changed = _git("status", "--porcelain", "--", "mnv2_kernels", "csrc", "setup.py")
+        changed = _git("status", "--porcelain", "--", *SOURCES)
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return f"sources {_hash()}"
     return head + ("+" if changed else "")
+
+
+def _hash() -> str:
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        for path in sorted([ROOT / name, *(ROOT / name).rglob("*")]):
+            if path.is_file() and path.suffix not in (".so", ".pyc"):
+                digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _git(*arguments: str) -> str:

@@ -41,9 +41,12 @@ SUMMARIES = {
     "synccheck": r"ERROR SUMMARY: 0 errors",
 }
 OPTIONS = {"memcheck": ["--padding", "2048"]}
+# Tools that take a hundred times as long as the kernels get one call of so many.
+EVERY = {"racecheck": 6}
 SCRIPT = [sys.executable, "-m", "benchmarks.gpu.sanitized"]
 TAIL = 3000
-DEVICE_TESTS = ("test_triton*.py", "test_cuda_gpu.py")
+FIRST = "test_cuda_gpu.py"
+DEVICE_TESTS = ("test_triton*.py", FIRST)
 # Of no use on the device: one is interpreted by design, one compiles for other GPUs for minutes.
 LEFT_OUT = ("test_triton_interpreted_mutants.py", "test_triton_code.py")
 # Left to a part to write its rows in, what its process took to start included.
@@ -72,7 +75,7 @@ def run_build(context: Context) -> None:
         PATH=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
         MAX_JOBS=str(JOBS),
         MNV2_KERNELS_SKIP_CPP="0",
-        TORCH_CUDA_ARCH_LIST="",
+        TORCH_CUDA_ARCH_LIST="{}.{}".format(*torch.cuda.get_device_capability()),
         MNV2_KERNELS_FORCE_BUILD="1",
         MNV2_KERNELS_CUDA="1",
     )
@@ -107,16 +110,19 @@ def run_tests(context: Context) -> None:
             in a test whose name does not say so.
     """
     files = device_files()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if context.dry_run:
-        code, output = child([*command, "--collect-only"], context.left())
+        code, output = child([*command, *files, "--collect-only"], context.left())
         context.keep([{"suite": "gpu_tests", "exit_code": code, "output": output[-TAIL:]}])
         return
     command += ["-p", "benchmarks.gpu.checks"]
-    rounds = [[]]
-    if importlib.util.find_spec("xdist"):
+    # First what matters most and compiles nothing.
+    first = [file for file in files if Path(file).name == FIRST]
+    rounds = []
+    for some in (first, [file for file in files if file not in first]):
         # What needs most of the memory runs alone.
-        rounds = [["-n", "8", "-m", "not serial"], ["-m", "serial"]]
+        at_once = [["-n", "8", "-m", "not serial"], ["-m", "serial"]]
+        rounds += [[*some, *o] for o in (at_once if importlib.util.find_spec("xdist") else [[]])]
     code, output = 0, ""
     with tempfile.TemporaryDirectory() as folder:
         for options in rounds:
@@ -255,8 +261,8 @@ def pytest_unconfigure(config):
     keep_launches()
 
 
-def run_sanitizer(context: Context) -> None:
-    """Suite `gpu_sanitizer`: a seeded bug that must be found, then our kernels under every tool.
+def run_sanitizer(context: Context, backend: str) -> None:
+    """Suite `gpu_sanitizer`: a seeded bug that must be found, then a backend under every tool.
 
     Raises:
         Failed: the tool is missing, misses the seeded bug, or finds something in ours.
@@ -268,19 +274,20 @@ def run_sanitizer(context: Context) -> None:
     if not Path(sanitizer).exists():
         context.skip("gpu_sanitizer", "no compute-sanitizer on this machine")
         raise Failed("sanitizer: compute-sanitizer must be on PATH or in /usr/local/cuda/bin")
-    scripts = {name: [*SCRIPT, "--backend", name] for name in CALLS}
+    script = [*SCRIPT, "--backend", backend]
+    # Compiles what Triton has not yet, so that no tool has to wait for that.
+    code, output = child(script, context.left())
+    if code != 0:
+        row = {"suite": "gpu_sanitizer", "tool": None, "backend": backend, "exit_code": code}
+        context.keep([row | {"output": output[-TAIL:]}])
+        raise Failed(f"{backend}: the script must pass without a tool, it ended with {code}")
     wrong = []
-    for name, script in list(scripts.items()):
-        # Compiles what Triton has not yet, so that no tool has to wait for that.
-        code, output = child(script, context.left())
-        if code != 0:
-            row = {"suite": "gpu_sanitizer", "tool": None, "backend": name, "exit_code": code}
-            context.keep([row | {"output": output[-TAIL:]}])
-            wrong.append(f"{name}: the script must pass without a tool, it ended with {code}")
-            del scripts[name]
-    runs = [("memcheck", None, [*SCRIPT, "--seeded-bug"])] if scripts else []
-    runs += [(tool, name, script) for tool in SUMMARIES for name, script in scripts.items()]
-    for i, (tool, name, script) in enumerate(runs):
+    runs = [("memcheck", None, 1, [*SCRIPT, "--seeded-bug"])]
+    for tool in SUMMARIES:
+        every = EVERY.get(tool, 1)
+        calls = len(CALLS[backend][::every])
+        runs.append((tool, backend, calls, [*script, "--every", str(every)]))
+    for i, (tool, name, calls, script) in enumerate(runs):
         labels = {"tool": tool, "backend": name, "seeded_bug": name is None}
         what = f"{tool} of {name or 'the seeded bug'}"
         if context.left() < 10:
@@ -295,9 +302,9 @@ def run_sanitizer(context: Context) -> None:
         if name is None:
             reason = found_the_bug(tool, code, output)
         else:
-            reason = found_nothing(tool, code, output, calls=len(CALLS[name]))
+            reason = found_nothing(tool, code, output, calls=calls)
         row = {"suite": "gpu_sanitizer", **labels, "exit_code": code, "passed": reason is None}
-        row["calls"] = len(CALLS[name]) if name else 1
+        row["calls"] = calls
         context.keep(
             [row | ({} if reason is None else {"reason": reason, "output": output[-TAIL:]})]
         )

@@ -130,8 +130,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeded-bug", action="store_true", help="store out of bounds instead")
     parser.add_argument("--backend", choices=CALLS, default="cuda")
+    parser.add_argument("--every", type=int, default=1, help="leave out all calls but one of these")
     options = parser.parse_args()
-    calls = [] if options.seeded_bug else CALLS[options.backend]
+    calls = [] if options.seeded_bug else CALLS[options.backend][:: options.every]
     if options.seeded_bug:
         y = torch.empty(1000, device="cuda")
         store_one_too_many[(1,)](y, y.numel(), BLOCK=1024)

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +65,8 @@ PARTS = {
     "build": Part(run_build, 6),
     "device": Part(run_device, 1),
     "tests": Part(run_tests, 3),
-    "sanitizer": Part(run_sanitizer, 3),
+    "sanitizer-cuda": Part(partial(run_sanitizer, backend="cuda"), 3),
+    "sanitizer-triton": Part(partial(run_sanitizer, backend="triton"), 2),
     "tune": Part(run_tune, 3),
     "blocks": Part(run_blocks, 4),
     "network": Part(run_network, 5),

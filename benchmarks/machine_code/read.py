@@ -70,7 +70,9 @@ def read_listing(text: str) -> Listing:
         elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             instructions.append(code[1].strip())
     # What follows the exit is padding and a branch to itself.
-    last_exit = max(i for i, text in enumerate(instructions) if opcode(text) == "EXIT")
+    # A kernel that only traps has none.
+    exits = [i for i, text in enumerate(instructions) if opcode(text) == "EXIT"]
+    last_exit = max(exits, default=len(instructions) - 1)
     instructions = instructions[: last_exit + 1]
     loops = []
     for i, text in enumerate(instructions):

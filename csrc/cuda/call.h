@@ -11,6 +11,7 @@ struct Device {
     int multiprocessors;
     int shared_bytes;  // of shared memory that one block of threads can have
     int capability;    // 80, 90, ...
+    int cluster = 8;   // blocks of the largest cluster that it can place
 };
 
 // Shared memory that a block of threads can have on every GPU of capability 8.0 and later.

@@ -1,4 +1,4 @@
-// The functions that launch the kernels on a stream. They check nothing, allocate
+// The functions that launch the kernels on a stream of the current GPU. They check nothing, allocate
 // nothing and wait for nothing; sizes.N is at least 1.
 #pragma once
 #include <cuda_runtime_api.h>
@@ -7,6 +7,10 @@
 #include "choose.h"
 
 namespace mnv2::cuda {
+
+// What a launch needs to know of the current GPU, which has this index. An error where this build
+// has no code for it.
+cudaError_t describe(int index, Device& device);
 
 cudaError_t run_patch(const Call& call, const Device& device, cudaStream_t stream);
 cudaError_t run_tile(const Call& call, const Device& device, cudaStream_t stream);

@@ -150,12 +150,15 @@ MNV2_DEVICE void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending));
 }
 
-// ---- Clusters: blocks that see one another's shared memory. Compute capability 9.0 only.
+// ---- Clusters: blocks that see one another's shared memory. Compute capability 9.0 and later;
+// elsewhere no kernel that uses them is launched, and a trap ends one that was.
 
 MNV2_DEVICE int cluster_rank() {
     uint32_t rank = 0;
 #if __CUDA_ARCH__ >= 900
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#else
+    __trap();
 #endif
     return static_cast<int>(rank);
 }
@@ -163,6 +166,8 @@ MNV2_DEVICE int cluster_rank() {
 MNV2_DEVICE void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+#else
+    __trap();
 #endif
 }
 // A float2 at `address` in the shared memory of block `rank` of the cluster.
@@ -172,6 +177,8 @@ MNV2_DEVICE float2 load_cluster(SharedAddress address, int rank) {
     uint32_t there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(there));
+#else
+    __trap();
 #endif
     return v;
 }

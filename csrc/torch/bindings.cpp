@@ -18,6 +18,7 @@
 #include "cuda_build.h"
 #include "guard.h"
 #include "host.h"
+#include "ops_cuda.h"
 #include "program.h"
 #include "source_hash.h"
 
@@ -174,6 +175,10 @@ PYBIND11_MODULE(_C, m) {
           arg("padding"), arg("residual"), arg("clip_expand"), arg("clip_dw"), arg("clip_project"),
           arg("height"), arg("width"), arg("dtype"),
           "Name of the CUDA kernel that runs a block on images of this size.");
+#ifdef MNV2_CUDA_VERSION
+    m.def("cuda_runs_on", &mnv2::cuda::runs_on_gpu, arg("index"),
+          "Whether the CUDA kernels of this build have code for a GPU.");
+#endif
     m.def("describe_program", &describe_program, pybind11::arg("program"), pybind11::arg("bounds"),
           pybind11::arg("dtype"), pybind11::arg("threads"),
           "Bytes of line buffers of a program, and which steps go row by row.");

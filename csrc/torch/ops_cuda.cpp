@@ -1,4 +1,6 @@
 // The op on CUDA tensors: one launch on the current stream, which can be captured in a CUDA graph.
+#include "ops_cuda.h"
+
 #include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -14,27 +16,33 @@ namespace mnv2::cuda {
 
 namespace {
 
-int attribute(cudaDeviceAttr name, int device) {
-    int value = 0;
-    const cudaError_t error = cudaDeviceGetAttribute(&value, name, device);
-    TORCH_CHECK(error == cudaSuccess, "inverted_residual: CUDA cannot tell what device ", device,
-                " is: ", cudaGetErrorString(error));
-    return value;
+struct Facts {
+    Device device{};
+    cudaError_t error;
+};
+
+// Of the current GPU, asked once.
+const Facts& facts_of(c10::DeviceIndex index) {
+    static std::mutex mutex;
+    static std::map<int, Facts> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find(index);
+    if (found != known.end()) return found->second;
+    Facts facts{};
+    facts.error = describe(index, facts.device);
+    if (facts.error != cudaSuccess) cudaGetLastError();  // Else the next call is blamed for it.
+    return known.emplace(index, facts).first->second;
 }
 
-// Asked once a device.
-const Device& device_facts(int device) {
-    static std::mutex mutex;
-    static std::map<int, Device> known;
-    const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = known.find(device);
-    if (found != known.end()) return found->second;
-    Device facts{};
-    facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
-    facts.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    facts.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
-                       attribute(cudaDevAttrComputeCapabilityMinor, device);
-    return known.emplace(device, facts).first->second;
+const Device& checked_device(c10::DeviceIndex index) {
+    const Facts& facts = facts_of(index);
+    const Device& device = facts.device;
+    TORCH_CHECK(device.capability >= 80 || facts.error != cudaSuccess,
+                "inverted_residual: x must be on a GPU of compute capability 8.0 or later, got ",
+                device.capability / 10, ".", device.capability % 10);
+    TORCH_CHECK(facts.error == cudaSuccess, "inverted_residual: the CUDA kernels of this build do ",
+                "not run on GPU ", static_cast<int>(index), ": ", cudaGetErrorString(facts.error));
+    return device;
 }
 
 // A view may start anywhere in its storage; the allocator's own tensors start at multiples of 512.
@@ -52,10 +60,7 @@ at::Tensor run_op(const OpArguments& arguments) {
     call.element = checked_element(x, "CUDA kernels");
     if (call.N == 0) return host.y;
     const c10::DeviceIndex index = host.y.device().index();
-    const Device& device = device_facts(index);
-    TORCH_CHECK(device.capability >= 80,
-                "inverted_residual: x must be on a GPU of compute capability 8.0 or later, got ",
-                device.capability / 10, ".", device.capability % 10);
+    const Device& device = checked_device(index);
 
     // What is copied here is freed for later work of this stream only.
     for (at::Tensor& input : host.inputs)
@@ -78,6 +83,12 @@ at::Tensor run_op(const OpArguments& arguments) {
 }
 
 }  // namespace
+
+bool runs_on_gpu(int number) {
+    const auto index = static_cast<c10::DeviceIndex>(number);
+    const c10::DeviceGuard guard(c10::Device(c10::kCUDA, index));
+    return facts_of(index).error == cudaSuccess;
+}
 
 TORCH_LIBRARY_IMPL(mnv2, CUDA, m) { m.impl("inverted_residual", &inverted_residual<run_op>); }
 

@@ -231,9 +231,11 @@ class CapturedPlan:
             for _ in range(3):
                 plan(self._x)
         torch.cuda.current_stream(plan.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph), torch.inference_mode():
-            self._y = plan(self._x)
+        # PyTorch keeps one stream to capture on for a process, on the GPU of its first capture.
+        with torch.cuda.device(plan.device):
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=stream), torch.inference_mode():
+                self._y = plan(self._x)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x of the captured shape -> the result, which the next call overwrites.
@@ -245,8 +247,9 @@ class CapturedPlan:
             raise ValueError(
                 f"capture: x must have shape {tuple(self._x.shape)}, got {tuple(x.shape)}"
             )
-        self._x.copy_(x)
-        self._graph.replay()
+        with torch.cuda.device(self._x.device):
+            self._x.copy_(x)
+            self._graph.replay()
         return self._y
 
 

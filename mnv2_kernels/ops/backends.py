@@ -94,7 +94,7 @@ def _why_not_cuda_asked(x: Tensor | None, block: Block | None = None) -> str | N
         return None
     if not x.is_cuda:
         return f"x must be on a GPU, got {x.device}"
-    return _why_not_gpu(x.device) or _why_not_dtype(x)
+    return _why_not_gpu(x.device) or _why_no_code(x.device) or _why_not_dtype(x)
 
 
 def _why_not_triton(x: Tensor | None, block: Block | None = None) -> str | None:
@@ -169,6 +169,20 @@ def _why_not_gpu(device: torch.device) -> str | None:
     if major < 8:
         return f"x must be on a GPU of compute capability 8.0 or later, got {major}.{minor}"
     return None
+
+
+@asked_once_a_graph
+def _why_no_code(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if _C.cuda_runs_on(index):
+        return None
+    major, minor = _capability(device)
+    return (
+        f"the CUDA kernels were built without code for compute capability {major}.{minor};"
+        f" TORCH_CUDA_ARCH_LIST={major}.{minor} at installation adds it"
+    )
 
 
 @asked_once_a_graph

@@ -50,11 +50,12 @@ def workload():
 
 
 def test_a_dry_run_goes_all_the_way(tmp_path):
-    parts = "build,device,sanitizer,tune,blocks,network"
+    parts = "build,device,sanitizer-cuda,tune,blocks,network"
     done = suite("--dry-run", "--out", str(tmp_path), "--parts", parts, "--commit", "abc")
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"{part:<10} ok" in done.stdout for part in parts.split(","))
-    rows = {part: harness.load(f"gpu_{part}", tmp_path) for part in parts.split(",")}
+    suites = [part.partition("-")[0] for part in parts.split(",")]
+    rows = {suite: harness.load(f"gpu_{suite}", tmp_path) for suite in suites}
     assert all(rows.values())
     every = [row for part in rows.values() for row in part]
     assert all(row["dry_run"] and row["commit"] == "abc" and row["gpu"] is None for row in every)

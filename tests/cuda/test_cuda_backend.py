@@ -97,6 +97,20 @@ def test_why_it_declines(built):
 
 
 @compiles
+def test_a_gpu_without_code_in_this_build_is_left_to_others(built, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(backends, "_capability", lambda device: (12, 0))
+    monkeypatch.setattr(_C, "cuda_runs_on", lambda index: index == 1, raising=False)
+    x, _ = fake(PATCH)
+    block = backends.Block.of(PATCH.config, PATCH.clips)
+    assert backends.choose(None, x, block) == "triton"
+    sentence = "without code for compute capability 12.0; TORCH_CUDA_ARCH_LIST=12.0 at installation"
+    with pytest.raises(RuntimeError, match=sentence):
+        backends.choose("cuda", x, block)
+
+
+@compiles
 @pytest.mark.parametrize(
     "change",
     [{"stride": 3}, {"padding": (1, 1, 1)}, {"padding": (1, 1, 1, 9)}, {"dilation": 0}],

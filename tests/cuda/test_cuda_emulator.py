@@ -122,7 +122,7 @@ def test_a_launch_after_one_that_failed(emulator):
 def test_values_cross_a_cluster(emulator):
     out = probe(emulator, "cluster_read").reshape(4, 64)
     assert (out == np.array([[1], [0], [3], [2]])).all()
-    with pytest.raises(EmulatorError, match="clusters on a GPU of capability 80"):
+    with pytest.raises(EmulatorError, match="clusters of 2 blocks, of which the GPU can place 1"):
         probe(emulator, "cluster_read", device=A100)
 
 

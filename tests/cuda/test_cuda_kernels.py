@@ -50,7 +50,11 @@ STRIDED = BlockConfig(24, 72, 32, stride=2, padding=(0, 1, 1, 1))
 WIDE = BlockConfig(8, 40, 24, kernel_size=5, dilation=2, padding=(8, 4, 0, 3))
 # What is looked at more closely: small, odd, and different in kind.
 CLOSE = {
-    "patch": [Case(OCTETS, 21, 22), Case(STRIDED, 41, 42, clips=(RELU, RELU, NO_CLIP))],
+    "patch": [
+        Case(OCTETS, 21, 22),
+        Case(BlockConfig(16, 40, 24), 20, 21),
+        Case(STRIDED, 41, 42, clips=(RELU, RELU, NO_CLIP)),
+    ],
     "tile": [
         Case(OCTETS, 5, 6),
         Case(STRIDED, 7, 9, clips=(RELU, RELU, NO_CLIP)),
@@ -147,6 +151,19 @@ def test_neither_the_schedule_nor_the_grid_changes_a_bit(library, dtype):
             device = replace(H200, multiprocessors=multiprocessors)
             again = run(library, x, weights, case, device=device)
             assert torch.equal(again.view(BITS[dtype]), y.view(BITS[dtype])), case.id
+
+
+def test_clusters_are_as_large_as_the_gpu_can_place():
+    """The emulator refuses larger ones. The bits are the same."""
+    library = emulated_cuda.library("tile")
+    case = Case(BlockConfig(64, 384, 64, residual=True), 14, 14)
+    x, weights = make_inputs(case, torch.float16)
+    results, blocks = [], {}
+    for most in (8, 5, 2, 1):
+        results.append(run(library, x, weights, case, device=replace(H200, cluster=most)))
+        blocks[most] = library.counts.blocks
+    assert all(torch.equal(y, results[0]) for y in results)
+    assert blocks[8] != blocks[1], "a cluster is the best plan where it can be placed"
 
 
 @each_kernel

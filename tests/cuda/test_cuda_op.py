@@ -124,10 +124,10 @@ def test_what_else_is_refused():
         op.configure()
 
 
-OLD_GPU = """
-import cases, cuda_calls, emulated_cuda_op
+REFUSED = """
+import sys, cases, cuda_calls, emulated_cuda_op
 op = emulated_cuda_op.op()
-op.runtime.mnv2_set_capability(75)
+op.runtime.mnv2_set_capability(int(sys.argv[1]))
 x, weights = cases.make_inputs(cuda_calls.GENERIC)
 arguments = cuda_calls.arguments(x, weights, cuda_calls.GENERIC)
 for i in range(2):
@@ -140,12 +140,19 @@ print(op(x[:0], *arguments[1:]).shape[0])
 
 
 @emulates
-def test_an_old_gpu_is_refused_and_asked_once(python):
+@pytest.mark.parametrize(
+    ("capability", "sentence"),
+    [
+        (75, "x must be on a GPU of compute capability 8.0 or later, got 7.5"),
+        (0, "the CUDA kernels of this build do not run on GPU -1: said by the emulator"),
+    ],
+    ids=["old", "no code"],
+)
+def test_a_gpu_that_is_refused_is_asked_once(python, capability, sentence):
     """In a process of its own: what a GPU is, is remembered."""
-    done = python("-c", OLD_GPU)
+    done = python("-c", REFUSED, str(capability))
     assert done.returncode == 0, done.stderr
-    sentence = "inverted_residual: x must be on a GPU of compute capability 8.0 or later, got 7.5"
-    assert done.stdout.splitlines() == [f"4 {sentence}"] * 2 + ["0"]
+    assert done.stdout.splitlines() == [f"1 inverted_residual: {sentence}"] * 2 + ["0"]
 
 
 @compiles

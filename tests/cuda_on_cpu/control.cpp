@@ -3,9 +3,9 @@
 
 extern "C" {
 
-void mnv2_configure(int schedule, uint32_t seed, int tracking, int shared_bytes, int capability) {
+void mnv2_configure(int schedule, uint32_t seed, int tracking, int shared_bytes, int cluster) {
     emulator::configure(
-        {static_cast<emulator::Schedule>(schedule), seed, tracking != 0, shared_bytes, capability});
+        {static_cast<emulator::Schedule>(schedule), seed, tracking != 0, shared_bytes, cluster});
 }
 
 const char* mnv2_message() { return emulator::message(); }

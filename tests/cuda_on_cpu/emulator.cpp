@@ -199,11 +199,12 @@ bool fits(const Shape& shape) {
         note("%d threads a block", shape.threads);
     else if (shape.shared_bytes < 0 || shape.shared_bytes > options.shared_bytes)
         note("%d bytes of shared memory, of %d", shape.shared_bytes, options.shared_bytes);
-    else if (shape.cluster < 1 || shape.cluster > 8 || shape.blocks % shape.cluster != 0)
+    else if (shape.cluster < 1 || shape.blocks % shape.cluster != 0)
         note("clusters of %d blocks, %lld blocks", shape.cluster,
              static_cast<long long>(shape.blocks));
-    else if (shape.cluster > 1 && options.capability < 90)
-        note("clusters on a GPU of capability %d", options.capability);
+    else if (shape.cluster > options.cluster)
+        note("clusters of %d blocks, of which the GPU can place %d", shape.cluster,
+             options.cluster);
     return state.message[0] == 0;
 }
 

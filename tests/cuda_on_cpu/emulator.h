@@ -17,7 +17,8 @@ struct Options {
     Schedule schedule;
     uint32_t seed;
     bool tracking;  // of races and of bytes that nobody wrote
-    int shared_bytes, capability;
+    int shared_bytes;
+    int cluster;  // blocks of the largest cluster that the GPU can place
 };
 
 struct Counts {

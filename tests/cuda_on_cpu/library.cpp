@@ -40,8 +40,9 @@ struct PythonCall {
 
 extern "C" {
 
-int mnv2_run(const PythonCall* call, int multiprocessors, int shared_bytes, int capability) {
-    return MNV2_RUN(call->call(), {multiprocessors, shared_bytes, capability}, nullptr);
+int mnv2_run(const PythonCall* call, int multiprocessors, int shared_bytes, int capability,
+             int cluster) {
+    return MNV2_RUN(call->call(), {multiprocessors, shared_bytes, capability, cluster}, nullptr);
 }
 
 int mnv2_choose(const PythonCall* from) {

@@ -93,12 +93,11 @@ void copy_async_wait(int pending) {
                       self.copies.end());
 }
 
-// ---- Clusters. Below capability 9.0 these are what ptx.h makes of them there.
+// ---- Clusters
 
 int cluster_rank() { return state.running->block->rank; }
 
 void cluster_barrier() {
-    if (state.options.capability < 90) return;
     Thread& self = *state.running;
     for (const auto& block : state.cluster)
         if (block->ended > 0) fail("cluster barrier after threads have ended");
@@ -113,10 +112,6 @@ void cluster_barrier() {
 
 void load_cluster(uint32_t address, int rank, void* to, int bytes) {
     const uint32_t offset = offset_of("cluster load", address, bytes);
-    if (state.options.capability < 90) {
-        memset(to, 0, bytes);
-        return;
-    }
     if (rank < 0 || rank >= state.shape.cluster)
         fail("cluster load from block %d of %d", rank, state.shape.cluster);
     const Thread& self = *state.running;

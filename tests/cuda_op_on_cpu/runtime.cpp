@@ -1,6 +1,6 @@
 // What csrc/torch/ops_cuda.cpp asks of CUDA's runtime, for a GPU that helpers/emulated_cuda.py
 // emulates.
-#include <cuda_runtime_api.h>
+#include "../../csrc/cuda/kernels.h"
 
 namespace {
 
@@ -8,32 +8,23 @@ int capability = 90, questions = 0;
 
 }  // namespace
 
+namespace mnv2::cuda {
+
+cudaError_t describe(int, Device& device) {
+    questions++;
+    device = {132, 227 << 10, capability};
+    return capability == 0 ? cudaErrorNoKernelImageForDevice : cudaSuccess;
+}
+
+}  // namespace mnv2::cuda
+
 extern "C" {
 
+// 0: a GPU that the build has no code for.
 void mnv2_set_capability(int value) { capability = value; }
 
-// How often an attribute was asked for.
+// How often the GPU was asked what it is.
 int mnv2_questions() { return questions; }
-
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
-    questions++;
-    switch (name) {
-        case cudaDevAttrMultiProcessorCount:
-            *value = 132;
-            return cudaSuccess;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-            *value = 227 << 10;
-            return cudaSuccess;
-        case cudaDevAttrComputeCapabilityMajor:
-            *value = capability / 10;
-            return cudaSuccess;
-        case cudaDevAttrComputeCapabilityMinor:
-            *value = capability % 10;
-            return cudaSuccess;
-        default:
-            return cudaErrorInvalidValue;
-    }
-}
 
 const char* cudaGetErrorString(cudaError_t) { return "said by the emulator"; }
 

@@ -57,10 +57,11 @@ class Device:
     multiprocessors: int
     shared_bytes: int
     capability: int
+    cluster: int
 
 
-H200 = Device(132, 227 << 10, 90)
-A100 = Device(108, 163 << 10, 80)
+H200 = Device(132, 227 << 10, 90, 8)
+A100 = Device(108, 163 << 10, 80, 1)
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ class Emulator:
         launch was refused. tracking: see races, and reads of what nobody wrote.
         """
         self.functions.mnv2_configure(
-            SCHEDULES.index(schedule), seed, tracking, device.shared_bytes, device.capability
+            SCHEDULES.index(schedule), seed, tracking, device.shared_bytes, device.cluster
         )
         status = start()
         if message := self.functions.mnv2_message().decode():

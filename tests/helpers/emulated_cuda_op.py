@@ -72,7 +72,7 @@ class Op:
 
     def configure(self, shared_bytes: int = H200.shared_bytes) -> None:
         """What a launch can have from now on."""
-        self.emulator.mnv2_configure(0, 1, True, shared_bytes, H200.capability)
+        self.emulator.mnv2_configure(0, 1, True, shared_bytes, H200.cluster)
 
     def __call__(self, *arguments) -> Tensor:
         """The op's result for CPU tensors.

@@ -65,7 +65,14 @@ run = partial(cases.run, "triton")
 
 
 def run_config(x: Tensor, weights: FoldedWeights, case: Case, config: PatchConfig) -> Tensor:
-    """One launch with this configuration instead of the one the package chooses."""
+    """One launch with this configuration instead of the one the package chooses.
+
+    On a GPU with as many patches as fit its shared memory; the interpreter has no limit.
+    """
+    if HAS_GPU:
+        limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+        while config.patches > 16 and configs.shared_bytes(case.config, config, x.dtype) > limit:
+            config = replace(config, patches=config.patches // 2)
     settings = case.settings.values()
     return launch.inverted_residual(
         x, *weights.tensors(), *settings, *weights.clips(), config=config

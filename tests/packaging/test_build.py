@@ -220,8 +220,9 @@ def test_no_flag_ties_the_build_to_a_machine_or_loosens_arithmetic(setup_py):
 # ---- CUDA, as far as a machine without it goes: a torch that says it has CUDA, and a false nvcc.
 
 NVCC = """#!/bin/sh
-case "$*" in --version) echo "Cuda compilation tools, release {release}, V{release}.88";; *)
-echo "nvcc: this is no compiler" >&2; exit 1;; esac
+case "$*" in --version) echo "Cuda compilation tools, release {release}, V{release}.88";;
+--list-gpu-code) echo sm_75 sm_80 sm_90 sm_120;;
+*) echo "nvcc: this is no compiler" >&2; exit 1;; esac
 """
 # Links as well as it compiles: it leaves an empty file.
 CXX = """#!/bin/sh
@@ -282,14 +283,32 @@ def test_what_is_built_with_cuda(toolkit, monkeypatch):
     assert [flag for flag in flags if "arch" in flag] == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90,code=sm_90",
-        "-gencode=arch=compute_90,code=compute_90",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
     ]
     defined = {flag for flag in COMMON_NVCC_FLAGS if flag.startswith("-D")}
     assert defined == {flag.replace("-U", "-D") for flag in flags if flag.startswith("-U")}
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+
+
+@pytest.mark.parametrize(
+    ("asked", "built", "said"),
+    [
+        ("9.0a", "9.0a", ""),
+        ("8.0 8.6 9.0+PTX", "8.0 8.6 9.0+PTX", ""),
+        ("7.0 7.5 8.0 8.6 9.0+PTX", "8.0;8.6;9.0+PTX", "7.0, 7.5 of TORCH_CUDA_ARCH_LIST"),
+        ("Volta;Ampere", "Ampere", "Volta of TORCH_CUDA_ARCH_LIST"),
+        ("7.5", "8.0", "GPUs must be of compute capability 8.0 or later; 7.5 of"),
+    ],
+)
+def test_gpus_that_somebody_names(toolkit, monkeypatch, capsys, asked, built, said):
+    toolkit("13.0")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
     with read_setup_py() as found:
         (module,) = found["arguments"]["ext_modules"]
     assert not [flag for flag in module.extra_compile_args["nvcc"] if "arch" in flag]
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == built
+    printed = capsys.readouterr().err
+    assert said in printed and bool(printed) == bool(said)
 
 
 PRETEND = """

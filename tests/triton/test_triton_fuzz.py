@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from cases import Case
+from cases import LONG, Case
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from random_calls import calls, layouts
@@ -57,7 +57,8 @@ def default_dtype(dtype: torch.dtype):
     torch.set_default_dtype(before)
 
 
-EXAMPLES = 1000 if HAS_GPU else 150
+# On a GPU, nearly each is a compilation of three seconds.
+EXAMPLES = (1000 if LONG else 60) if HAS_GPU else 150
 
 
 @settings(

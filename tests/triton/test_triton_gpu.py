@@ -7,7 +7,7 @@ from importlib import import_module
 import cases
 import pytest
 import torch
-from cases import LAYOUTS, Case, expect, why_wrong
+from cases import LAYOUTS, LONG, Case, expect, why_wrong
 from on_gpu import check_allocations, check_repeated, needs_memory, unasked
 from triton_cases import DEVICE, DTYPES, dtype_name, each_dtype, make_inputs, needs_gpu, run
 
@@ -26,18 +26,22 @@ BLOCKS = [
 each_case = pytest.mark.parametrize("case", BLOCKS, ids=lambda case: case.id)
 
 
+# Each is a compilation of some seconds, which workers share.
+VALUES = [
+    pytest.param(case, id=f"{group}-{case.id}")
+    for group, of_group in cases.groups().items()
+    for case in of_group[:: 1 if LONG else 8]
+]
+
+
 @each_dtype
-@pytest.mark.parametrize("group", cases.groups())
-def test_values(group, dtype):
-    failures = []
-    for case in cases.groups()[group]:
-        x, weights = make_inputs(case, dtype)
-        expected = expect(case, x, weights)
-        for layout, memory_format in LAYOUTS.items():
-            y = run(x.contiguous(memory_format=memory_format), weights, **case.settings)
-            if reason := why_wrong(y, expected):
-                failures.append(f"{case.id} {layout}: {reason}")
-    assert not failures, "\n".join(failures)
+@pytest.mark.parametrize("case", VALUES)
+def test_values(case, dtype):
+    x, weights = make_inputs(case, dtype)
+    expected = expect(case, x, weights)
+    for layout, memory_format in LAYOUTS.items():
+        y = run(x.contiguous(memory_format=memory_format), weights, **case.settings)
+        assert why_wrong(y, expected) is None, layout
 
 
 @contextmanager

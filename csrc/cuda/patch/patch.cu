@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kPatchThreads, BlocksPerMultiprocessor)
 
     stage_expand<T, Sizes>(call, weights, shared + weights.expand);
     stage_depthwise<T, HalfSums>(call, weights, shared + weights.dw);
-    stage_project<Sizes>(call, weights, shared + weights.project);
+    stage_project<T, Sizes>(call, weights, shared + weights.project);
 
     // The patches of a warp that the tile does not have read those of the last one.
     const int patches = tile.patch_cols * tile.patch_rows;

@@ -35,6 +35,22 @@ MNV2_DEVICE float2 split(float value) {
     return make_float2(coarse, fabsf(fine) == INFINITY ? fine : nearest_finite<T>(fine));
 }
 
+// A chunk has two groups of 8 hidden channels. Where the last one has but one, that one counts
+// twice, each time with half of the weights of the projection: zeros in the place of the other
+// would make NaN of an infinity in x.
+MNV2_DEVICE bool counts_twice(const Call& call, int64_t channel) {
+    return call.hidden_channels % kPatchChunk != 0 && channel >= call.hidden_channels - 8;
+}
+MNV2_DEVICE int64_t existing(const Call& call, int64_t channel) {
+    return channel < call.hidden_channels ? channel : channel - 8;
+}
+
+template <class T>
+MNV2_DEVICE Pair half_of(Pair pair) {
+    const float2 values = unpack<T>(pair);
+    return pack<T>(values.x / 2, values.y / 2);
+}
+
 // w_expand by groups of 8 hidden channels, and in them by input channel; after the input channels
 // the two rows of the bias, and zeros.
 template <class T, class Sizes>
@@ -43,10 +59,10 @@ MNV2_DEVICE void stage_expand(const Call& call, const PatchWeights& weights, Sha
     const int groups = weights.chunks * kPatchChunk / 8;
     for (int i = thread_index(); i < groups * Sizes::kExpandRows; i += kPatchThreads) {
         const int row = i % Sizes::kExpandRows;
-        const int64_t channel = i / Sizes::kExpandRows * 8;
+        const int64_t channel = existing(call, i / Sizes::kExpandRows * 8);
         const SharedAddress address = to + i * 16;
         if (row < Sizes::kIn) {
-            const bool there = row < call.in_channels && channel < call.hidden_channels;
+            const bool there = row < call.in_channels;
             const int64_t from = there ? row * call.hidden_channels + channel : 0;
             copy_async(address, w_expand + from, there ? 16 : 0);
             continue;
@@ -76,12 +92,11 @@ MNV2_DEVICE void stage_depthwise(const Call& call, const PatchWeights& weights, 
     const int groups = weights.chunks * kPatchChunk / 8;
     for (int i = thread_index(); i < groups * 10; i += kPatchThreads) {
         const int group = i / 10, tap = i % 10;
-        const int64_t channel = group * 8;
+        const int64_t channel = existing(call, group * 8);
         const SharedAddress chunk = to + group / 2 * weights.dw_chunk;
         if (tap < 9) {
-            const bool there = channel < call.hidden_channels;
-            const int64_t from = there ? tap * call.hidden_channels + channel : 0;
-            copy_async(chunk + tap * 32 + group % 2 * 16, w_dw + from, there ? 16 : 0);
+            copy_async(chunk + tap * 32 + group % 2 * 16,
+                       w_dw + tap * call.hidden_channels + channel);
             continue;
         }
         float bias[8];
@@ -102,17 +117,23 @@ MNV2_DEVICE void stage_depthwise(const Call& call, const PatchWeights& weights, 
 }
 
 // w_project by chunks, in them by groups of 8 output channels, and in those by hidden channel.
-template <class Sizes>
+template <class T, class Sizes>
 MNV2_DEVICE void stage_project(const Call& call, const PatchWeights& weights, SharedAddress to) {
     const auto* w_project = static_cast<const uint16_t*>(call.w_project);
     const int rows = weights.chunks * kPatchChunk;
     for (int i = thread_index(); i < rows * Sizes::kOutTiles; i += kPatchThreads) {
         const int row = i / Sizes::kOutTiles, group = i % Sizes::kOutTiles;
-        const bool there = row < call.hidden_channels && group * 8 < call.out_channels;
-        const int64_t from = there ? row * call.out_channels + group * 8 : 0;
+        const bool there = group * 8 < call.out_channels;
+        const int64_t from = there ? existing(call, row) * call.out_channels + group * 8 : 0;
         const int block = row / kPatchChunk * Sizes::kOutTiles + group;
-        copy_async(to + (block * kPatchChunk + row % kPatchChunk) * 16, w_project + from,
-                   there ? 16 : 0);
+        const SharedAddress address = to + (block * kPatchChunk + row % kPatchChunk) * 16;
+        if (there && counts_twice(call, row)) {
+            const auto* pairs = reinterpret_cast<const Pair*>(w_project + from);
+            store_shared(address, make_uint4(half_of<T>(pairs[0]), half_of<T>(pairs[1]),
+                                             half_of<T>(pairs[2]), half_of<T>(pairs[3])));
+        } else {
+            copy_async(address, w_project + from, there ? 16 : 0);
+        }
     }
 }
 

@@ -85,11 +85,9 @@ inline double cluster_cost(const BlockSizes& sizes, Element element, const TileP
     const double alone =
         (chunk_cycles(sizes, element, plan).alone + gathered + products + 1500) * rounds +
         memory_cycles(sizes, plan) + 2500;
-    return alone * ceil_div(count_tiles(sizes, plan) * plan.cluster, multiprocessors * 4 / 5);
+    return alone * ceil_div(count_tiles(sizes, plan) * plan.cluster,
+                            std::max(1, multiprocessors * 4 / 5));
 }
-
-// A part of a GPU may be too small to place a cluster.
-constexpr int kClusterMultiprocessors = 32;
 
 // The best plan so far.
 struct Choice {
@@ -167,14 +165,14 @@ inline TilePlan plan_tile(const BlockSizes& sizes, Element element, const Device
             }
         }
     }
-    if (device.capability >= 90 && device.multiprocessors >= kClusterMultiprocessors)
-        for (int cluster = 2; cluster <= 8; cluster++) choice.consider_clusters(cluster);
+    if (device.capability >= 90)
+        for (int cluster = 2; cluster <= device.cluster; cluster++) choice.consider_clusters(cluster);
     return choice.best;
 }
 
 // The same, remembered: the search takes longer than a launch.
 inline const TilePlan& known_plan(const BlockSizes& sizes, Element element, const Device& device) {
-    using Key = std::array<int64_t, 15>;
+    using Key = std::array<int64_t, 16>;
     thread_local std::map<Key, TilePlan> plans;
     const Key key{sizes.N,
                   sizes.H,
@@ -190,7 +188,8 @@ inline const TilePlan& known_plan(const BlockSizes& sizes, Element element, cons
                   sizes.expansion * 2 + half_sums(sizes, element),
                   device.multiprocessors,
                   device.shared_bytes,
-                  device.capability};
+                  device.capability,
+                  device.cluster};
     const auto found = plans.find(key);
     if (found != plans.end()) return found->second;
     if (plans.size() == 1024) plans.clear();
