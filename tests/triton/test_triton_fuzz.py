@@ -58,7 +58,7 @@ def default_dtype(dtype: torch.dtype):
 
 
 # On a GPU, nearly each is a compilation of three seconds.
-EXAMPLES = (1000 if LONG else 60) if HAS_GPU else 150
+EXAMPLES = (1000 if LONG else 60) if HAS_GPU else 150 if LONG else 60
 
 
 @settings(
