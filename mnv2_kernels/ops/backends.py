@@ -113,8 +113,8 @@ def _why_not_triton(x: Tensor | None, block: Block | None = None) -> str | None:
 
 
 def _why_not_triton_asked(x: Tensor | None, block: Block | None = None) -> str | None:
-    if triton.missing is not None:
-        return triton.missing
+    if (reason := _why_no_triton()) is not None:
+        return reason
     if x is None:
         return None
     if x.device.type not in ("cpu", "cuda"):
@@ -151,6 +151,11 @@ def asked_once_a_graph(question: Callable) -> Callable:
     """
     question._dynamo_marked_constant = True
     return question
+
+
+@asked_once_a_graph
+def _why_no_triton() -> str | None:
+    return triton.missing()
 
 
 @asked_once_a_graph
@@ -267,7 +272,7 @@ def _describe(name: str) -> str:
         return "plain PyTorch, any device and floating dtype"
     if name == "triton":
         where = "NVIDIA GPUs" if torch.cuda.is_available() else "no GPU here: interpreter alone"
-        return f"float16, bfloat16 and float32, Triton {triton.version} ({where})"
+        return f"float16, bfloat16 and float32, Triton {triton.version()} ({where})"
     if name == "cuda":
         where = "NVIDIA GPUs" if torch.cuda.is_available() else "no GPU here"
         return f"float16, bfloat16 and float32, CUDA {_C.build_info()['cuda']} ({where})"

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
@@ -85,10 +87,28 @@ def inverted_residual_triton(
     return torch.ops.mnv2.inverted_residual_interpreted(*arguments)
 
 
-# Without GPUs there is nothing that a compiler could look into, and looking costs an import of it.
-_register = torch.library.triton_op if torch.version.cuda else torch.library.custom_op
-_triton_op = _register("mnv2::inverted_residual_triton", mutates_args=())(inverted_residual_triton)
+_triton_op = torch.library.custom_op("mnv2::inverted_residual_triton", mutates_args=())(
+    inverted_residual_triton
+)
 load(_library, _triton_op)
+
+
+@_triton_op.register_torch_dispatch(FunctionalTensorMode)
+def _look_inside(mode, op, types, args, kwargs):
+    """The launch in place of the op, for a compiler that traces it.
+
+    As in `torch.library.triton_op`, which imports Triton and the compiler when it registers an op.
+    """
+    from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+    if custom_triton_ops_decomposition_disabled():
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+    if not all(issubclass(t, FakeTensor) or t in (Tensor, FunctionalTensor) for t in types):
+        return NotImplemented
+    with mode:
+        return inverted_residual_triton(*args, **kwargs)
+
+
 _ops = {"cpu": _op, "cuda": _op, "triton": torch.ops.mnv2.inverted_residual_triton.default}
 
 
