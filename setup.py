@@ -29,7 +29,7 @@ from setuptools.command.sdist import sdist
 
 OLDEST_TORCH = "2.11"
 NO_TORCH = """
-mnv2_kernels compiles its kernels for the installed PyTorch, and the build found none ({error}). Type
+mnv2_kernels compiles its kernels for the installed PyTorch, which was not found ({error}). Type
 
     pip install torch setuptools ninja && pip install --no-build-isolation .
 
