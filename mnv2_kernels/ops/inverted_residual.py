@@ -8,7 +8,7 @@ twin of the op, `inverted_residual_triton`, into which torch.compile can look.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -203,7 +203,7 @@ def _block(arguments: OpArguments) -> Block | None:
     return block if kernel in (3, 5) and allowed and lengths == [4, 2, 2, 2] else None
 
 
-def run(backend: str, x: Tensor, arguments: tuple) -> Tensor:
+def run(backend: str, x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
     """The op on a backend that `choose` has named."""
     if torch.compiler.is_compiling():
         return (_reference if backend == "reference" else _ops[backend])(x, *arguments)
@@ -293,7 +293,9 @@ for _name in ("mnv2::inverted_residual", "mnv2::inverted_residual_triton"):
     torch.library.register_vmap(_name, _no_vmap, lib=_library)
 
 
-def cast_for_autocast(device: str, arguments: tuple, dtype: torch.dtype) -> tuple[list, bool]:
+def cast_for_autocast(
+    device: str, arguments: tuple[Any, ...], dtype: torch.dtype
+) -> tuple[list[Any], bool]:
     """The op's arguments in the dtype of autocast, with biases in float32 as `fold` has them.
 
     What the layers of a block add to a float32 x is float32: if so, the result of these arguments
@@ -313,7 +315,9 @@ def cast_for_autocast(device: str, arguments: tuple, dtype: torch.dtype) -> tupl
     return found, adds
 
 
-def _autocast(op: torch._ops.OpOverload, device: str, key: torch._C.DispatchKey) -> Callable:
+def _autocast(
+    op: torch._ops.OpOverload, device: str, key: torch._C.DispatchKey
+) -> Callable[..., Tensor]:
     """As `torch.library.register_autocast`, but in the dtype that the user has chosen."""
     keys = torch._C.DispatchKeySet(key)
 
