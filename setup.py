@@ -150,7 +150,11 @@ def module(cuda: bool):
     optimise = ["-O0", "-g"] if enabled("DEBUG") else ["-O3"]
     # Python's own flags may ask for debug information, ten times as large as the code.
     debug = [] if enabled("DEBUG") else ["-g0"]
-    cxx = [*optimise, *debug, "-fopenmp", "-fvisibility=hidden", "-Wall"]
+    cxx = [*optimise, *debug, "-fvisibility=hidden", "-Wall"]
+    if sys.platform == "darwin":
+        # Apple's clang takes the pragmas of torch's headers so; torch has loaded the library that
+        # they call. Nobody has tried this on a Mac yet.
+        cxx += ["-Xpreprocessor", "-fopenmp"]
     nvcc = [*optimise, "-Xcompiler=-fvisibility=hidden", *architecture_flags()]
     nvcc += [f"-U__CUDA_NO_{name}__" for name in TAKEN_AWAY]
     headers = (".h", ".inc", ".cuh")
@@ -160,7 +164,6 @@ def module(cuda: bool):
         include_dirs=[str(GENERATED.resolve())],
         depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in headers],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
-        extra_link_args=["-fopenmp"],
     )
 
 
