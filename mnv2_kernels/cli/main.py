@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from .. import __version__
 from ..modules.mobilenet_v2 import mobilenet_v2
 from ..ops.backends import backends
 from ..ops.extension import module as _C
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def info(options: argparse.Namespace) -> int:
     """What runs here, and what it was built from."""
     rows = {
-        "mnv2_kernels": Path(__file__).parents[1],
+        "mnv2_kernels": f"{__version__} in {Path(__file__).parents[1]}",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": _cpu_name(),
@@ -153,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mnv2", description="MobileNetV2's inverted residual in one pass."
     )
+    parser.add_argument("--version", action="version", version=f"mnv2_kernels {__version__}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
 
     def add(command) -> argparse.ArgumentParser:

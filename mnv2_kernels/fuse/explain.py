@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -203,7 +203,7 @@ def _input_sizes(model: nn.Module, input_shape: Iterable[int]) -> dict[str, tupl
         elif isinstance(module, FusedChain):
             module.forward = module.plain_forward
 
-        def remember(module, args, name=name):
+        def remember(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
             if args and isinstance(args[0], torch.Tensor) and args[0].dim() == 4:
                 sizes[name] = tuple(args[0].shape[2:])
 

@@ -6,6 +6,7 @@ fused in training mode too, forward and backward.
 
 import copy
 from functools import cache
+from typing import Any, SupportsIndex
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -65,7 +66,7 @@ class _Frozen:
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, frozen"
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # The class has no name that pickle could import it by.
         return _rebuild, (type(self).__mro__[2],), self.__getstate__()
 

@@ -202,7 +202,13 @@ class PaddedConv2d(nn.Conv2d):
 
 
 def _conv_norm_clip(
-    in_channels: int, out_channels: int, norm_layer, *, kernel_size=1, stride=1, padding=0
+    in_channels: int,
+    out_channels: int,
+    norm_layer: Callable[[int], nn.Module],
+    *,
+    kernel_size: int = 1,
+    stride: int = 1,
+    padding: int = 0,
 ) -> nn.Sequential:
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
     return nn.Sequential(conv, _norm(norm_layer, out_channels), nn.ReLU6(inplace=True))

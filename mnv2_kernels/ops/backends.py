@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from .extension import module as _C
 # What kernels run on by themselves; without the extension there is none for a CPU.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DEVICES = ("cuda",) if missing is not None else ("cuda", "cpu")
+
+_Question = TypeVar("_Question", bound=Callable[..., Any])
 
 
 class Block(NamedTuple):
@@ -113,8 +115,8 @@ def _why_not_triton(x: Tensor | None, block: Block | None = None) -> str | None:
 
 
 def _why_not_triton_asked(x: Tensor | None, block: Block | None = None) -> str | None:
-    if triton.missing is not None:
-        return triton.missing
+    if (reason := _why_no_triton()) is not None:
+        return reason
     if x is None:
         return None
     if x.device.type not in ("cpu", "cuda"):
@@ -144,13 +146,18 @@ def cuda_kernel(x: Tensor, block: Block) -> str | None:
     return _cuda_kernel(block, height, width, x.dtype)
 
 
-def asked_once_a_graph(question: Callable) -> Callable:
+def asked_once_a_graph(question: _Question) -> _Question:
     """The compiler cannot trace such questions; it takes the answer of the moment it compiles.
 
     As `torch.compiler.assume_constant_result`, which imports the compiler: that takes a second.
     """
-    question._dynamo_marked_constant = True
+    vars(question)["_dynamo_marked_constant"] = True
     return question
+
+
+@asked_once_a_graph
+def _why_no_triton() -> str | None:
+    return triton.missing()
 
 
 @asked_once_a_graph
@@ -281,7 +288,7 @@ def _describe(name: str) -> str:
         return "plain PyTorch, any device and floating dtype"
     if name == "triton":
         where = "NVIDIA GPUs" if torch.cuda.is_available() else "no GPU here: interpreter alone"
-        return f"float16, bfloat16 and float32, Triton {triton.version} ({where})"
+        return f"float16, bfloat16 and float32, Triton {triton.version()} ({where})"
     if name == "cuda":
         where = "NVIDIA GPUs" if torch.cuda.is_available() else "no GPU here"
         return f"float16, bfloat16 and float32, CUDA {_C.build_info()['cuda']} ({where})"
@@ -291,14 +298,14 @@ def _describe(name: str) -> str:
     return f"float32, bfloat16 and float16, {used} (built for: {built})"
 
 
-def load(library: torch.library.Library, triton_op: Callable) -> None:
+def load(library: torch.library.Library, triton_op: Callable[..., Tensor]) -> None:
     """Give the op a kernel on the devices for which there is no compiled one.
 
     Importing the extension has registered its kernels with the dispatcher already.
     """
     if missing is not None:
 
-        def unavailable(*args):
+        def unavailable(*args: object) -> NoReturn:
             raise RuntimeError(f"inverted_residual: {missing}")
 
         library.impl("inverted_residual", unavailable, "CPU")

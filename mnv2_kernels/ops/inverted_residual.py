@@ -8,10 +8,12 @@ twin of the op, `inverted_residual_triton`, into which torch.compile can look.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
@@ -85,10 +87,28 @@ def inverted_residual_triton(
     return torch.ops.mnv2.inverted_residual_interpreted(*arguments)
 
 
-# Without GPUs there is nothing that a compiler could look into, and looking costs an import of it.
-_register = torch.library.triton_op if torch.version.cuda else torch.library.custom_op
-_triton_op = _register("mnv2::inverted_residual_triton", mutates_args=())(inverted_residual_triton)
+_triton_op = torch.library.custom_op("mnv2::inverted_residual_triton", mutates_args=())(
+    inverted_residual_triton
+)
 load(_library, _triton_op)
+
+
+@_triton_op.register_torch_dispatch(FunctionalTensorMode)
+def _look_inside(mode, op, types, args, kwargs):
+    """The launch in place of the op, for a compiler that traces it.
+
+    As in `torch.library.triton_op`, which imports Triton and the compiler when it registers an op.
+    """
+    from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+    if custom_triton_ops_decomposition_disabled():
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+    if not all(issubclass(t, FakeTensor) or t in (Tensor, FunctionalTensor) for t in types):
+        return NotImplemented
+    with mode:
+        return inverted_residual_triton(*args, **kwargs)
+
+
 _ops = {"cpu": _op, "cuda": _op, "triton": torch.ops.mnv2.inverted_residual_triton.default}
 
 
@@ -183,7 +203,7 @@ def _block(arguments: OpArguments) -> Block | None:
     return block if kernel in (3, 5) and allowed and lengths == [4, 2, 2, 2] else None
 
 
-def run(backend: str, x: Tensor, arguments: tuple) -> Tensor:
+def run(backend: str, x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
     """The op on a backend that `choose` has named."""
     if torch.compiler.is_compiling():
         return (_reference if backend == "reference" else _ops[backend])(x, *arguments)
@@ -273,7 +293,9 @@ for _name in ("mnv2::inverted_residual", "mnv2::inverted_residual_triton"):
     torch.library.register_vmap(_name, _no_vmap, lib=_library)
 
 
-def cast_for_autocast(device: str, arguments: tuple, dtype: torch.dtype) -> tuple[list, bool]:
+def cast_for_autocast(
+    device: str, arguments: tuple[Any, ...], dtype: torch.dtype
+) -> tuple[list[Any], bool]:
     """The op's arguments in the dtype of autocast, with biases in float32 as `fold` has them.
 
     What the layers of a block add to a float32 x is float32: if so, the result of these arguments
@@ -293,7 +315,9 @@ def cast_for_autocast(device: str, arguments: tuple, dtype: torch.dtype) -> tupl
     return found, adds
 
 
-def _autocast(op: torch._ops.OpOverload, device: str, key: torch._C.DispatchKey) -> Callable:
+def _autocast(
+    op: torch._ops.OpOverload, device: str, key: torch._C.DispatchKey
+) -> Callable[..., Tensor]:
     """As `torch.library.register_autocast`, but in the dtype that the user has chosen."""
     keys = torch._C.DispatchKeySet(key)
 

@@ -7,7 +7,9 @@ import shutil
 import sys
 import sysconfig
 import tarfile
+import zipfile
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -139,11 +141,55 @@ def test_a_forced_build_fails_with_its_compiler(kind, source, tmp_path):
     assert wheel is None, printed
 
 
-def test_wheel_without_torch_says_what_is_left_out(source, tmp_path):
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_a_build_without_torch_says_what_to_type(kind, source, tmp_path):
     (source / "torch.py").write_text("raise ImportError('no torch here')")
-    wheel, printed = build("wheel", source, tmp_path / "out", site=source)
+    wheel, printed = build(kind, source, tmp_path / "out", site=source)
+    assert wheel is None
+    said = printed[printed.index("mnv2_kernels compiles") :].splitlines()
+    assert said[0].endswith("the installed PyTorch, which was not found (no torch here). Type")
+    assert said[2].endswith(
+        "pip install torch setuptools ninja && pip install --no-build-isolation ."
+    )
+    assert said[4].endswith("MNV2_KERNELS_SKIP_CPP=1 pip install .")
+    wheel, printed = build(kind, source, tmp_path / "out", site=source, **SKIP)
     assert wheel, printed
-    assert "building without the extension: no torch here" in printed
+
+
+# What pip runs in every process of an isolated build: the environment's packages are hidden.
+ISOLATED = """
+import site, sys
+sys.path = [path for path in sys.path if path not in site.getsitepackages()]
+"""
+
+
+def test_an_isolated_build_finds_the_torch_of_its_environment(source, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "sitecustomize.py").write_text(ISOLATED)
+    shutil.copytree(Path(setuptools.__file__).parent, tools / "setuptools")
+    shutil.copytree(metadata.distribution("setuptools")._path, tools / "setuptools.dist-info")
+    cxx = program(tmp_path / "bin/c++", CXX)
+    variables = {"MNV2_KERNELS_CUDA": "0", "CC": cxx, "CXX": cxx, **FORCE}
+    for start in ("import torch", "import sys, setuptools"):
+        code = f"{start}; sys.argv = ['setup.py', '-q', 'bdist_wheel']; import runpy"
+        code += "; runpy.run_path('setup.py')"
+        env = environment(**variables) | {"PYTHONPATH": str(tools)}
+        done = python("-c", code, cwd=source, env=env)
+        assert (done.returncode == 0) == ("torch" not in start), done.stdout
+    (wheel,) = (source / "dist").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert f"mnv2_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in names
+
+
+def test_sdist_by_hand_in_a_fresh_tree(source):
+    before = {path.name for path in source.iterdir()}
+    done = python("setup.py", "-q", "sdist", cwd=source, env=environment(**SKIP))
+    assert done.returncode == 0, done.stdout
+    assert [path.suffixes[-2:] for path in (source / "dist").iterdir()] == [[".tar", ".gz"]]
+    added = {path.name for path in source.iterdir()} - before
+    assert added == {"dist", "mnv2_kernels.egg-info"}
 
 
 @pytest.mark.timeout(1200)
@@ -187,7 +233,8 @@ def test_sdist_to_wheel_to_call(source, tmp_path, setup_py):
     in_wheel = {p.relative_to(site).as_posix() for p in site.rglob("*") if p.is_file()}
     info = {name for name in in_wheel if name.startswith("mnv2_kernels-")}
     package = (source / "mnv2_kernels").rglob("*")
-    expected = {p.relative_to(source).as_posix() for p in package if p.suffix in (".py", ".json")}
+    kinds = (".py", ".json", ".typed")
+    expected = {p.relative_to(source).as_posix() for p in package if p.suffix in kinds}
     extension = f"mnv2_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     assert in_wheel - info == expected | {extension}
 

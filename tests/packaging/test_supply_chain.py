@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from builds import ROOT, SKIP, build, copy_tracked, environment, python, tracked_files, unpack
 
+import mnv2_kernels as mk
 from mnv2_kernels.cli import pretrained
 from mnv2_kernels.ops.extension import module as _C
 
@@ -140,10 +141,12 @@ def test_metadata_is_complete(wheel, tmp_path):
     assert said["Requires-Python"] == ">=3.10"
     assert said["Description-Content-Type"] == "text/markdown"
     assert said.get_payload().startswith("# mnv2_kernels")
-    needed = {name for name in said.get_all("Requires-Dist") if "extra ==" not in name}
-    bounds = dict(re.fullmatch(r"([\w-]+)>=([\d.]+).*", name).groups() for name in needed)
-    assert bounds.keys() == {"numpy", "rich", "torch", "triton"}
-    assert (bounds["torch"], bounds["triton"]) == ("2.11", "3.6")
+    assert said["Version"] == mk.__version__
+    required = said.get_all("Requires-Dist")
+    assert [name for name in required if "extra ==" not in name] == ["torch>=2.11"]
+    extras = {"cli": "rich>=13", "triton": "triton>=3.6", "demo": "rich>=13"}
+    for extra, name in extras.items():
+        assert [r for r in required if r.startswith(name) and f'extra == "{extra}"' in r]
     classifiers = said.get_all("Classifier")
     pythons = {name.rsplit(" ", 1)[1] for name in classifiers if "Python :: 3." in name}
     assert min(pythons, key=lambda v: int(v.split(".")[1])) == "3.10"
@@ -256,10 +259,10 @@ def test_every_dependency_has_one_tested_version():
     pinned = {line.split("==")[0] for line in lines}
     project = (ROOT / "pyproject.toml").read_text()
     lists = re.findall(r"^(\w+) = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
-    asked = {
+    asked = {"torch"} | {
         re.split(r"[=<>;]", name)[0]
         for key, text in lists
-        if key in ("dependencies", "test", "demo", "dev", "models", "hub")
+        if key in ("cli", "triton", "test", "demo", "dev", "models", "hub")
         for name in re.findall(r'"([^"]+)"', text)
     }
     # triton: torch's CUDA builds bring theirs, and the Makefile names it for the CPU builds.
@@ -366,8 +369,9 @@ def version(text: str) -> tuple[int, ...]:
 
 def test_versions_in_use_are_supported():
     """The metadata allows those of this run and the oldest ones, which `make test-oldest` runs."""
-    project = (ROOT / "pyproject.toml").read_text()
-    listed = re.search(r"^dependencies = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)[1]
+    project, setup_py = ((ROOT / name).read_text() for name in ("pyproject.toml", "setup.py"))
+    listed = "".join(re.findall(r"^(?:cli|triton) = .*", project, re.MULTILINE))
+    listed += '"torch>={}"'.format(*re.findall(r'^OLDEST_TORCH = "(.+)"', setup_py, re.MULTILINE))
     bounds = {name: version(least) for name, least in re.findall(r'"([\w-]+)>=([\d.]+)', listed)}
     assert bounds.keys() == {"numpy", "rich", "torch", "triton"}
     oldest = requirements((ROOT / "constraints-oldest.txt").read_text())

@@ -145,6 +145,19 @@ def spawned_processes() -> None:
             print(torch.equal(result, y))
 
 
+def threads_of_a_call() -> None:
+    import cases
+
+    torch.set_num_threads(1)
+    case = cases.groups()["S1-width1"][3]
+    x, weights = cases.make_inputs(case)
+    y = cases.run("cpu", x, weights, **case.settings)
+    before = len(os.listdir("/proc/self/task"))
+    torch.set_num_threads(3)
+    again = cases.run("cpu", x, weights, **case.settings)
+    print(before, len(os.listdir("/proc/self/task")), torch.equal(again, y))
+
+
 def threads_that_end() -> None:
     torch.set_num_threads(2)
     right, unequal, counts = call_once(), [], []
@@ -208,10 +221,10 @@ def test_the_best_kernel_is_selected_unasked():
     assert next(kernel["name"] for kernel in kernels if kernel["available"]) == expected
 
 
-def test_built_with_openmp():
-    from mnv2_kernels import _C
-
-    assert _C.build_info()["openmp"] is True
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="no /proc on this system")
+def test_calls_run_on_torchs_threads(python):
+    before, after, equal = python(__file__, "threads_of_a_call").stdout.split()
+    assert int(after) - int(before) == 2 and equal == "True"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -43,7 +43,7 @@ def package(tmp_path_factory) -> Path:
     """A folder with the package, the benchmarks that tests use, and the tests."""
     folder = tmp_path_factory.mktemp("sanitized")
     best = cpu_driver.kernels_here()[:1]
-    flags = [*ADDRESS, "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-w"]
+    flags = [*ADDRESS, "-std=c++20", "-fvisibility=hidden", "-w"]
     flags += [f"-I{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
     flags += [
         f"-I{ROOT / 'build/generated'}",
@@ -63,7 +63,7 @@ def package(tmp_path_factory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     named = [f"-l{name}" for name in ("c10", "torch_cpu", "torch", "torch_python")]
-    command = ["g++", *ADDRESS, "-shared", "-fopenmp", *objects, f"-L{libraries}", *named]
+    command = ["g++", *ADDRESS, "-shared", *objects, f"-L{libraries}", *named]
     to = folder / "mnv2_kernels" / f"_C{suffix}"
     subprocess.run([*command, *cpu_driver.aliases(best), "-o", to], check=True)
     return folder

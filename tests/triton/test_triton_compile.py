@@ -21,14 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton_cases import DTYPES, HAS_GPU
 
 from mnv2_kernels.block.config import NO_CLIP, RELU6
-from mnv2_kernels.ops.inverted_residual import inverted_residual_triton
 from mnv2_kernels.ops.triton.patch import inverted_residual_patch
 
-# As the package registers it where torch is built for GPUs.
-torch.library.triton_op("traced::inverted_residual_triton", mutates_args=())(
-    inverted_residual_triton
-)
-TRITON = torch.ops.traced.inverted_residual_triton.default
+TRITON = torch.ops.mnv2.inverted_residual_triton.default
 SHAPES = ((2, 8, 6, 7), (8, 24), (24,), (3, 3, 24), (24,), (24, 8), (8,))
 # Which sizes of x are symbols.
 DYNAMIC = {"static": (), "batch": (0,), "size": (2, 3), "batch and size": (0, 2, 3)}

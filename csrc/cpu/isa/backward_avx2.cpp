@@ -2,8 +2,9 @@
 #if defined(__x86_64__)
 #include "../backward.h"
 #include "includes.h"
-#pragma GCC target("avx2,fma,f16c")
+MNV2_BEGIN_TARGET("avx2,fma,f16c")
 #define MNV2_LANES 8
 #include "../backward.inc"
 MNV2_DEFINE_BACKWARD(kAvx2Backward, "avx2")
+MNV2_END_TARGET
 #endif

@@ -2,8 +2,9 @@
 #if defined(__x86_64__)
 #include "../backward.h"
 #include "includes.h"
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,fma,f16c,avx512bf16")
+MNV2_BEGIN_TARGET("avx512f,avx512vl,avx512bw,avx512dq,fma,f16c,avx512bf16")
 #define MNV2_LANES 16
 #include "../backward.inc"
 MNV2_DEFINE_BACKWARD(kAvx512Backward, "avx512")
+MNV2_END_TARGET
 #endif

@@ -14,8 +14,16 @@
 #include <arm_neon.h>
 #endif
 
-#if defined(__x86_64__) && defined(__clang__)
-#error "csrc/cpu/isa needs GCC, whose target pragma clang does not know: set CXX=g++"
+// Functions from BEGIN to END are compiled for these instruction sets. clang ends a region that GCC
+// lets end with the file.
+#define MNV2_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define MNV2_BEGIN_TARGET(names) \
+    MNV2_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define MNV2_END_TARGET _Pragma("clang attribute pop")
+#else
+#define MNV2_BEGIN_TARGET(names) MNV2_PRAGMA(GCC target(names))
+#define MNV2_END_TARGET
 #endif
 
 #include "../kernels.h"

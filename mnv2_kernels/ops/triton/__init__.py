@@ -1,21 +1,41 @@
-"""The block in Triton: one kernel for fp16, bf16 and fp32, its configurations and its launch."""
+"""The block in Triton: one kernel for fp16, bf16 and fp32, its configurations and its launch.
 
-version: str | None
-missing: str | None
-try:
-    from triton import __version__ as version
+Nothing here imports Triton before a call needs it: PyTorch's CPU builds have none.
+"""
 
-    from .configs import precision
-    from .launch import inverted_residual
+from functools import cache
 
-    missing = None
-except ImportError as error:
-    version = None
-    missing = f"Triton is not installed ({error}); on Linux `pip install triton` brings it"
-
-    def inverted_residual(*args):
-        """Stands in for the launch where there is no Triton."""
-        raise RuntimeError(f"inverted_residual: {missing}")
+import torch
+from torch import Tensor
 
 
-__all__ = ["inverted_residual", "missing", "precision", "version"]
+@cache
+def missing() -> str | None:
+    """Why Triton cannot be used here; None where it can, and has then been imported."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton is not installed ({error}); on Linux `pip install triton` brings it"
+    return None
+
+
+def version() -> str:
+    """Triton's; only where it is not missing."""
+    from triton import __version__
+
+    return __version__
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of matrices are computed: as IEEE says, or in TF32 where PyTorch allows it."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+def inverted_residual(*arguments) -> Tensor:
+    """`launch.inverted_residual`, or RuntimeError where there is no Triton."""
+    if missing() is not None:
+        raise RuntimeError(f"inverted_residual: {missing()}")
+    from .launch import inverted_residual as launch
+
+    return launch(*arguments)

@@ -15,6 +15,7 @@ import torch
 import triton
 
 from ...block.config import BlockConfig
+from . import precision
 from .geometry import slots
 
 # One JSON file a GPU or architecture, written by benchmarks/tune_triton.py.
@@ -76,12 +77,6 @@ def choose(
         if config is not None and shared_bytes(block, config, dtype) <= shared_bytes_limit:
             return Choice(config, f"table {table}")
     return fallback(block, dtype, width_out, shared_bytes_limit)
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How products of matrices are computed: as IEEE says, or in TF32 where PyTorch allows it."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
 def key(block: BlockConfig, dtype: torch.dtype) -> str:

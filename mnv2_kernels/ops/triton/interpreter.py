@@ -4,15 +4,23 @@ import importlib.util
 from functools import cache
 from threading import Lock
 
-import numpy as np
 import triton
+
+from ...optional import require
 
 # The interpreter replaces functions of triton.language while it runs.
 _lock = Lock()
 
 
 def run(grid: tuple[int], arguments: tuple, constants: dict) -> None:
-    """Run the kernel, program by program."""
+    """Run the kernel, program by program.
+
+    Raises:
+        MissingPackage: Triton's interpreter needs NumPy, and there is none.
+    """
+    require("numpy")
+    import numpy as np
+
     # Infinities and NaNs are as welcome as on a GPU.
     with _lock, np.errstate(all="ignore"):
         _kernel()[grid](*arguments, **constants)

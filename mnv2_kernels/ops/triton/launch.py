@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.library import wrap_triton
 
 from ...block.config import NO_CLIP, BlockConfig, Clip, Padding
-from . import configs, interpreter
+from . import configs, precision
 from .configs import PatchConfig
 from .geometry import slots
 from .patch import inverted_residual_patch
@@ -74,7 +75,7 @@ def plan_launch(
         "SAFE_COLUMNS": safe(width, left, patch_columns, config.patch_w),
         "WHOLE_ROW": width if isinstance(width, int) and width_out <= config.patch_w else 0,
         "WIDE": patches >= 2**31 - config.patches,
-        "PRECISION": configs.precision(dtype),
+        "PRECISION": precision(dtype),
         "HALF": config.half,
         "PATCHES": config.patches,
         "PATCH_H": config.patch_h,
@@ -128,7 +129,7 @@ def inverted_residual(
         clips,
         x.dtype,
         x.device,
-        configs.precision(x.dtype),
+        precision(x.dtype),
         config,
     )
     y = torch.empty(
@@ -145,10 +146,13 @@ def inverted_residual(
     arguments = (x, *tensors, y, *prepared.launch.sizes, *prepared.launch.bounds)
     grid = (prepared.launch.programs,)
     if not x.is_cuda:
+        from . import interpreter
+
         interpreter.run(grid, arguments, prepared.launch.constants)
         return y
-    # With a configuration of its own, a call is for measuring and never traced.
-    kernel = inverted_residual_patch if config else wrap_triton(inverted_residual_patch)
+    # The compiler's own tensors have no memory to launch on: it records the launch.
+    traced = isinstance(x, FunctionalTensor)
+    kernel = wrap_triton(inverted_residual_patch) if traced else inverted_residual_patch
     with _on_device(x):
         kernel[grid](*arguments, **prepared.launch.constants, **prepared.options)
     return y
