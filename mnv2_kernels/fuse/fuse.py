@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..block.fold import FoldedWeights, fold_layers
 from ..modules.fused_module import FusedModule
 from ..modules.stand_in import StandIn
-from ..ops.backends import check_backend
+from ..ops.backends import check_backend, warn_if_layers_run
 from ..recognizers import Declined, block_of, check_module, evaluation_mode, read_unknown
 from .find import find, fused_chain
 from .model import make_parts, make_whole
@@ -47,6 +47,9 @@ def fuse(
         TypeError: model is not a module.
         ValueError: backend is not a name of a backend; with `verify`, a block differs from its
             original, and the sentence names it. The model is then as it was.
+
+    Warns:
+        UserWarning: no kernel runs here; once in a process.
     """
     check_module("fuse", model)
     check_backend("fuse", backend)
@@ -71,6 +74,8 @@ def fuse(
     if verify:
         for name, block in fused.items():
             _verify(name, block, backend or block.backend)
+    if fused and backend is None:
+        warn_if_layers_run(next(model.parameters()).device, may_move=True)
     if backend is not None:
         for block in fused.values():
             block.backend = backend
