@@ -96,7 +96,7 @@ def network_of_width(width: float) -> nn.Module:
 def providers(model: nn.Module) -> dict[str, nn.Module]:
     """The competitors, all channels_last: fused, folded (batch norm in convolutions), eager."""
     copies = variants(model)
-    eager = copies["plain"].to(memory_format=torch.channels_last)
+    eager = copies["eager"].to(memory_format=torch.channels_last)
     return {"fused": copies["fused"], "folded": copies["folded"], "eager": eager}
 
 
