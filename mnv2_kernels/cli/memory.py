@@ -23,9 +23,9 @@ def memory(options: argparse.Namespace) -> int:
     check_can_write(options.figure, "--figure")
     if options.figure is not None:
         try:
-            check_ending(options.figure)
+            check_ending(options.figure, "--figure")
         except ValueError as error:
-            raise CannotRun(f"--figure: {error}") from error
+            raise CannotRun(str(error)) from error
     asked = chosen(options)
     dtype = getattr(torch, options.dtype)
     # What the kernels do not run has the schedule of the model's own dtype.

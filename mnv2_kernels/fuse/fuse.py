@@ -32,7 +32,8 @@ def fuse(
 
     Names, attributes, state_dict keys and the number of children stay as they are; parameters
     are used as they are at each call. Training mode runs the original layers. What was not
-    recognised, and why, says `explain`.
+    recognised, and why, says `explain`. `torch.compile` calls the blocks one by one, also where
+    the model runs as one call without it; a plan stays one call in what is compiled.
 
     Args:
         model: any module, also a single block.

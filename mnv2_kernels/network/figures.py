@@ -24,8 +24,8 @@ class Panel:
     position: str = "block"
 
 
-def check_ending(path: Path | str) -> None:
-    """ValueError where no figure can be drawn into a file of that name.
+def check_ending(path: Path | str, argument: str = "path") -> None:
+    """ValueError, in the name of an argument, where no figure can be drawn into such a file.
 
     Raises:
         MissingPackage: matplotlib is not installed.
@@ -36,7 +36,7 @@ def check_ending(path: Path | str) -> None:
     known = sorted(FigureCanvasAgg.get_supported_filetypes())
     ending = Path(path).suffix.removeprefix(".")
     if ending and ending not in known:
-        raise ValueError(f"path must end in one of .{', .'.join(known)}, got {path}")
+        raise ValueError(f"{argument} must end in one of .{', .'.join(known)}, got {path}")
 
 
 def draw(panels: Sequence[Panel], path: Path | str) -> None:

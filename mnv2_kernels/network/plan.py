@@ -39,6 +39,9 @@ class Plan:
     Threads may call one plan at once. Where it owns its arena, a call waits for the one before it;
     copies of the plan (`copy.deepcopy`, pickle) own another one and run side by side. Compiled and
     exported programs allocate the arena in each call, whoever owns it.
+
+    `torch.save(plan, path)` writes a plan, `torch.load(path, weights_only=False)` reads it: as any
+    pickle, from a source that you trust.
     """
 
     def __init__(self, names: Sequence[str], steps: Sequence[Step], shape: Shape, arena: int):

@@ -180,7 +180,7 @@ def test_memory_table_of_the_paper(capsys):
         (["--model", "resnet"], "--model must be mobilenet_v2, torchvision:NAME, timm:NAME or "),
         (["--json", "/nowhere/at/all.json"], "--json must be a file in a folder that exists, got"),
         (["--json", "/"], "--json must be a file in a folder that exists, got /"),
-        (["--figure", "memory.xyz"], "--figure: path must end in one of .eps, "),
+        (["--figure", "memory.xyz"], "--figure must end in one of ."),
     ],
 )
 @needs_cpp

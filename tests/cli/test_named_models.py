@@ -26,9 +26,9 @@ number = lambda: 5
 
 
 @pytest.fixture(autouse=True)
-def own_models(tmp_path, monkeypatch):
-    """Modules `own_models` and `broken` in the current folder."""
-    (tmp_path / "own_models.py").write_text(OWN)
+def users_models(tmp_path, monkeypatch):
+    """Modules `users_models` and `broken` in the current folder."""
+    (tmp_path / "users_models.py").write_text(OWN)
     (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -41,8 +41,8 @@ def own_models(tmp_path, monkeypatch):
         ("torchvision:mnasnet0_5", "MNASNet"),
         ("timm:mobilenetv2_050", "EfficientNet"),
         ("timm:mobilenetv2_050.lamb_in1k", "EfficientNet"),
-        ("own_models:net", "Sequential"),
-        ("own_models:module", "Sequential"),
+        ("users_models:net", "Sequential"),
+        ("users_models:module", "Sequential"),
         ("torch.nn:ReLU", "ReLU"),
     ],
 )
@@ -75,9 +75,9 @@ def test_widths(name):
         ("", r"MODULE:FUNCTION, got$"),
         ("nowhere:net", r"got nowhere:net; importing nowhere: No module named 'nowhere'"),
         ("broken:net", r"importing broken: No module named 'nothing_of_that_name'"),
-        ("own_models:nett", r"own_models has no nett: did you mean net"),
-        ("own_models:wrong", r"got own_models:wrong; calling it: no weights here"),
-        ("own_models:number", r"it must give a module, got int"),
+        ("users_models:nett", r"users_models has no nett: did you mean net"),
+        ("users_models:wrong", r"got users_models:wrong; calling it: no weights here"),
+        ("users_models:number", r"it must give a module, got int"),
     ],
 )
 def test_names_that_there_are_not(name, sentence, capsys):
@@ -87,7 +87,10 @@ def test_names_that_there_are_not(name, sentence, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["timm:mobilenetv2_050", "own_models:net", "torchvision:resnet18"])
+NARROWER = ["timm:mobilenetv2_050", "users_models:net", "torchvision:resnet18"]
+
+
+@pytest.mark.parametrize("name", NARROWER)
 def test_widths_of_names_that_say_it_themselves(name):
     with pytest.raises(UnknownModel, match=f"^--width must be left out for {name}, got 2"):
         named_model(name, 2.0)
@@ -95,16 +98,16 @@ def test_widths_of_names_that_say_it_themselves(name):
 
 def test_explain_prints_the_report(capsys):
     torch.manual_seed(0)
-    assert cli.main(["explain", "--model", "own_models:net", "--input-shape", "1, 20,24"]) == 0
+    assert cli.main(["explain", "--model", "users_models:net", "--input-shape", "1, 20,24"]) == 0
     out = capsys.readouterr().out
-    assert out == f"{mk.explain(named_model('own_models:net'), input_shape=(1, 20, 24))}\n"
+    assert out == f"{mk.explain(named_model('users_models:net'), input_shape=(1, 20, 24))}\n"
     assert "10x12" in out and "tanh is not supported" in out
-    assert cli.main(["explain", "--model", "own_models:net"]) == 2
+    assert cli.main(["explain", "--model", "users_models:net"]) == 2
     said = "mnv2 explain: input_shape must be one that the model takes, got (3, 224, 224)"
     assert capsys.readouterr().err.startswith(said)
 
 
-@pytest.mark.parametrize("name, rows", [("own_models:net", ["fused"]), ("mobilenet_v2", None)])
+@pytest.mark.parametrize("name, rows", [("users_models:net", ["fused"]), ("mobilenet_v2", None)])
 def test_verify_of_a_model(name, rows, capsys):
     """The whole of it, fused and as a plan where it has one."""
     shape = "1,20,24" if rows else "3,32,32"
