@@ -258,6 +258,20 @@ def test_wrong_arguments(arguments, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_for_terminals(terminal, capsys, monkeypatch):
+    """On stderr, with what is done; results on stdout are the same."""
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(verify, "kernels", lambda *check: (["reference"], []))
+    monkeypatch.setattr(verify, "mobilenet_v2_block_inputs", lambda: [])
+    assert cli.main(["verify"]) == 0
+    printed = capsys.readouterr()
+    assert ("verifying the kernels" in printed.err) == terminal == bool(printed.err)
+    assert "verifying" not in printed.out and printed.out.endswith("7 of 7 right\n")
+
+
 def test_info_as_json(tmp_path, capsys):
     path = tmp_path / "info.json"
     assert cli.main(["info", "--json", str(path)]) == 0

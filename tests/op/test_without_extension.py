@@ -156,6 +156,20 @@ print(json.dumps([str(report), [row.reason for row in report], report.runs_as_on
     assert summary == "0 of 17 blocks run fused."
 
 
+@pytest.mark.parametrize("command", ["bench", "verify"])
+def test_the_command_line_says_it_on_one_line(python, command):
+    """`bench` times what runs; `verify` has nothing to verify, unless a model is named."""
+    script = f"""
+from mnv2_kernels.cli.main import main
+arguments = ["--model", "mobilenet_v2", "--width", "0.35", "--resolution", "32"]
+sys.exit(main(["{command}", *arguments, *(["--rounds", "1"] if "{command}" == "bench" else [])]))
+"""
+    done = python("-c", PRELUDE + script)
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"mnv2 {command}: {SENTENCE}") and done.stderr.count("\n") == 1
+    assert all(f"│ {name} " in done.stdout for name in ("fused", "planned")) or command == "verify"
+
+
 @pytest.mark.skipif(missing is not None, reason="without it that is the reason")
 def test_a_dtype_that_no_kernel_takes_has_a_short_reason():
     """That of the device of x alone."""
