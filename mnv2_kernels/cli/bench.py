@@ -4,7 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,5 +137,4 @@ def _bench_peers(arguments: list[str]) -> int:
         raise CannotRun(f"--peers needs a checkout of the project, {root} has no benchmarks")
     search_path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "benchmarks.peers", *arguments]
-    environment: Mapping[str, str] = {**os.environ, "PYTHONPATH": search_path}
-    return subprocess.run(command, env=environment).returncode
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": search_path}).returncode

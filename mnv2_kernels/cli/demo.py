@@ -97,7 +97,7 @@ def answers(
     made = table(
         *("<photograph", "<eager", "<fused", *logits),
         title=f"{network.name}: most probable class, distance of the logits from float64",
-        caption="; ".join(f"{name}: {why}" for name, why in wrong.items()) or network.note,
+        caption="\n".join([*(f"{name}: {why}" for name, why in wrong.items()), *network.notes]),
     )
     all_same = True
     for i, name in enumerate(images):

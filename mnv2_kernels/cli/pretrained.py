@@ -48,14 +48,14 @@ class Trained:
     """A trained network in evaluation mode.
 
     `preprocess(image)` makes the (1, 3, H, W) float32 input of `model`, whose logits are
-    (1, len(class_names)). `note` is a sentence for whoever sees its answers.
+    (1, len(class_names)). `notes` are sentences for whoever sees its answers.
     """
 
     name: str
     model: nn.Module
     class_names: tuple[str, ...]
     preprocess: Callable[["Image"], Tensor]
-    note: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def efficientnet_lite0() -> Trained:
@@ -99,7 +99,7 @@ def dog_mobilenet_v2() -> Trained:
     note = (
         f"It knows {len(breeds)} breeds of dogs and nothing else: what counts is the same answer."
     )
-    return Trained("MobileNetV2 1.0", model, breeds, _dogs_input, note)
+    return Trained("MobileNetV2 1.0", model, breeds, _dogs_input, (note,))
 
 
 def _load_keras(model: MobileNetV2, arrays) -> None:

@@ -60,7 +60,7 @@ class Plan:
             ValueError, TypeError: x has another shape, dtype or device than the plan.
         """
         self._check(x)
-        if self._has_kernel:
+        if x.device.type == "cpu" and missing is None:
             p = self._program
             if self._owned is None or torch.compiler.is_compiling():
                 return plan_op.run_plan(x, p.weights, p.integers, p.bounds)

@@ -174,7 +174,7 @@ def peaks(
     For models that have no plan: image and result are counted, weights are not.
     """
     found = {}
-    for execution, copy in executions(deepcopy(model).to(x.dtype)).items():
+    for execution, copy in variants(deepcopy(model).to(x.dtype)).items():
         tell(execution)
         copy(x)
         found[execution] = x.nbytes + peak_bytes(lambda copy=copy: copy(x))
