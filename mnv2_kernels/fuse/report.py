@@ -57,14 +57,13 @@ class Report(tuple[Row, ...]):
             sentences.append(f"{count} depthwise convolution{plural} in no such block: {names}.")
         if not fused and not fusable:
             return " ".join(sentences)
-        if self.outside or fused + fusable < len(self):
-            sentences.append("The other layers are faster where model and x are channels_last.")
         if self.runs_as_one:
             sentences.append("Inference on a CPU runs as one call.")
         if self.why_no_plan is None:
             sentences.append("The model has a plan: `plan(model, input_shape)`.")
         else:
             sentences.append(f"The model has no plan: {self.why_no_plan}.")
+            sentences.append("Its other layers may be faster where model and x are channels_last.")
         return " ".join(sentences)
 
     @property

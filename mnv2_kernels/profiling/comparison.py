@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from .memory import peak_bytes
+from .memory import peak_bytes_again
 from .timing import fma_peak, interleave, median, speedup
 
 # A ratio below is noise.
@@ -99,5 +99,5 @@ def compare(
             samples[name] += more
     if peaks is None:
         tell("measuring memory")
-        peaks = {name: x.nbytes + peak_bytes(call) for name, call in calls.items()}
+        peaks = {name: x.nbytes + peak_bytes_again(call) for name, call in calls.items()}
     return Comparison(samples, peaks, counter.get_total_flops(), torch.get_num_threads(), bound)

@@ -18,7 +18,7 @@ from ..block import cost
 from ..network import memory
 from ..network.figures import Panel, Timeline, draw
 from ..network.plan import Plan, why_not_on_cpu
-from .memory import live_bytes, peak_bytes
+from .memory import live_bytes, peak_bytes_again
 from .variants import fold_around_blocks, variants
 
 EXECUTIONS = (*cost.EXECUTIONS, "planned")
@@ -176,8 +176,7 @@ def peaks(
     found = {}
     for execution, copy in variants(deepcopy(model).to(x.dtype)).items():
         tell(execution)
-        copy(x)
-        found[execution] = x.nbytes + peak_bytes(lambda copy=copy: copy(x))
+        found[execution] = x.nbytes + peak_bytes_again(lambda copy=copy: copy(x))
     return found
 
 

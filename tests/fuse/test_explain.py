@@ -113,6 +113,7 @@ def test_explain_says_what_plan_would_say():
         add(fused)
         for report in (mk.explain(fused), mk.explain(fused, input_shape=(3, 64, 64))):
             assert (report.why_no_plan is None) == ("The model has a plan" in str(report))
+            assert (report.why_no_plan is None) != ("model and x are channels_last" in str(report))
             if report.why_no_plan is None:
                 mk.plan(fused, (3, 64, 64))
                 continue
