@@ -1,5 +1,6 @@
 """What every command shares: tables, progress, files that it writes, and the error that ends it."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -58,8 +59,12 @@ def progress(what: str) -> Iterator[Callable[[str], None]]:
 
 def check_can_write(path: Path | None, option: str) -> None:
     """CannotRun, before anything is measured, where a file could not be written."""
-    if path is not None and (not path.parent.is_dir() or path.is_dir()):
+    if path is None:
+        return
+    if not path.parent.is_dir() or path.is_dir():
         raise CannotRun(f"{option} must be a file in a folder that exists, got {path}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CannotRun(f"{option} must be a file that can be written, got {path}")
 
 
 def write_json(path: Path | None, document: Mapping[str, object]) -> None:

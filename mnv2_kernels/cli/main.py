@@ -143,7 +143,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     command = commands.choices["bench"]
     command.add_argument("--rounds", type=count, default=30, help="samples of each execution")
-    command.add_argument("--threads", type=count, default=torch.get_num_threads())
+    command.add_argument(
+        "--threads",
+        type=count,
+        default=torch.get_num_threads(),
+        help="of PyTorch, at most the cores",
+    )
     command.add_argument(
         "--peers",
         nargs=argparse.REMAINDER,
