@@ -19,7 +19,7 @@ from mnv2_kernels import InvertedResidual, mobilenet_v2
 from mnv2_kernels.block import cost
 from mnv2_kernels.block.config import BlockConfig, mobilenet_v2_block_inputs
 from mnv2_kernels.cli.named_models import import_torchvision
-from mnv2_kernels.profiling.memory import peak_bytes
+from mnv2_kernels.profiling.memory import peak_bytes_again
 from mnv2_kernels.profiling.timing import fma_peak, interleave, num_threads, quartiles, speedup
 from mnv2_kernels.profiling.variants import plain, variants
 
@@ -96,7 +96,7 @@ def network_of_width(width: float) -> nn.Module:
 def providers(model: nn.Module) -> dict[str, nn.Module]:
     """The competitors, all channels_last: fused, folded (batch norm in convolutions), eager."""
     copies = variants(model)
-    eager = copies["plain"].to(memory_format=torch.channels_last)
+    eager = copies["eager"].to(memory_format=torch.channels_last)
     return {"fused": copies["fused"], "folded": copies["folded"], "eager": eager}
 
 
@@ -148,7 +148,7 @@ def measure(
         before = fma_peak()
         samples = interleave(calls, rounds=rounds, repeats=repeats)
         after = fma_peak()
-        peaks = {name: x.nbytes + peak_bytes(call) for name, call in calls.items()}
+        peaks = {name: x.nbytes + peak_bytes_again(call) for name, call in calls.items()}
     bound = None if before is None else max(before, after)
     rows = []
     for name in calls:

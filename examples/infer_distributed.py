@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import mnv2_kernels as mk
 from mnv2_kernels.cli import pretrained
-from mnv2_kernels.optional import package_file
+from mnv2_kernels.optional import MissingPackage, package_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -96,6 +96,9 @@ def main() -> None:
     if options.batch < 1 or options.workers < 0:
         parser.error("--batch must be at least 1 and --workers at least 0")
 
+    if not options.output.parent.is_dir():
+        parser.error(f"--output must be a file in a folder that exists, got {options.output}")
+
     files = image_files(options.folder)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -127,4 +130,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MissingPackage as error:
+        raise SystemExit(str(error)) from error

@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 import mnv2_kernels as mk
 from mnv2_kernels.cli import pretrained
 from mnv2_kernels.cli.named_models import import_torchvision
+from mnv2_kernels.optional import MissingPackage
 from mnv2_kernels.profiling import memory
 from mnv2_kernels.profiling.variants import plain
 
@@ -115,6 +116,30 @@ def peak_of_step(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     return peak
 
 
+def checkpoint(file: Path, option: str, device: str) -> dict:
+    """What `Run.save` wrote, for an option that asks for it."""
+    if not file.is_file():
+        raise SystemExit(f"{option} must find the last.pt of a run, {file} is no file")
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:
+        raise SystemExit(f"{option} must find the last.pt of a run, {file}: {error}") from error
+    if not isinstance(state, dict) or "model" not in state:
+        raise SystemExit(f"{option} must find the last.pt of a run, {file} is another file")
+    return state
+
+
+def labelled_images(folder: Path | None) -> Dataset:
+    """Those of a folder, or crops of the photographs that pip packages bring."""
+    if folder is None:
+        return Crops()
+    try:
+        return datasets.ImageFolder(folder)
+    except OSError as error:
+        said = f"FOLDER must have one folder of images a class, got {folder}: {error}"
+        raise SystemExit(said) from error
+
+
 def build(options: argparse.Namespace, classes: int) -> nn.Module:
     """The network to train, in training mode."""
     torch.manual_seed(options.seed)
@@ -124,7 +149,7 @@ def build(options: argparse.Namespace, classes: int) -> nn.Module:
     else:
         model = mk.mobilenet_v2(options.width_mult, classes)
     if options.finetune not in (None, "dogs"):
-        trained = torch.load(options.finetune, weights_only=True)["model"]
+        trained = checkpoint(Path(options.finetune), "--finetune", "cpu")["model"]
         features = {k: v for k, v in trained.items() if k.startswith("features.")}
         model.load_state_dict(model.state_dict() | features)
     if options.freeze_bn:
@@ -154,7 +179,7 @@ class Run:
         unfinished.replace(self.file)
 
     def load(self) -> None:
-        state = torch.load(self.file, map_location=self.options.device, weights_only=True)
+        state = checkpoint(self.file, "--resume", self.options.device)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.done, self.steps = state["epoch"], state["done"], state["steps"]
@@ -225,12 +250,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=0, help="processes that read images")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("epochs", "max_steps", "batch", "resolution", "save_every"):
+        if getattr(options, name) < 1:
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option} must be at least 1, got {getattr(options, name)}")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    images = Crops() if options.folder is None else datasets.ImageFolder(options.folder)
+    images = labelled_images(options.folder)
     run = Run(options, Augmented(images, options.resolution, options.seed))
     if len(images) < options.batch:
         raise SystemExit(f"--batch must be at most the {len(images)} images, got {options.batch}")
@@ -244,4 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MissingPackage as error:
+        raise SystemExit(str(error)) from error

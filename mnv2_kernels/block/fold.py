@@ -8,7 +8,7 @@ all contiguous; biases are 1-D, float32 for half-precision weights. A kernel can
 consecutive output channels as one vector.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .config import NO_CLIP, NO_PADDING, BlockConfig, Clip, Padding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FoldedWeights:
     """The weights of one block with batch norm folded in, and the clips between its layers.
 
@@ -52,6 +52,14 @@ class FoldedWeights:
     def clips(self) -> tuple[Clip, Clip, Clip]:
         """The three clips in the order of the op's arguments."""
         return self.clip_expand, self.clip_dw, self.clip_project
+
+    def __repr__(self) -> str:
+        """Shapes instead of values."""
+        shown = {"dtype": self.w_dw.dtype}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            shown[field.name] = tuple(value.shape) if isinstance(value, Tensor) else value
+        return f"FoldedWeights({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
     def to(self, *args: Any, **kwargs: Any) -> "FoldedWeights":
         """A copy whose tensors went through `Tensor.to(*args, **kwargs)`."""

@@ -1,4 +1,4 @@
-"""The command line: `mnv2 info | demo | verify | bench | memory | classify IMAGE`.
+"""The command line: `mnv2 info | demo | explain | verify | bench | memory | classify IMAGE`.
 
 Exit status: 0 done, 1 a result is wrong, 2 it could not be done (one sentence on stderr).
 """
@@ -6,37 +6,42 @@ Exit status: 0 done, 1 a result is wrong, 2 it could not be done (one sentence o
 import argparse
 import os
 import platform
-import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
 from .. import __version__
-from ..modules.mobilenet_v2 import mobilenet_v2
+from ..fuse import explain as explanation
 from ..ops.backends import backends
 from ..ops.extension import module as _C
 from ..optional import MissingPackage
-from ..profiling import verify as verification
-from ..profiling.timing import num_threads
-from ..profiling.variants import plain, variants
+from . import named_models
+from .bench import bench
 from .classify import classify
-from .console import CannotRun, console
-from .demo import demonstrate, performance
+from .console import CannotRun, check_can_write, console, write_json
+from .demo import demonstrate
 from .memory import memory
 from .named_models import UnknownModel
 from .pretrained import WrongWeights
+from .verify import verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, sys.argv's by default. Returns the exit status."""
     options = _parser().parse_args(arguments)
+
+    def show(message, *_, **__) -> None:
+        print(f"mnv2 {options.name}: {message}", file=sys.stderr)
+
     try:
-        return options.command(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            return options.command(options)
     except (CannotRun, MissingPackage, UnknownModel, WrongWeights, OSError) as error:
-        print(f"mnv2 {options.name}: {error}", file=sys.stderr)
+        show(error)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -44,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def info(options: argparse.Namespace) -> int:
     """What runs here, and what it was built from."""
+    check_can_write(options.json, "--json")
     rows = {
         "mnv2_kernels": f"{__version__} in {Path(__file__).parents[1]}",
         "torch": torch.__version__,
@@ -58,6 +64,7 @@ def info(options: argparse.Namespace) -> int:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:{width}}  {value}")
+    write_json(options.json, rows)
     return 0
 
 
@@ -73,70 +80,21 @@ def _cpu_name() -> str:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Trained networks, plain against fused: answers, speed, memory and a figure."""
+    """Trained networks, layer by layer against fused: answers, speed, memory and a figure."""
     if not (options.output.is_dir() and os.access(options.output, os.W_OK)):
         raise CannotRun(f"--output must be a folder that can be written to, got {options.output}")
     return demonstrate(console(), options.output, rounds=options.rounds)
 
 
-def verify(options: argparse.Namespace) -> int:
-    """Every kernel that runs here against the float64 reference; 1 on a mismatch."""
-    checks = [("cpu", torch.float32)]
-    if torch.cuda.device_count():
-        checks += [("cuda", d) for d in (torch.float16, torch.bfloat16, torch.float32)]
-    found = {check: verification.kernels(*check) for check in checks}
-    if not any(running for running, _ in found.values()):
-        reasons = "; ".join(dict.fromkeys(r for _, reasons in found.values() for r in reasons))
-        raise CannotRun(f"no kernel runs here: {reasons}")
-    table = Table(
-        caption="largest distance from the float64 reference, of the kernel and of PyTorch"
-    )
-    for heading in ("block", "input", "dtype", "backend", "kernel", "PyTorch", ""):
-        table.add_column(heading)
-    wrong = 0
-    for check, (running, _) in found.items():
-        for result in verification.verify(running, *check):
-            wrong += result.wrong is not None
-            table.add_row(
-                result.block,
-                "x".join(map(str, result.shape)),
-                result.dtype,
-                result.backend,
-                f"{result.error:.1e}",
-                f"{result.plain_error:.1e}",
-                result.wrong or "ok",
-            )
-    console().print(table)
-    print(f"{table.row_count - wrong} of {table.row_count} right")
-    return 1 if wrong else 0
-
-
-def bench(options: argparse.Namespace) -> int:
-    """MobileNetV2 plain, folded and fused, timed in turns; or with other runtimes."""
-    if options.peers is not None:
-        return _bench_peers(options.peers)
-    size = options.resolution
-    model = mobilenet_v2(options.width).eval()
-    x = torch.randn(options.batch, 3, size, size)
-    with torch.inference_mode(), num_threads(options.threads):
-        copies = variants(model)
-        truth = plain(model).double()(x.double())
-        wrong = verification.why_wrong(copies["fused"](x), copies["folded"](x), truth)
-        if wrong:
-            print(f"mnv2 bench: the fused network is wrong, not timed: {wrong}", file=sys.stderr)
-            return 1
-        title = f"MobileNetV2 {options.width}"
-        console().print(performance(title, copies, x, options.rounds))
+def explain(options: argparse.Namespace) -> int:
+    """Which blocks of a model can run fused, and why the others cannot."""
+    asked = named_models.chosen(options)
+    try:
+        report = explanation.explain(asked.model, input_shape=asked.image)
+    except ValueError as error:
+        raise CannotRun(str(error).removeprefix("explain: ")) from error
+    print(report)
     return 0
-
-
-def _bench_peers(arguments: list[str]) -> int:
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "benchmarks" / "peers").is_dir():
-        raise CannotRun(f"--peers needs a checkout of the project, {root} has no benchmarks")
-    search_path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "benchmarks.peers", *arguments]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": search_path}).returncode
 
 
 def _positive(kind: type):
@@ -163,15 +121,17 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=command)
         return added
 
-    count = _positive(int)
-    add(info)
+    count, number = _positive(int), _positive(float)
+    command = add(info)
+    command.add_argument("--json", type=Path, metavar="FILE", help="write every fact there too")
     command = add(demo)
     command.add_argument("--output", type=Path, default=Path(), help="folder for the figure")
-    command.add_argument("--rounds", type=count, default=30, help="samples of each variant")
-    add(verify)
-    for command in (add(bench), add(memory)):
-        command.add_argument("--batch", type=count, default=1, help="images at once")
-        command.add_argument("--resolution", type=count, default=224, help="rows and columns")
+    command.add_argument("--rounds", type=count, default=30, help="samples of each execution")
+    for command in map(add, (explain, verify, bench, memory)):
+        named_models.add_options(command, count, number)
+    commands.choices["verify"].set_defaults(model=None)
+    for command in (commands.choices[name] for name in ("bench", "memory")):
+        command.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     command = commands.choices["memory"]
     command.add_argument(
         "--dtype",
@@ -179,22 +139,18 @@ def _parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16", "float16", "float64"),
         help="of weights, images and result",
     )
-    command.add_argument(
-        "--model",
-        default="mobilenet_v2",
-        metavar="NAME",
-        help="mobilenet_v2, torchvision:NAME or timm:NAME",
-    )
-    command.add_argument("--width", type=_positive(float), help="multiplier of MobileNetV2")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     command.add_argument("--figure", type=Path, metavar="FILE", help="draw live bytes over steps")
     command.add_argument(
         "--table", action="store_true", help="print the paper's Table 3 instead, computed anew"
     )
     command = commands.choices["bench"]
-    command.add_argument("--width", type=_positive(float), default=1.0, help="multiplier")
-    command.add_argument("--rounds", type=count, default=30, help="samples of each variant")
-    command.add_argument("--threads", type=count, default=torch.get_num_threads())
+    command.add_argument("--rounds", type=count, default=30, help="samples of each execution")
+    command.add_argument(
+        "--threads",
+        type=count,
+        default=torch.get_num_threads(),
+        help="of PyTorch, at most the cores",
+    )
     command.add_argument(
         "--peers",
         nargs=argparse.REMAINDER,

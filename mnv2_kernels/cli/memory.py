@@ -3,15 +3,13 @@
 import argparse
 
 import torch
-from rich.markup import escape
-from rich.table import Table
 
+from ..network.figures import check_ending
 from ..network.plan import plan, why_not_on_cpu
 from ..ops.extension import missing
-from ..optional import require
 from ..profiling import memory_report, table_3
-from .console import CannotRun, console
-from .named_models import named_model
+from .console import CannotRun, check_can_write, console, progress, table, write_json
+from .named_models import Chosen, chosen
 
 
 def memory(options: argparse.Namespace) -> int:
@@ -21,40 +19,72 @@ def memory(options: argparse.Namespace) -> int:
         return 0
     if missing is not None:
         raise CannotRun(f"needs the compiled kernels: {missing}")
-    for path in (options.json, options.figure):
-        if path is not None and not path.parent.is_dir():
-            raise CannotRun(f"the folder of {path} must exist")
+    check_can_write(options.json, "--json")
+    check_can_write(options.figure, "--figure")
     if options.figure is not None:
-        require("matplotlib")
-    model = named_model(options.model, options.width)
-    size, dtype = options.resolution, getattr(torch, options.dtype)
+        try:
+            check_ending(options.figure, "--figure")
+        except ValueError as error:
+            raise CannotRun(str(error)) from error
+    asked = chosen(options)
+    dtype = getattr(torch, options.dtype)
     # What the kernels do not run has the schedule of the model's own dtype.
     runs = why_not_on_cpu(dtype) is None
     try:
-        schedule = plan(model, (3, size, size), dtype=dtype if runs else None)
+        schedule = plan(asked.model, asked.image, dtype=dtype if runs else None)
     except ValueError as error:
-        raise CannotRun(str(error)) from error
-    report = memory_report.measure(options.model, model, schedule, options.batch, dtype)
+        return _without_plan(asked, options, str(error).removeprefix("plan: "))
+    with progress(f"memory of {asked.name}") as tell:
+        report = memory_report.measure(
+            asked.name, asked.model, schedule, asked.batch, dtype, tell=tell
+        )
     _print_memory(report)
-    if options.json is not None:
-        report.write_json(options.json)
+    write_json(options.json, report.document())
     if options.figure is not None:
+        report.figure(options.figure)
+        print(f"wrote {options.figure}")
+    return 0
+
+
+def _without_plan(asked: Chosen, options: argparse.Namespace, reason: str) -> int:
+    """What is measured of a model that has no steps to compute the bytes of."""
+    if options.figure is not None:
+        raise CannotRun(f"--figure must be left out for {asked.name}: {reason}")
+    dtype = getattr(torch, options.dtype)
+    x = asked.random_images().to(dtype, memory_format=torch.channels_last)
+    with progress(f"memory of {asked.name}") as tell:
         try:
-            report.figure(options.figure)
-        except ValueError as error:
-            raise CannotRun(f"--figure must be a file that can be drawn: {error}") from error
+            peaks = memory_report.peaks(asked.model, x, tell=tell)
+        except Exception as error:
+            raise CannotRun(
+                f"--model must take images of {tuple(x.shape[1:])} in {options.dtype},"
+                f" {asked.name} says: {error}"
+            ) from error
+    shape = "x".join(map(str, x.shape))
+    made = table(
+        *("<execution", "peak bytes", "of eager"),
+        title=f"{asked.name}, {shape}, {options.dtype}, threads: {torch.get_num_threads()}",
+        caption="measured, image and result included, weights not",
+    )
+    for name, peak in peaks.items():
+        made.add_row(name, f"{peak:,}", f"{peak / peaks['eager']:.1%}")
+    console().print(made)
+    print(f"No plan: {reason}.")
+    document = {"model": asked.name, "x_shape": list(x.shape), "dtype": options.dtype}
+    document |= {"threads": torch.get_num_threads(), "why_no_plan": reason}
+    document["executions"] = {name: {"peak_bytes": peak} for name, peak in peaks.items()}
+    write_json(options.json, document)
     return 0
 
 
 def _print_memory(report: memory_report.MemoryReport) -> None:
     shape = "x".join(map(str, report.x_shape))
-    steps = Table(
+    steps = table(
+        *("<step", *report.executions),
         title=f"{report.model}, {shape}, {report.dtype_name}, threads: {report.threads}",
         caption="KiB held in each step, computed / measured; input and result included, weights"
         " not",
     )
-    for heading in ("step", *report.executions):
-        steps.add_column(heading, justify="left" if heading == "step" else "right")
     for i, name in enumerate(report.steps):
         cells = [name or "(the model)"]
         for held in report.executions.values():
@@ -62,9 +92,7 @@ def _print_memory(report: memory_report.MemoryReport) -> None:
             seen = "-" if measured is None else f"{measured / 1024:.0f}"
             cells.append(f"{held.computed[i] / 1024:.0f} / {seen}")
         steps.add_row(*cells)
-    peaks = Table(title="Peak bytes")
-    for heading in ("execution", "computed", "measured", "of eager"):
-        peaks.add_column(heading, justify="left" if heading == "execution" else "right")
+    peaks = table("<execution", "computed", "measured", "of eager", title="Peak bytes")
     eager = report.executions["eager"].peak_measured
     for name, held in report.executions.items():
         peak = held.peak_measured
@@ -101,22 +129,20 @@ def _print_table_3() -> None:
         return f" [{reasons.index(reason) + 1}]"
 
     for version in table_3.VERSIONS:
-        table = Table(
+        made = table(
+            *("<size", *table_3.NETWORKS),
             title=f"Table 3 of arXiv 1801.04381, {version} version: channels/kB at 16 bit",
             caption="from the layers | as printed; 1 kB is 1000 bytes",
         )
-        table.add_column("size")
-        for network in table_3.NETWORKS:
-            table.add_column(network, justify="right")
         cells = table_3.table_3(version)
         for size in (*table_3.SIZES, None):
             row = ["max" if size is None else f"{size}x{size}"]
             for cell in (c for c in cells if c.size == size):
                 ours = _channels_and_kb(cell.channels, cell.nbytes and cell.nbytes / 1000)
                 printed = _channels_and_kb(cell.printed_channels, cell.printed_kb)
-                row.append(escape(f"{ours} | {printed}{note(cell.reason)}"))
-            table.add_row(*row)
-        screen.print(table)
+                row.append(f"{ours} | {printed}{note(cell.reason)}")
+            made.add_row(*row)
+        screen.print(made)
     for number, reason in enumerate(reasons, 1):
         print(f"[{number}] {reason}.")
 

@@ -48,13 +48,14 @@ class Trained:
     """A trained network in evaluation mode.
 
     `preprocess(image)` makes the (1, 3, H, W) float32 input of `model`, whose logits are
-    (1, len(class_names)).
+    (1, len(class_names)). `notes` are sentences for whoever sees its answers.
     """
 
     name: str
     model: nn.Module
     class_names: tuple[str, ...]
     preprocess: Callable[["Image"], Tensor]
+    notes: tuple[str, ...] = ()
 
 
 def efficientnet_lite0() -> Trained:
@@ -95,7 +96,10 @@ def dog_mobilenet_v2() -> Trained:
     with h5py.File(io.BytesIO(weights)) as file:
         _load_keras(model, file["model_weights"])
     model.eval()
-    return Trained("MobileNetV2 1.0", model, breeds, _dogs_input)
+    note = (
+        f"It knows {len(breeds)} breeds of dogs and nothing else: what counts is the same answer."
+    )
+    return Trained("MobileNetV2 1.0", model, breeds, _dogs_input, (note,))
 
 
 def _load_keras(model: MobileNetV2, arrays) -> None:

@@ -22,7 +22,7 @@ from ..recognizers import (
 )
 from ..recognizers.assemble import Span
 from ..recognizers.checks import overrides_call
-from .sequential import FusedChain, FusedRun, FusedSequential, FusedSequentialBlock
+from .sequential import FusedChain, FusedInOrder, FusedRun, FusedSequential, FusedSequentialBlock
 
 # A module with more convolutions is a part of a network, and no block that was declined: a block
 # has expansion, depthwise, projection, and up to three more for its shortcut or squeeze-excite.
@@ -68,7 +68,7 @@ def fused_chain(original: nn.Module, runs: list[FusedRun]) -> FusedChain:
     """A module that runs some of its children as blocks, for one that is a chain."""
     if isinstance(original, nn.Sequential):
         return FusedSequential(original, runs)
-    return FusedChain(original, list(_children(original)), runs)
+    return FusedInOrder(original, list(_children(original)), runs)
 
 
 def _find(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[Found]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..block.fold import FoldedWeights, fold_layers
 from ..modules.fused_module import FusedModule
 from ..modules.stand_in import StandIn
-from ..ops.backends import check_backend
+from ..ops.backends import check_backend, warn_if_layers_run
 from ..recognizers import Declined, block_of, check_module, evaluation_mode, read_unknown
 from .find import find, fused_chain
 from .model import make_parts, make_whole
@@ -32,7 +32,8 @@ def fuse(
 
     Names, attributes, state_dict keys and the number of children stay as they are; parameters
     are used as they are at each call. Training mode runs the original layers. What was not
-    recognised, and why, says `explain`.
+    recognised, and why, says `explain`. `torch.compile` calls the blocks one by one, also where
+    the model runs as one call without it; a plan stays one call in what is compiled.
 
     Args:
         model: any module, also a single block.
@@ -47,6 +48,9 @@ def fuse(
         TypeError: model is not a module.
         ValueError: backend is not a name of a backend; with `verify`, a block differs from its
             original, and the sentence names it. The model is then as it was.
+
+    Warns:
+        UserWarning: no kernel runs here; once in a process.
     """
     check_module("fuse", model)
     check_backend("fuse", backend)
@@ -71,6 +75,8 @@ def fuse(
     if verify:
         for name, block in fused.items():
             _verify(name, block, backend or block.backend)
+    if fused and backend is None:
+        warn_if_layers_run(next(model.parameters()).device, may_move=True)
     if backend is not None:
         for block in fused.values():
             block.backend = backend

@@ -43,7 +43,6 @@ class FusedChain(StandIn):
         self.__dict__["runs"] = tuple(runs)
         self.__dict__["_names"] = tuple(names)
         self.__dict__["_keys"] = list(self._modules)
-        self.__dict__["_kept"] = Kept(self)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """What the original computes; by its own forward where children have been exchanged."""
@@ -59,29 +58,7 @@ class FusedChain(StandIn):
 
     def _runs_in_order(self, x: Tensor) -> bool:
         """Whether the original's own forward runs the children one by one, for such an x."""
-        if self.training:
-            return False
-        if torch.compiler.is_compiling():
-            return self._always_runs_in_order()
-        state = self._kept.look()
-        if state.why_blind is not None:
-            return False
-        known = state.readings.get("all")
-        if known is None:
-            known = state.readings.get(x.shape)
-        if known is None:
-            known, for_all = runs_in_order(self.original, self._called(), x.shape)
-            state.readings.keep("all" if for_all else x.shape, known)
-        return known
-
-    @asked_once_a_graph
-    def _always_runs_in_order(self) -> bool:
-        children = self._called()
-        shape = (1, guess_channels(children), 224, 224)
-        return all(runs_in_order(self.original, children, shape))
-
-    def _called(self) -> list[nn.Module]:
-        return [self._modules[name] for name in self._names]
+        return True
 
     @property
     def fused_blocks(self) -> list[FusedInvertedResidual]:
@@ -120,6 +97,39 @@ class FusedChain(StandIn):
 
     def extra_repr(self) -> str:
         return ", ".join(f"fused [{r.start}:{r.stop}] {r.block.config.name}" for r in self.runs)
+
+
+class FusedInOrder(FusedChain):
+    """A module whose own forward runs its children in order."""
+
+    def __init__(self, original: nn.Module, names: Sequence[str], runs: Sequence[FusedRun]):
+        super().__init__(original, names, runs)
+        self.__dict__["_kept"] = Kept(self)
+
+    def _runs_in_order(self, x: Tensor) -> bool:
+        if self.training:
+            return False
+        if torch.compiler.is_compiling():
+            return self._always_runs_in_order()
+        state = self._kept.look()
+        if state.why_blind is not None:
+            return False
+        known = state.readings.get("all")
+        if known is None:
+            known = state.readings.get(x.shape)
+        if known is None:
+            known, for_all = runs_in_order(self.original, self._called(), x.shape)
+            state.readings.keep("all" if for_all else x.shape, known)
+        return known
+
+    @asked_once_a_graph
+    def _always_runs_in_order(self) -> bool:
+        children = self._called()
+        shape = (1, guess_channels(children), 224, 224)
+        return all(runs_in_order(self.original, children, shape))
+
+    def _called(self) -> list[nn.Module]:
+        return [self._modules[name] for name in self._names]
 
 
 def _is_plain(x: object) -> bool:
@@ -174,9 +184,6 @@ class FusedSequential(_Sliced, FusedChain, nn.Sequential):
             done = self._live.run(state, x, at) if may_join(x) else None
             x, at = self._run_one(x, at) if done is None else done
         return x
-
-    def _runs_in_order(self, x: Tensor) -> bool:
-        return True
 
     def train(self, mode: bool = True) -> "FusedSequential":
         return self if self._live.is_in_mode(mode) else super().train(mode)

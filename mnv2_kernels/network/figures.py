@@ -8,7 +8,7 @@ from pathlib import Path
 from ..optional import require
 
 MIB = 2**20
-_COLOURS = {"plain": "C7", "eager": "C7", "folded": "C1", "fused": "C0", "planned": "C2"}
+_COLOURS = {"eager": "C7", "folded": "C1", "fused": "C0", "planned": "C2"}
 
 # Positions, ascending, and the bytes held from each to the next.
 Timeline = tuple[Sequence[float], Sequence[int]]
@@ -24,6 +24,21 @@ class Panel:
     position: str = "block"
 
 
+def check_ending(path: Path | str, argument: str = "path") -> None:
+    """ValueError, in the name of an argument, where no figure can be drawn into such a file.
+
+    Raises:
+        MissingPackage: matplotlib is not installed.
+    """
+    require("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = sorted(FigureCanvasAgg.get_supported_filetypes())
+    ending = Path(path).suffix.removeprefix(".")
+    if ending and ending not in known:
+        raise ValueError(f"{argument} must end in one of .{', .'.join(known)}, got {path}")
+
+
 def draw(panels: Sequence[Panel], path: Path | str) -> None:
     """Save a figure of the panels; the ending of `path` is its format.
 
@@ -31,7 +46,7 @@ def draw(panels: Sequence[Panel], path: Path | str) -> None:
         MissingPackage: matplotlib is not installed.
         OSError, ValueError: the file cannot be written, or matplotlib does not know its ending.
     """
-    require("matplotlib")
+    check_ending(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

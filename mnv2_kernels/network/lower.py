@@ -17,12 +17,8 @@ from .program import Layer as Step
 def lower(layers: Sequence[Layer], names: Sequence[str] | None = None) -> list[tuple[str, Step]]:
     """The steps of layers, each with its name; weights are copies, but that of a classifier.
 
-    Raises:
-        Declined: there is no step for a layer, or not where it stands.
+    `check_steps` must have passed the layers.
     """
-    if not layers:
-        raise Declined("it has no layers")
-    check_steps(layers)
     steps: list[tuple[str, Step]] = []
     with torch.inference_mode(False), torch.no_grad():
         for layer, name in zip(layers, names or [""] * len(layers), strict=True):
@@ -42,7 +38,9 @@ def lower(layers: Sequence[Layer], names: Sequence[str] | None = None) -> list[t
 
 
 def check_steps(layers: Sequence[Layer]) -> None:
-    """Decline layers that have no step, or none where they stand."""
+    """Decline layers that have no step, or none in their place."""
+    if not layers:
+        raise Declined("it has no layers")
     averaged = False
     for i, layer in enumerate(layers):
         match layer:

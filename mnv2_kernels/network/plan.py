@@ -10,22 +10,21 @@ and runs as one op (`plan_op.py`), which allocates the arena or gets one that th
 import math
 from collections.abc import Sequence
 from copy import deepcopy
-from operator import index
 from pathlib import Path
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.backends import BACKENDS
+from ..ops.backends import BACKENDS, warn_if_layers_run
 from ..ops.extension import missing
 from ..ops.inverted_residual import inverted_residual
-from ..recognizers import Declined, check_module, evaluation_mode, read, same_layers
+from ..recognizers import Declined, check_module
 from . import figures, program
 from . import memory as step_memory
 from . import run_plan as plan_op
 from .arena import OwnedArena, arrange, describe
+from .chain import chain_of, image_shape
 from .lower import cast, lower, names_of
 from .plan_table import Row, describe_layer, table
 from .program import Block, Layer, Linear, Pointwise, Pool, Shape, Stem, Step
@@ -40,6 +39,9 @@ class Plan:
     Threads may call one plan at once. Where it owns its arena, a call waits for the one before it;
     copies of the plan (`copy.deepcopy`, pickle) own another one and run side by side. Compiled and
     exported programs allocate the arena in each call, whoever owns it.
+
+    `torch.save(plan, path)` writes a plan, `torch.load(path, weights_only=False)` reads it: as any
+    pickle, from a source that you trust.
     """
 
     def __init__(self, names: Sequence[str], steps: Sequence[Step], shape: Shape, arena: int):
@@ -58,7 +60,7 @@ class Plan:
             ValueError, TypeError: x has another shape, dtype or device than the plan.
         """
         self._check(x)
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and missing is None:
             p = self._program
             if self._owned is None or torch.compiler.is_compiling():
                 return plan_op.run_plan(x, p.weights, p.integers, p.bounds)
@@ -87,6 +89,11 @@ class Plan:
     @property
     def device(self) -> torch.device:
         return self._program.device
+
+    @property
+    def _has_kernel(self) -> bool:
+        """Whether one kernel runs all steps; without, they run one by one, each in its own."""
+        return self.device.type == "cpu" and missing is None
 
     @property
     def arena_bytes(self) -> int:
@@ -120,6 +127,8 @@ class Plan:
                 f"plan: own_arena must be False for a model on {self.device}, where `capture` makes"
                 " a call that keeps its memory"
             )
+        if missing is not None:
+            raise RuntimeError(f"plan: own_arena must be False here: {missing}")
         self._owned_threads = torch.get_num_threads()
         self._owned = OwnedArena(self._most_bytes(self._owned_threads))
 
@@ -148,8 +157,7 @@ class Plan:
         """The schedule, a line for every step."""
         found = []
         results = program.shapes(self.steps, self.input_shape)
-        on_cpu = self.device.type == "cpu" and missing is None
-        lines = describe(self._program, 1)["rows_in_memory"] if on_cpu else []
+        lines = describe(self._program, 1)["rows_in_memory"] if self._has_kernel else []
         for i, (step, shape) in enumerate(zip(self.steps, results, strict=True)):
             last = i + 1 == len(self.steps)
             rows = lines[i] if step.streams and lines else None
@@ -185,7 +193,7 @@ class Plan:
             "planned": step_memory.planned_in_use(line_bytes=[r.nbytes for r in rows], **sizes),
         }
         levels = {"paper's M(G)": step_memory.paper_bound(**sizes)}
-        if self.device.type == "cpu":
+        if self._has_kernel:
             lines = self.line_bytes()
             levels["held by a call, with its scratch"] = step_memory.planned_bytes(
                 image=itemsize * math.prod(self.input_shape),
@@ -200,9 +208,11 @@ class Plan:
 
     def __str__(self) -> str:
         totals = f"arena {self.arena_bytes:,} bytes"
-        if self.device.type == "cpu" and missing is None:
+        if self._has_kernel:
             totals += f"; line buffers and scratch {self.line_bytes():,} bytes for one thread"
             totals += f"; {self._describe_owner()}"
+        else:
+            totals += "; the steps run one by one, and allocate their results"
         return f"{table(self.rows())}\n{totals}"
 
     __repr__ = __str__
@@ -282,19 +292,18 @@ def plan(
         TypeError: model is not a module, or dtype is none that runs on its device.
         ValueError: the model is no such chain, input_shape does not fit it, or own_arena is asked
             for on another device than a CPU.
+        RuntimeError: own_arena is asked for without the compiled kernels. Other plans run their
+            steps one by one then.
+
+    Warns:
+        UserWarning: no kernel runs here; once in a process.
     """
     check_module("plan", model)
-    shape = _image_shape(input_shape)
+    shape = image_shape("plan", input_shape)
     if not isinstance(dtype, torch.dtype | None):
         raise TypeError(f"plan: dtype must be a torch.dtype, got {dtype!r}")
     try:
-        with evaluation_mode(model):
-            reading = read(model, (1, *shape), [model])
-            if reading.is_sized and not same_layers(
-                reading.layers, read(model, (3, *shape), [model]).layers
-            ):
-                raise Declined("its forward depends on the number of images")
-        layers = reading.layers
+        layers = chain_of(model, shape)
         # Weights that need no folding would share memory with the model.
         named = deepcopy(lower(layers, names_of(layers, model)))
     except Declined as reason:
@@ -308,27 +317,14 @@ def plan(
         raise TypeError(f"plan: dtype must be one of the CPU kernels, got {made.dtype}: {reason}")
     if own_arena:
         made._own_arena()
+    warn_if_layers_run(made.device, may_move=False)
     return made
-
-
-def _image_shape(input_shape: Sequence[int]) -> tuple[int, int, int]:
-    if not isinstance(input_shape, Sequence) or isinstance(input_shape, str):
-        kind = type(input_shape).__name__
-        raise TypeError(f"plan: input_shape must be a sequence of integers, got {kind}")
-    sizes = tuple(input_shape)
-    whole = all(isinstance(n, SupportsIndex) and not isinstance(n, bool | Tensor) for n in sizes)
-    if not whole or len(sizes) not in (3, 4) or min(sizes) < 0 or min(sizes[-3:]) < 1:
-        raise ValueError(f"plan: input_shape must be (C, H, W) or (N, C, H, W), got {sizes}")
-    if max(sizes) >= 2**31:
-        raise ValueError(f"plan: input_shape must be below 2**31 in all sizes, got {sizes}")
-    channels, height, width = map(index, sizes[-3:])
-    return channels, height, width
 
 
 def why_not_on_cpu(dtype: torch.dtype) -> str | None:
     """None where the CPU kernels run images of a dtype, otherwise the sentence to show."""
     if missing is not None:
-        return None  # A plan can be made all the same; calling it says so.
+        return None  # The steps of a plan run one by one, in any dtype.
     cpu = next(backend for backend in BACKENDS if backend.name == "cpu")
     return cpu.why_not(torch.empty(0, dtype=dtype, device="cpu"))
 

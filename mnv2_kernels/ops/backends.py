@@ -4,6 +4,7 @@ A backend is a kernel behind `torch.ops.mnv2.inverted_residual` on one device, o
 """
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -254,9 +255,33 @@ def is_for_layers(name: str | None, x: Tensor) -> bool:
 
 
 def why_no_kernel(x: Tensor, block: Block | None = None) -> str | None:
-    """None where a backend other than the reference can run on x, otherwise all the reasons."""
-    reasons = [b.why_not(x, block) for b in BACKENDS if b.name != "reference"]
-    return "; ".join(reasons) if all(reasons) else None
+    """None where a backend other than the reference can run on x, otherwise why those for x's
+    device cannot.
+    """
+    reasons = {b.name: b.why_not(x, block) for b in BACKENDS if b.name != "reference"}
+    if not all(reasons.values()):
+        return None
+    names = ("cpu",) if x.device.type == "cpu" else ("cuda", "triton")
+    return "; ".join(reasons[name] for name in names)
+
+
+_said_layers_run = False
+
+
+def warn_if_layers_run(device: torch.device, *, may_move: bool) -> None:
+    """Say, once in a process, that models on a device run layer by layer for want of the extension.
+
+    Not for a model that may still move to a GPU which has a kernel.
+    """
+    global _said_layers_run
+    if missing is None or _said_layers_run:
+        return
+    devices = {device.type, *(("cuda",) if may_move and torch.cuda.is_available() else ())}
+    if all(why_no_kernel(torch.empty(0, dtype=torch.half, device=d)) for d in devices):
+        _said_layers_run = True
+        said = f"no kernel runs here, so that models run layer by layer: {missing}"
+        # Of the line that called the public function.
+        warnings.warn(said, stacklevel=3)
 
 
 _ran: Counter[str] = Counter()

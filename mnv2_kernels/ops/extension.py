@@ -19,6 +19,7 @@ try:
 except ImportError as error:
     module = None
     missing = cuda_missing = (
-        f"the compiled extension is not available ({error});"
-        " install it with a C++ compiler and pip's --no-build-isolation"
+        f"the compiled extension is not available ({error}); where there is a C++ compiler,"
+        " `pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout of the"
+        " project builds it"
     )

@@ -5,8 +5,8 @@ block in one pass, planned as one call on one arena. Weights are left out, image
 counted.
 """
 
-import json
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..block import cost
 from ..network import memory
 from ..network.figures import Panel, Timeline, draw
 from ..network.plan import Plan, why_not_on_cpu
-from .memory import live_bytes
+from .memory import live_bytes, peak_bytes_again
 from .variants import fold_around_blocks, variants
 
 EXECUTIONS = (*cost.EXECUTIONS, "planned")
@@ -69,15 +69,11 @@ class MemoryReport:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    def write_json(self, path: Path) -> None:
-        """Write every figure, in bytes, as one JSON object.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        document = {
+    def document(self) -> dict[str, object]:
+        """Every figure, in bytes, for JSON."""
+        return {
             "model": self.model,
-            "x_shape": self.x_shape,
+            "x_shape": list(self.x_shape),
             "dtype": self.dtype_name,
             "threads": self.threads,
             "paper_bound_bytes": self.paper_bound,
@@ -95,7 +91,6 @@ class MemoryReport:
                 for name, held in self.executions.items()
             },
         }
-        path.write_text(json.dumps(document, indent=2) + "\n")
 
     def figure(self, path: Path) -> None:
         """Draw the live bytes of every measured execution over the steps, and the paper's bound.
@@ -115,7 +110,13 @@ class MemoryReport:
 
 @torch.inference_mode()
 def measure(
-    name: str, model: nn.Module, plan: Plan, batch: int = 1, dtype: torch.dtype = torch.float32
+    name: str,
+    model: nn.Module,
+    plan: Plan,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    *,
+    tell: Callable[[str], None] = lambda what: None,
 ) -> MemoryReport:
     """Run every execution on one random input; compare what it held with what it should hold.
 
@@ -125,6 +126,7 @@ def measure(
         plan: of that model, in `dtype`; in another one where the kernels do not run `dtype`, and
             then fused and planned are computed alone, with the plan's line buffers as they are.
         dtype: of weights, images and result.
+        tell: gets the name of each execution before it is measured.
     """
     why_not = why_not_on_cpu(dtype)
     if why_not is None and plan.dtype != dtype:
@@ -136,6 +138,7 @@ def measure(
     model = deepcopy(model).to(dtype)
     found = {}
     for execution, copy in executions(model).items():
+        tell(execution)
         computed = memory.live_bytes(plan.steps, plan.input_shape, execution=execution, **sizes)
         computed = [a + b for a, b in zip(computed, of_callers, strict=True)]
         reason = why_not if execution == "fused" else None
@@ -160,6 +163,21 @@ def measure(
         line_bytes=plan.line_bytes(torch.get_num_threads()),
         weight_bytes=sum(p.nbytes for p in (*model.parameters(), *model.buffers())),
     )
+
+
+@torch.inference_mode()
+def peaks(
+    model: nn.Module, x: Tensor, *, tell: Callable[[str], None] = lambda what: None
+) -> dict[str, int]:
+    """Most bytes that each execution of a model holds for x, which has the dtype of the images.
+
+    For models that have no plan: image and result are counted, weights are not.
+    """
+    found = {}
+    for execution, copy in variants(deepcopy(model).to(x.dtype)).items():
+        tell(execution)
+        found[execution] = x.nbytes + peak_bytes_again(lambda copy=copy: copy(x))
+    return found
 
 
 def planned_bytes(plan: Plan, batch: int = 1, itemsize: int | None = None) -> int:
@@ -212,7 +230,7 @@ def held_by_callers(model: nn.Module, plan: Plan, batch: int = 1, itemsize: int 
 def executions(model: nn.Module) -> dict[str, nn.Module]:
     """Copies of a model, by execution: all in evaluation mode with channels_last weights."""
     copies = variants(model)
-    eager = copies["plain"].to(memory_format=torch.channels_last)
+    eager = copies["eager"].to(memory_format=torch.channels_last)
     # A profiler sees the layers one by one.
     fused = fold_around_blocks(copies["fused"]).to(memory_format=torch.channels_last)
     return {"eager": eager, "folded": copies["folded"], "fused": fused}
@@ -254,11 +272,8 @@ def _mark(*_) -> None:
     torch.empty(_MARK_BYTES, dtype=torch.uint8)
 
 
-def _memory(
-    computed: list[int], held: list[list[int] | None] | None, why_not: str | None = None
-) -> Memory:
-    if held is None:
-        return Memory(computed, [None] * len(computed), ([], []), why_not)
+def timeline_of(held: list[list[int] | None]) -> Timeline:
+    """What `timeline` gives, for a figure: position i is where step i began."""
     positions: list[float] = []
     bytes_: list[int] = []
     for number, step in enumerate(held):
@@ -267,5 +282,13 @@ def _memory(
             bytes_.append(live)
     positions.append(len(held))
     bytes_.append(bytes_[-1])
+    return positions, bytes_
+
+
+def _memory(
+    computed: list[int], held: list[list[int] | None] | None, why_not: str | None = None
+) -> Memory:
+    if held is None:
+        return Memory(computed, [None] * len(computed), ([], []), why_not)
     measured = [None if step is None else max(step) for step in held]
-    return Memory(computed, measured, (positions, bytes_))
+    return Memory(computed, measured, timeline_of(held))

@@ -1,16 +1,14 @@
-"""One network three ways (plain, folded, fused), and calls of its blocks one by one."""
+"""One network three ways: eager, folded, fused."""
 
-from collections.abc import Callable, Iterable
 from copy import deepcopy
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..fuse.find import find
 from ..fuse.fuse import fuse
-from ..fuse.model import WholeNetwork
 from ..fuse.sequential import FusedChain
 from ..modules.fused_module import FusedModule
 
@@ -18,18 +16,15 @@ from ..modules.fused_module import FusedModule
 def variants(model: nn.Module) -> dict[str, nn.Module]:
     """Copies of a network in evaluation mode, by name; the network itself is left as it is.
 
-    "plain" runs layer by layer as written. "folded" does so too, with batch norm folded into the
+    "eager" runs layer by layer as written. "folded" does so too, with batch norm folded into the
     convolutions and channels_last weights: what PyTorch does best without a compiler. "fused" is
-    the network after `fuse`, channels_last; where it does not run as a whole, with the layers
-    around its blocks folded too.
+    the network after `fuse`, with channels_last weights.
     """
     folded = fold_around_blocks(plain(model))
     fused = fuse(model)
-    if not isinstance(fused, WholeNetwork):
-        fold_around_blocks(fused)
     for copy in (folded, fused):
         copy.to(memory_format=torch.channels_last)
-    return {"plain": plain(model), "folded": folded, "fused": fused}
+    return {"eager": plain(model), "folded": folded, "fused": fused}
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -44,30 +39,6 @@ def plain(model: nn.Module) -> nn.Module:
 def fused_blocks(model: nn.Module) -> dict[str, FusedModule]:
     """The modules of a network that can run in one pass, by their names in it."""
     return {name: m for name, m in model.named_modules() if isinstance(m, FusedModule)}
-
-
-def block_calls(
-    model: nn.Module, names: Iterable[str], x: Tensor
-) -> dict[str, tuple[Callable[[], Tensor], Tensor]]:
-    """name -> (a call of that submodule alone, its input), as it is called in `model(x)`."""
-    calls = {}
-
-    def remember(name: str) -> Callable:
-        def hook(module, args, kwargs):
-            calls[name] = lambda: module(*args, **kwargs), args[0]
-
-        return hook
-
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(remember(name), with_kwargs=True)
-        for name in names
-    ]
-    try:
-        model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
 
 
 def fold_around_blocks(model: nn.Module) -> nn.Module:

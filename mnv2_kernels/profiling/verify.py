@@ -28,7 +28,9 @@ ODD_SHAPES = (
 
 @dataclass(frozen=True)
 class Result:
-    """One block on one backend: largest error of it and of plain PyTorch, and what is wrong."""
+    """One block on one backend, or one model in one execution: the largest error of it and of plain
+    PyTorch, and what is wrong.
+    """
 
     block: str
     shape: tuple[int, ...]
@@ -71,15 +73,20 @@ def verify(
         for backend in backends:
             on_device = weights.to(device)
             y = inverted_residual(x.to(device), on_device, backend=backend, **settings).cpu()
-            yield Result(
-                block.name,
-                tuple(x.shape),
-                str(dtype).removeprefix("torch."),
-                backend,
-                _errors(y, truth)[0],
-                _errors(plain, truth)[0],
-                why_wrong(y, plain, truth),
-            )
+            yield result(block.name, x, backend, y, plain, truth)
+
+
+def result(block: str, x: Tensor, backend: str, y: Tensor, plain: Tensor, truth: Tensor) -> Result:
+    """What is to say of a result y for x, beside the one of plain PyTorch and that in float64."""
+    return Result(
+        block,
+        tuple(x.shape),
+        str(x.dtype).removeprefix("torch."),
+        backend,
+        _errors(y, truth)[0],
+        _errors(plain, truth)[0],
+        why_wrong(y, plain, truth),
+    )
 
 
 def why_wrong(y: Tensor, plain: Tensor, truth: Tensor) -> str | None:

@@ -46,5 +46,4 @@ __all__ = [
     "spans_of",
     "unrecorded",
     "with_originals",
-    "with_originals",
 ]

@@ -79,10 +79,10 @@ def _stages(made: list[Node], result: Node) -> tuple[list[_Stage], dict[int, int
                 stages.append(_Stage(_conv_layer(node, padding), set(), first, node.call))
                 padding = None
             case _ if padding is not None and node.kind != "same":
-                raise Declined(f"a {node.kind} stands between zero padding and a convolution")
+                raise Declined(f"a {node.kind} comes between zero padding and a convolution")
             case Norm() | Clamp():
                 if not stages:
-                    raise Declined(f"a {node.kind} stands before the first convolution")
+                    raise Declined(f"a {node.kind} comes before the first convolution")
                 _append(stages[-1], node)
             case Linear():
                 stages.append(_Stage(LinearLayer(node.linear), set(), node.call, node.call))
@@ -165,7 +165,7 @@ def _length_of_block(stages: list[_Stage], at: int, sums: dict[int, int]) -> tup
             return length, sums.get(last) == at
     if at in sums:
         inside = describe_layers([stage.layer for stage in stages[sums[at] : at + 1]])
-        raise Declined(f"it adds its input to the result of something else than a block: {inside}")
+        raise Declined(f"its shortcut must go around one block, got {inside}")
     return 1, False
 
 

@@ -119,17 +119,19 @@ def same_layers(first: Sequence[Layer], second: Sequence[Layer]) -> bool:
 _USUAL_SIZE = (224, 224)
 
 
-def read_unknown(module: nn.Module) -> Reading:
+def read_unknown(
+    module: nn.Module, calls: Sequence[Callable[[Tensor], Tensor]] | None = None
+) -> Reading:
     """`read` for images of a usual size, with as many channels as the first convolution takes.
 
     Raises:
         Declined: as `read`.
     """
     try:
-        return read(module, (1, guess_channels([module]), *_USUAL_SIZE))
+        return read(module, (1, guess_channels([module]), *_USUAL_SIZE), calls)
     except ChannelsDiffer as reason:
         try:
-            return read(module, (1, reason.expected, *_USUAL_SIZE))
+            return read(module, (1, reason.expected, *_USUAL_SIZE), calls)
         except ChannelsDiffer:
             raise reason from None
 

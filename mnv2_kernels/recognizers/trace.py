@@ -178,7 +178,8 @@ class Trace:
             return self._read(name, args[0])
         operation = OPERATIONS.get(function)
         if operation is None:
-            raise self.declined(f"{_name_of(function)} is no operation of such a block")
+            what = "squeeze-excite" if _is_gate(function, args) else _name_of(function)
+            raise self.declined(f"{what} is not supported")
         self._check_surroundings(args, kwargs)
         return operation(self, *args, **kwargs)
 
@@ -249,6 +250,16 @@ def _name_of(function: Any) -> str:
     owner = getattr(function, "__self__", None)
     name = getattr(function, "__name__", str(function))
     return getattr(owner, "__name__", name) if name == "__get__" else name
+
+
+def _is_gate(function: Callable, args: tuple) -> bool:
+    """Whether it is the sigmoid of something that was computed from a mean over all pixels."""
+    if _name_of(function).rstrip("_") not in ("sigmoid", "hardsigmoid"):
+        return False
+    node = next((arg.node for arg in args if isinstance(arg, Recorded)), None)
+    while node is not None and node.kind != "average":
+        node = next(iter(node.inputs), None)
+    return node is not None
 
 
 def _attribute_of(function: Callable) -> str | None:

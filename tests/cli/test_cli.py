@@ -12,20 +12,17 @@ from functools import cache
 import cases
 import pytest
 import torch
+from command_line import EXECUTIONS, rows_of, spoil
 from image_files import assert_cannot_classify, encoded
 from PIL import Image
 
-from mnv2_kernels.cli import demo, memory, pretrained
+from mnv2_kernels.cli import demo, pretrained
 from mnv2_kernels.cli import main as cli
-from mnv2_kernels.network.plan import why_not_on_cpu
+from mnv2_kernels.network.figures import draw
 from mnv2_kernels.ops.backends import BACKENDS
 from mnv2_kernels.ops.extension import cuda_missing
 from mnv2_kernels.profiling import verify
-from mnv2_kernels.profiling.variants import variants
 
-needs_cpp = pytest.mark.skipif(
-    "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
-)
 needs_kernel = pytest.mark.skipif(not cases.kernel_backends(), reason="no kernel in this run")
 
 
@@ -205,133 +202,37 @@ def test_verify_without_a_kernel_is_not_green(capsys, monkeypatch):
     assert capsys.readouterr().err == "mnv2 verify: no kernel runs here: cpu: not built\n"
 
 
-def test_bench_prints_every_variant(capsys):
-    threads = torch.get_num_threads()
-    arguments = ["--resolution", "32", "--width", "0.35", "--rounds", "3", "--threads", "1"]
-    assert cli.main(["bench", *arguments, "--batch", "2"]) == 0
-    out = capsys.readouterr().out
-    assert "MobileNetV2 0.35: batch 2, 32x32, threads: 1" in out and "medians of 3 rounds" in out
-    rows = [line.strip("│ ").split("│") for line in out.splitlines() if line.startswith("│")]
-    assert [row[0].strip() for row in rows] == ["plain", "folded", "fused"]
-    assert all(float(row[1]) > 0 for row in rows)
-    assert torch.get_num_threads() == threads
-
-
-def spoil(model):
-    """Variants of which the fused one gives another first class."""
-    copies = variants(model)
-    fused = copies["fused"]
-    fused.register_forward_hook(lambda module, args, y: y.roll(1, dims=1))
-    return copies
-
-
-def test_bench_does_not_time_wrong_answers(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "variants", spoil)
-    assert cli.main(["bench", "--resolution", "32", "--width", "0.35"]) == 1
-    printed = capsys.readouterr()
-    assert printed.out == "" and "the fused network is wrong" in printed.err
-
-
-def rows_of(text):
-    """Cells of the rows of all tables, without their headings."""
-    lines = [line for line in text.splitlines() if line.startswith("│")]
-    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
-
-
-@needs_cpp
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_memory_in_other_dtypes(dtype, capsys, tmp_path):
-    name, file = str(dtype).removeprefix("torch."), tmp_path / "memory.json"
-    arguments = ["--resolution", "64", "--width", "0.35", "--dtype", name, "--json", str(file)]
-    assert cli.main(["memory", *arguments]) == 0
-    out, document = capsys.readouterr().out, json.loads(file.read_text())
-    assert f"mobilenet_v2, 1x3x64x64, {name}, threads: " in out and document["dtype"] == name
-    reason = why_not_on_cpu(dtype)
-    shown = {cells[0]: cells[2] for cells in rows_of(out)[20:]}
-    for execution in ("eager", "folded", "fused", "planned"):
-        peak = document["executions"][execution]["peak_bytes"]
-        left_out = reason is not None and execution in ("fused", "planned")
-        assert (shown[execution] == "-") == (peak is None) == left_out
-    assert reason is None or f"fused and planned: not measured: {reason}; " in out
-
-
-@needs_cpp
-@pytest.mark.parametrize("model", ["mobilenet_v2", "torchvision:mobilenet_v2"])
-def test_memory_computed_and_measured(model, capsys, tmp_path):
-    json_file, figure = tmp_path / "memory.json", tmp_path / "memory.png"
-    arguments = ["--model", model, "--resolution", "96", "--width", "0.5", "--batch", "2"]
-    written = ["--json", str(json_file), "--figure", str(figure)]
-    assert cli.main(["memory", *arguments, *written]) == 0
-    out = capsys.readouterr().out
-    assert f"{model}, 2x3x96x96" in out
-    rows = rows_of(out)
-    steps, peaks = rows[:20], rows[20:]
-    for name, *cells in steps:
-        pairs = [re.fullmatch(r"(\d+) / (\d+)", cell).groups() for cell in cells]
-        computed, measured = zip(*((int(c), int(m)) for c, m in pairs), strict=True)
-        assert all(m >= c for c, m in zip(computed, measured, strict=True)), name
-        assert computed[3] == measured[3]
-    document = json.loads(json_file.read_text())["executions"]
-    assert [row[0] for row in peaks] == list(document) == ["eager", "folded", "fused", "planned"]
-    for name, computed, measured, share in peaks:
-        peak = document[name]["peak_bytes"]
-        assert int(measured.replace(",", "")) == peak
-        assert int(computed.replace(",", "")) == document[name]["peak_bytes_computed"] <= peak
-        assert share == f"{peak / document['eager']['peak_bytes']:.1%}"
-    with Image.open(figure) as image:
-        assert image.width > 500
-
-
-def test_memory_table_of_the_paper(capsys):
-    assert cli.main(["memory", "--table"]) == 0
-    out = capsys.readouterr().out
-    first, current = (rows_of(out)[i : i + 7] for i in (0, 7))
-    assert first[0] == ["112x112", "64/1606 | 64/1600", "16/401.4 | 16/400", "48/1204 | 32/800 [1]"]
-    assert current[0] == ["112x112"] + ["1/O(1) | 1/O(1)"] * 3
-    assert first[-1] == ["max", "1606 | 1600", "401.4 | 400", "1204 | 600 [5]"]
-    assert current[-1] == ["max", "802.8 | 800", "150.5 | 200 [2]", "752.6 | 600 [3]"]
-    assert re.findall(r"^\[(\d)\] \S", out, re.MULTILINE) == list("12345")
-
-
-@pytest.mark.parametrize(
-    "arguments, sentence",
-    [
-        (["--model", "resnet"], "--model must be mobilenet_v2, torchvision:NAME or timm:NAME"),
-        (["--model", "timm:none"], "--model must be a model that timm has, got none"),
-        (["--model", "timm:mobilenetv2_050", "--width", "2"], "--width must be left out for timm:"),
-        (["--model", "torchvision:alexnet"], "plan: AlexNet cannot be run as a plan: "),
-        (["--json", "/nowhere/at/all.json"], "the folder of /nowhere/at/all.json must exist"),
-        (["--resolution", "32", "--width", "0.1", "--figure", "memory.xyz"], "--figure must be a"),
-    ],
-)
-@needs_cpp
-def test_memory_that_cannot_be_shown(arguments, sentence, capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["memory", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"mnv2 memory: {sentence}") and error.count("\n") == 1
-
-
-def test_memory_without_compiled_kernels(capsys, monkeypatch):
-    monkeypatch.setattr(memory, "missing", "not built")
-    assert cli.main(["memory"]) == 2
-    assert capsys.readouterr().err == "mnv2 memory: needs the compiled kernels: not built\n"
-
-
 @pytest.mark.serial
 @pytest.mark.parametrize("spoiled", [False, True], ids=["right", "wrong"])
 def test_demo(spoiled, tmp_path, capsys, monkeypatch):
     if spoiled:
         monkeypatch.setattr(demo, "variants", spoil)
+    drawn = []
+    monkeypatch.setattr(
+        demo, "draw", lambda panels, path: drawn.extend(panels) or draw(panels, path)
+    )
     assert cli.main(["demo", "--rounds", "3", "--output", str(tmp_path)]) == (1 if spoiled else 0)
-    out = capsys.readouterr().out
+    printed = capsys.readouterr()
+    out = printed.out
     assert ("ANSWERS DIFFER" in out) == spoiled == ("(!)" in out)
-    for name in ("EfficientNet-Lite0", "MobileNetV2 1.0"):
-        assert f"{name}: most probable class" in out and f"{name}: timing" in out
+    assert printed.err == ""
+    names = ["EfficientNet-Lite0", "MobileNetV2 1.0"]
+    for name in names:
+        assert f"{name}: most probable class" in out and f"{name}: 1x3x" in out
     assert out.count("espresso 0.951") == (1 if spoiled else 2)
+    assert "19 breeds of dogs and nothing else" in out
     assert str(tmp_path / demo.FIGURE) in out
     with Image.open(tmp_path / demo.FIGURE) as figure:
         assert figure.width > 500 and len(figure.convert("RGB").getcolors(2**20)) > 3
+    # The table has the peaks of the figure, of all four executions.
+    assert [panel.title for panel in drawn] == names
+    peaks = [cells[-1] for cells in rows_of(out) if cells[0] in EXECUTIONS]
+    expected = [max(held) for panel in drawn for _, held in panel.timelines.values()]
+    assert peaks == [f"{peak / 2**20:.2f}" for peak in expected] and len(peaks) == 8
+    assert [set(panel.timelines) for panel in drawn] == [set(EXECUTIONS)] * 2
+    # It ends with a sentence a network.
+    for name, line in zip(names, out.splitlines()[-2:], strict=True):
+        assert re.match(f"{name}: .*(planned|fused) is .* as fast as eager", line)
 
 
 def test_demo_refuses_a_folder_it_cannot_write_to(tmp_path, capsys):
@@ -355,6 +256,29 @@ def test_wrong_arguments(arguments, sentence, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_for_terminals(terminal, capsys, monkeypatch):
+    """On stderr, with what is done; results on stdout are the same."""
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(verify, "kernels", lambda *check: (["reference"], []))
+    monkeypatch.setattr(verify, "mobilenet_v2_block_inputs", lambda: [])
+    assert cli.main(["verify"]) == 0
+    printed = capsys.readouterr()
+    assert ("verifying the kernels" in printed.err) == terminal == bool(printed.err)
+    assert "verifying" not in printed.out and printed.out.endswith("7 of 7 right\n")
+
+
+def test_info_as_json(tmp_path, capsys):
+    path = tmp_path / "info.json"
+    assert cli.main(["info", "--json", str(path)]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    facts = json.loads(path.read_text())
+    assert last == f"wrote {path}" and [line.split("  ")[0] for line in lines] == list(facts)
+    assert facts["torch"] == torch.__version__ and facts["threads"] == torch.get_num_threads()
 
 
 def test_interrupt_ends_without_a_traceback(monkeypatch):

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 import mnv2_kernels as mk
 from mnv2_kernels.block.fold import BlockLayers, fold_conv_norm
-from mnv2_kernels.fuse.explain import Report
 from mnv2_kernels.fuse.find import find
 from mnv2_kernels.recognizers import evaluation_mode
 
@@ -106,16 +105,6 @@ def idle_clips(model: nn.Module, x: Tensor) -> list[str]:
         ]
 
 
-def other_depthwise(report: Report) -> list[str]:
-    """Depthwise convolutions that are in no row of `explain`."""
-    declined = [row.name for row in report if row.state == "declined"]
-    return [
-        name
-        for name in report.outside
-        if not any(f"{name}.".startswith(f"{block}." if block else "") for block in declined)
-    ]
-
-
 def error(found: nn.Module, expected: nn.Module, x: Tensor) -> float:
     """The largest error of one model's results against another's."""
     with torch.no_grad():
@@ -160,4 +149,4 @@ def count(model: nn.Module) -> Counts:
     rows = mk.explain(model)
     reasons = Counter(row.reason for row in rows if row.state == "declined")
     fused = sum(row.state in ("fused", "fusable", "plain") for row in rows)
-    return Counts(fused, tuple(sorted(reasons.items())), len(other_depthwise(rows)))
+    return Counts(fused, tuple(sorted(reasons.items())), len(rows.outside))

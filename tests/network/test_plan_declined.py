@@ -113,12 +113,12 @@ STEM, HEAD = CONVOLUTION + "kernel_size=(3, 3), ", CONVOLUTION + "kernel_size=(1
 DECLINED = {
     "squeeze-excite of timm": (
         lambda: timm.create_model("semnasnet_100"),
-        "EfficientNet cannot be run as a plan: sigmoid is no operation of such a block, in"
+        "EfficientNet cannot be run as a plan: squeeze-excite is not supported, in"
         " blocks.2.0.se.gate (Sigmoid)",
     ),
     "squeeze-excite of torchvision": (
         torchvision.models.mobilenet_v3_large,
-        "MobileNetV3 cannot be run as a plan: hardswish is no operation of such a block, in"
+        "MobileNetV3 cannot be run as a plan: hardswish is not supported, in"
         " features.0.2 (Hardswish)",
     ),
     "padding at run time behind the blocks": (
@@ -145,7 +145,7 @@ DECLINED = {
         lambda: replaced_forward("features.0.2"),
         "the forward of features.0.2 (ReLU6) has been replaced",
     ),
-    "two branches": (lambda: Changed(two_branches), "flip is no operation"),
+    "two branches": (lambda: Changed(two_branches), "flip is not supported"),
     "around the network": (
         lambda: Changed(around_the_network),
         "its mean is not over all pixels",
@@ -153,10 +153,10 @@ DECLINED = {
     "a tensor twice": (lambda: Changed(a_tensor_twice), "it multiplies by something"),
     "two results": (lambda: Changed(two_results), "its result is a tuple that was not"),
     "a list": (lambda: Changed(a_list), "its result is a list that was not"),
-    "by values": (lambda: Changed(by_values), "sum is no operation of such a block"),
+    "by values": (lambda: Changed(by_values), "sum is not supported"),
     "an operation": (
         lambda: Changed(an_operation),
-        "sigmoid is no operation of such a block",
+        "sigmoid is not supported",
     ),
     "pooled by half": (
         lambda: Changed(pooled_by_half),
@@ -243,17 +243,17 @@ DECLINED = {
     ),
     "max pool": (
         lambda: behind(nn.MaxPool2d(2)),
-        "max_pool2d is no operation of such a block, in 2 (MaxPool2d)",
+        "max_pool2d is not supported, in 2 (MaxPool2d)",
     ),
-    "activation in between": (lambda: behind(nn.Sigmoid()), "sigmoid is no operation"),
+    "activation in between": (lambda: behind(nn.Sigmoid()), "sigmoid is not supported"),
     "norm in between": (lambda: behind(nn.BatchNorm2d(8)), "a batch norm follows another one"),
     "activation of a block": (
         lambda: edited(torchvision.models.mobilenet_v2(), "features.3.conv.0.2", nn.SiLU()),
-        "silu is no operation of such a block, in features.3.conv.0.2 (SiLU)",
+        "silu is not supported, in features.3.conv.0.2 (SiLU)",
     ),
     "activation of a block after fusing": (
         lambda: edited(ours(), "features.3.conv.0.2", nn.SiLU()),
-        "silu is no operation of such a block, in features.3.conv.0.2 (SiLU)",
+        "silu is not supported, in features.3.conv.0.2 (SiLU)",
     ),
     "no layers": (nn.Sequential, "Sequential cannot be run as a plan: it has no parameters"),
     "linear without average": (

@@ -260,3 +260,19 @@ def test_hostile_programs(python):
 
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
+
+
+def test_saved_for_another_process(tmp_path, python):
+    """As the docstring of `Plan` says."""
+    plan, x = prepared("ours-0.35", (2, 3, 33, 40))
+    torch.save(plan, tmp_path / "plan.pt")
+    torch.save(x, tmp_path / "x.pt")
+    script = """
+import sys, torch
+plan, x = (torch.load(f"{sys.argv[1]}/{name}.pt", weights_only=False) for name in ("plan", "x"))
+torch.save(plan(x), f"{sys.argv[1]}/y.pt")
+print(plan)
+"""
+    done = python("-c", script, str(tmp_path))
+    assert done.stdout == f"{plan}\n", done.stderr
+    assert torch.equal(torch.load(tmp_path / "y.pt"), plan(x))

@@ -15,7 +15,7 @@ from torch import nn
 import mnv2_kernels as mk
 from mnv2_kernels import optional
 from mnv2_kernels.block.config import BlockConfig
-from mnv2_kernels.cli.named_models import UnknownModel, named_model
+from mnv2_kernels.cli.named_models import named_model
 from mnv2_kernels.network import figures, memory
 from mnv2_kernels.network.plan import why_not_on_cpu
 from mnv2_kernels.network.program import Block, Linear, Pool, Stem, Step
@@ -91,32 +91,6 @@ def test_threads_take_whole_images_while_there_are_enough(batch, threads, block)
         threads=threads,
     )
     assert held == 10 * batch + block
-
-
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("resnet", "--model must be mobilenet_v2, torchvision:NAME or timm:NAME, got resnet"),
-        ("keras:x", "--model must be mobilenet_v2, torchvision:NAME or timm:NAME, got keras:x"),
-        ("torchvision:x", "--model must be a model that torchvision has, got x"),
-        ("timm:x", "--model must be a model that timm has, got x"),
-    ],
-)
-def test_unknown_models(name, message):
-    with pytest.raises(UnknownModel, match=f"^{re.escape(message)}$"):
-        named_model(name)
-
-
-def test_widths_of_named_models():
-    for name in ("mobilenet_v2", "torchvision:mobilenet_v2"):
-        for width, channels in ((None, 32), (0.35, 16)):
-            model = named_model(name, width)
-            assert not model.training
-            assert model.features[0][0].out_channels == channels
-    for name in ("torchvision:mnasnet1_0", "timm:mobilenetv2_050"):
-        with pytest.raises(UnknownModel, match="--width must be left out"):
-            named_model(name, 0.5)
-    assert named_model("timm:mobilenetv2_050").conv_stem.out_channels == 16
 
 
 class Stages(nn.Module):
@@ -331,11 +305,9 @@ def test_figure_without_what_is_not_measured(tmp_path):
 
 
 @needs_cpu_kernel
-def test_json_holds_every_figure(tmp_path):
+def test_the_document_holds_every_figure():
     _, plan, found = report("mobilenet_v2", 0.35, 96, 3, 1)
-    path = tmp_path / "memory.json"
-    found.write_json(path)
-    document = json.loads(path.read_text())
+    document = json.loads(json.dumps(found.document()))
     assert document["x_shape"] == [3, 3, 96, 96]
     assert document["steps"] == list(plan.names)
     for name, held in found.executions.items():

@@ -102,3 +102,30 @@ def test_the_recipe_is_that_of_the_paper(train, tmp_path):
 def test_too_few_images(train, tmp_path):
     with pytest.raises(SystemExit, match="--batch must be at most the 480 images, got 481"):
         train.main([f"--output={tmp_path}", "--batch=481"])
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["{}/none"], "FOLDER must have one folder of images a class, got {}/none: "),
+        (["{}"], "FOLDER must have one folder of images a class, got {}: "),
+        (["--output={}", "--resume"], "--resume must find the last.pt of a run, {}/last.pt is no"),
+        (["--finetune={}/none.pt"], "--finetune must find the last.pt of a run, {}/none.pt is no "),
+        (["--finetune={}/text.pt"], "--finetune must find the last.pt of a run, {}/text.pt: "),
+        (["--finetune={}/other.pt"], "--finetune must .*, {}/other.pt is another file"),
+    ],
+)
+def test_what_cannot_be_trained_ends_in_a_sentence(train, arguments, sentence, tmp_path):
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    torch.save([torch.zeros(3)], tmp_path / "other.pt")
+    arguments = [argument.format(tmp_path) for argument in arguments]
+    with pytest.raises(SystemExit, match="^" + sentence.format(tmp_path)):
+        train.main([*SMALL, "--max-steps=1", f"--output={tmp_path}/out", *arguments])
+    assert not (tmp_path / "out").exists()
+
+
+def test_counts_below_one_are_refused(train, capsys):
+    for option in ("--epochs", "--batch", "--max-steps", "--resolution"):
+        with pytest.raises(SystemExit, match="2"):
+            train.main([option, "0"])
+        assert f"{option} must be at least 1, got 0" in capsys.readouterr().err

@@ -146,6 +146,19 @@ def test_jit_trace_saves_the_op_and_follows_parameters(networks, grad, cached):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.parametrize("build", [lambda: mk.mobilenet_v2(0.35), Network])
+@torch.no_grad()
+def test_jit_trace_warns_of_nothing(build):
+    """Also of a whole network, which runs as one call where nothing is recorded."""
+    plain = randomise(build())
+    fused, x = mk.fuse(plain), torch.randn(2, 3, 34, 36)
+    for _ in range(2):
+        close(torch.jit.trace(fused, x)(x), plain(x))
+        fused(x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_jit_script_is_refused_and_changes_nothing(networks):
     _, fused, x = networks
     for model in (fused, mk.InvertedResidual(8, 8)):

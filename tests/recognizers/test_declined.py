@@ -88,37 +88,40 @@ class DependsOnValues(Flat):
 
 # Blocks of which no part runs in one pass, and the reason.
 DECLINED = {
-    "v3 squeeze-excite": (lambda: v3(se=True), r"hardsigmoid is no operation .* \(Hardsigmoid\)"),
-    "v3 hard swish": (lambda: v3(act="HS"), r"hardswish is no .* in block.0.2 \(Hardswish\)"),
+    "v3 squeeze-excite": (
+        lambda: v3(se=True),
+        r"squeeze-excite is not supported, in .* \(Hardsigmoid\)",
+    ),
+    "v3 hard swish": (lambda: v3(act="HS"), r"hardswish is not .* in block.0.2 \(Hardswish\)"),
     "torchvision MBConv": (
         lambda: MBConv(MBConvConfig(3, 3, 1, 8, 8, 1), 0.1, nn.BatchNorm2d),
-        r"silu is no operation of such a block, in block.0.2 \(SiLU\)",
+        r"silu is not supported, in block.0.2 \(SiLU\)",
     ),
     "timm squeeze-excite": (
         lambda: timm_block(se_layer=SqueezeExcite),
-        r"sigmoid is no operation of such a block, in se.gate \(Sigmoid\)",
+        r"squeeze-excite is not supported, in se.gate \(Sigmoid\)",
     ),
     "timm anti-aliasing": (
         lambda: timm_block(stride=2, aa_layer=partial(nn.AvgPool2d, 2)),
         r"its average pool is not over all pixels, in aa \(AvgPool2d\)",
     ),
     "timm space to depth": (lambda: timm_block(s2d=1), "two results of one shape"),
-    "timm SiLU": (lambda: timm_block(act_layer=nn.SiLU), r"silu is no .* in bn1.act \(SiLU\)"),
+    "timm SiLU": (lambda: timm_block(act_layer=nn.SiLU), r"silu is not .* in bn1.act \(SiLU\)"),
     "timm SAME at stride 2 with a residual": (
         lambda: old_timm_same(stride=2),
         "it adds something else than two results of one shape",
     ),
     "timm 3x3 projection": (
         lambda: timm_block(pw_kernel_size=3),
-        "it adds its input to the result of something else than a block",
+        "its shortcut must go around one block, got",
     ),
     "timm universal, depthwise first": (
         lambda: universal_block(dw_kernel_size_start=3),
-        "it adds its input to the result of something else than a block",
+        "its shortcut must go around one block, got",
     ),
     "timm universal, depthwise last": (
         lambda: universal_block(dw_kernel_size_end=3),
-        "it adds its input to the result of something else than a block",
+        "its shortcut must go around one block, got",
     ),
     "timm universal, layer scale": (
         lambda: universal_block(layer_scale_init_value=0.1),
@@ -128,20 +131,23 @@ DECLINED = {
         lambda: universal_block(8, 16, stride=2, aa_layer=nn.AvgPool2d),
         "its average pool is not over all pixels",
     ),
-    "transformers MobileViT": (mobile_vit_block, "silu is no operation"),
+    "transformers MobileViT": (mobile_vit_block, "silu is not supported"),
     "transformers padded twice": (
         lambda: edited_padding(transformers_block()),
         "it adds something else than two results of one shape",
     ),
-    "cvnets, swish": (lambda: cvnets_block(act=nn.SiLU), "silu is no operation"),
-    "smp": (smp_block, "silu is no operation"),
-    "lukemelas squeeze-excite": (lambda: lukemelas(se_ratio=0.25), "sigmoid is no operation"),
-    "lukemelas swish": (lambda: lukemelas(relu_fn="swish"), "sigmoid is no operation"),
+    "cvnets, swish": (lambda: cvnets_block(act=nn.SiLU), "silu is not supported"),
+    "smp": (smp_block, "silu is not supported"),
+    "lukemelas squeeze-excite": (
+        lambda: lukemelas(se_ratio=0.25),
+        "squeeze-excite is not supported",
+    ),
+    "lukemelas swish": (lambda: lukemelas(relu_fn="swish"), "sigmoid is not supported"),
     "kuangliu convolution shortcut": (
         lambda: Kuangliu(8, 24, 16, 1),
         "its forward is no chain: a result is used twice, or not at all",
     ),
-    "SiLU": (lambda: Flat(flow(act=nn.SiLU), True), r"silu is no .* in conv.2 \(SiLU\)"),
+    "SiLU": (lambda: Flat(flow(act=nn.SiLU), True), r"silu is not .* in conv.2 \(SiLU\)"),
     "forward hook": (lambda: with_hook("register_forward_hook"), "conv.3 .* has hooks"),
     "forward pre-hook": (lambda: with_hook("register_forward_pre_hook"), "conv.3 .* has hooks"),
     "backward hook": (lambda: with_hook("register_full_backward_hook"), "conv.3 .* has hooks"),
@@ -156,7 +162,7 @@ DECLINED = {
     "too much padding": (lambda: Flat(flow(padding=3), False), "padding must be from 0 to 2"),
     "grouped projection": (
         lambda: flat_with(6, nn.Conv2d(24, 8, 1, groups=2)),
-        "it adds its input to the result of something else than a block",
+        "its shortcut must go around one block, got",
     ),
     "channels do not match": (
         lambda: flat_with(6, nn.Conv2d(12, 8, 1)),
@@ -178,11 +184,15 @@ PARTLY = {
         "conv[4:9]",
         "a clip follows a clip",
     ),
-    "group norm": (lambda: flat_with(1, nn.GroupNorm(2, 24)), "conv[3:8]", "group_norm is no"),
+    "group norm": (
+        lambda: flat_with(1, nn.GroupNorm(2, 24)),
+        "conv[3:8]",
+        "group_norm is not supported",
+    ),
     "instance norm": (
         lambda: flat_with(1, nn.InstanceNorm2d(24)),
         "conv[3:8]",
-        "instance_norm is no",
+        "instance_norm is not supported",
     ),
     "subclassed norm": (lambda: flat_with(1, OddNorm(24)), "conv[3:8]", "multiplies by something"),
     "two norms": (
@@ -254,7 +264,7 @@ PARTLY = {
     "padding before a norm": (
         lambda: Flat([*flow()[:1], nn.ZeroPad2d(1), *flow()[1:]], False),
         "conv[4:9]",
-        "a norm stands between zero padding and a convolution",
+        "a norm comes between zero padding and a convolution",
     ),
     "four convolutions": (
         lambda: Flat([*flow(), *conv_norm_act(8, 8)], False),
@@ -266,7 +276,7 @@ PARTLY = {
     "depends on values": (
         lambda: DependsOnValues(flow(), True),
         "conv",
-        "max is no operation of such a block",
+        "max is not supported",
     ),
     "replaced forward": (
         lambda: replaced_forward(""),
