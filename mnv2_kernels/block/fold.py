@@ -24,7 +24,12 @@ class FoldedWeights:
     w_expand (C_in, C_hidden) and b_expand (C_hidden,) are None for a block without expansion
     (t = 1). w_dw (k, k, C_hidden), b_dw (C_hidden,), w_project (C_hidden, C_out), b_project
     (C_out,). A clip is (lower, upper): (0, 6) is ReLU6, (0, inf) ReLU, (-inf, inf) none.
-    `clip_project` is applied before the residual is added.
+    `clip_project` is applied before the residual is added. Weights have the dtype of x, biases that
+    dtype or float32.
+
+    Example:
+        >>> mk.fold(mk.InvertedResidual(16, 24)).to(torch.bfloat16).w_dw.dtype
+        torch.bfloat16
     """
 
     w_expand: Tensor | None

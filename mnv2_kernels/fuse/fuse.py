@@ -31,8 +31,8 @@ def fuse(
     """The model with every recognised inverted residual block running in one pass.
 
     Names, attributes, state_dict keys and the number of children stay as they are; parameters
-    are used as they are at each call. Training mode runs the original layers. What was not
-    recognised, and why, says `explain`.
+    are used as they are at each call. Training mode runs the original layers. `explain` says what
+    was not recognised, and why.
 
     Args:
         model: any module, also a single block.
@@ -47,6 +47,11 @@ def fuse(
         TypeError: model is not a module.
         ValueError: backend is not a name of a backend; with `verify`, a block differs from its
             original, and the sentence names it. The model is then as it was.
+
+    Example:
+        >>> model = mk.fuse(mk.mobilenet_v2().eval())
+        >>> model(torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 1000])
     """
     check_module("fuse", model)
     check_backend("fuse", backend)
@@ -86,6 +91,11 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         TypeError: model is not a module.
+
+    Example:
+        >>> model = mk.mobilenet_v2()
+        >>> list(mk.unfuse(mk.fuse(model)).state_dict()) == list(model.state_dict())
+        True
     """
     check_module("unfuse", model)
     if not inplace:
@@ -105,9 +115,16 @@ def fold(block: nn.Module) -> FoldedWeights:
     Args:
         block: an `InvertedResidual`, a fused block, or any block that `fuse` would replace.
 
+    Returns:
+        Weights in the dtype of the block; biases in float32 where that has 16 bits.
+
     Raises:
         TypeError: block is not a module.
         ValueError: block is not such a block; the sentence says why.
+
+    Example:
+        >>> mk.fold(mk.InvertedResidual(16, 24, expand_ratio=6)).w_project.shape
+        torch.Size([96, 24])
     """
     check_module("fold", block, "block")
     kind = type(block).__name__

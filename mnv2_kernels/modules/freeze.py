@@ -30,6 +30,11 @@ def freeze_bn(model: nn.Module, *, train_affine: bool = True, inplace: bool = Fa
         TypeError: model is not a module.
         ValueError: a batch norm has no running statistics to use; nothing is changed then.
 
+    Example:
+        >>> model = mk.freeze_bn(mk.mobilenet_v2()).train()
+        >>> any(m.training for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        False
+
     The usual way to fine-tune with small batches, as the Faster R-CNN of Ren et al.
     (arXiv 1506.01497) and its successors do.
     """

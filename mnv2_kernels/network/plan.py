@@ -279,6 +279,11 @@ def plan(
         TypeError: model is not a module, or dtype is none that runs on its device.
         ValueError: the model is no such chain, input_shape does not fit it, or own_arena is asked
             for on another device than a CPU.
+
+    Example:
+        >>> plan = mk.plan(mk.mobilenet_v2().eval(), (3, 224, 224))
+        >>> plan(torch.randn(2, 3, 224, 224)).shape
+        torch.Size([2, 1000])
     """
     check_module("plan", model)
     shape = _image_shape(input_shape)

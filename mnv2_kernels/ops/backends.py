@@ -254,7 +254,12 @@ def ran() -> Counter[str]:
 
 
 def backends() -> dict[str, str]:
-    """Every backend by name, with what it runs on here or the reason why it cannot."""
+    """Every backend by name, with what it runs on here or the reason why it cannot.
+
+    Example:
+        >>> mk.backends()["reference"]
+        'plain PyTorch, any device and floating dtype'
+    """
     report = {}
     for backend in BACKENDS:
         reason = backend.why_refused(None)
