@@ -9,7 +9,7 @@ from .section import Section
 
 SUITES = ("gpu_network", "gpu_blocks")
 KEY = ("suite", "block", "model", "batch", "dtype", "provider")
-# The provider of the network that the others are compared with, and those of the blocks.
+# The provider of the network that the others are compared with; who is compared by blocks.
 OURS = "fused-graph"
 OTHERS = ("fused-triton", "unfused", "folded", "eager")
 

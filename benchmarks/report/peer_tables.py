@@ -156,7 +156,7 @@ def block_table(rows: list[Row], threads: int = 1) -> str:
 
 
 def size_table(rows: list[Row], threads: int = 1) -> str:
-    """One line a width and resolution, batch 1: our time, that of others over ours, shares."""
+    """One line a width and resolution, batch 1: our time, the time of others over ours, shares."""
     rows = [row for row in rows if row["threads"] == threads and row["dtype"] == "float32"]
     sizes: dict[tuple[float, int], dict[str, Row]] = {}
     for row in rows:

@@ -88,7 +88,7 @@ class BlockLayers:
     """The layers of one block in the order they run, and the sizes that its forward gives them.
 
     `config.padding` is what the depthwise really sees, whatever applies it, and `config.residual`
-    what the forward does. Where the input is padded before the expansion, `config` is that of the
+    what the forward does. Where the input is padded before the expansion, `config` describes the
     block of the padded input, without a residual: `pads` are these zeros, and `adds` says whether
     the input as it came is added to the result.
     """
@@ -168,7 +168,7 @@ def flatten_layers(layers: BlockLayers) -> tuple[list[Tensor], list[int], list[f
     """(tensors, present, eps): the unfolded layers as plain arguments of an op.
 
     `tensors` go stage by stage from the expansion on. By stage, `present` has a bit for each tensor
-    it has, and `eps` is that of its norm, 0 without one.
+    it has, and `eps` the norm's eps, 0 without a norm.
     """
     tensors, present, eps = [], [], []
     for stage in layers.stages:

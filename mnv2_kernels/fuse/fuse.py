@@ -38,7 +38,7 @@ def fuse(
         model: any module, also a single block.
         backend: a name from `backends()` for every block; None takes the first that can run.
         verify: compare each block with its original on random inputs.
-        inplace: replace the blocks of this very model instead of those of a copy.
+        inplace: replace the blocks of this very model instead of a copy's.
 
     Returns:
         The model, or its replacement where the model itself is a block.

@@ -85,7 +85,7 @@ def test_fused_network_answers_as_the_plain_one(name, backend):
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.inference_mode()
 def test_fused_network_in_half_precision(name, dtype):
-    """Held against the layers in the same dtype; the classes are those of float64."""
+    """Held against the layers in the same dtype; the classes are as in float64."""
     model = plain(load(name).model).to(dtype)
     x = photographs(name).to(dtype)
     layers = model(x)
