@@ -260,8 +260,8 @@ def check_gradients(covered, action, network, original, model, x) -> None:
     if action != "gradients" or x.dtype != torch.float32 or not len(x) or drops_values(original):
         return
     if "max-pool" in str(network) or "instance" in str(network):
-        # The derivative of a max pool jumps where two values are nearly the same. An instance norm's
-        # of two pixels is rounding alone, and differs between layouts of a gradient.
+        # A max pool's derivative jumps where two values are nearly the same. An instance norm's, of
+        # two pixels, is rounding alone, and differs between layouts of a gradient.
         return
     near = nearest_to_a_bound(plain(original).double(), x.double())
     if near < 2e-5:
