@@ -36,9 +36,9 @@ def headline(results: Mapping[str, list[Row]]) -> str:
     lines = [
         f"MobileNetV2, one {size} image, {row['dtype']}, one core of {article} {cpu} ({isa}):",
         "",
-        f"- **Time**: {plain} in PyTorch, {fused} after `fuse`, {planned} as a plan.",
-        f"- **Peak memory of activations**: {of_plain} in PyTorch, {of_fused} after `fuse`,"
-        f" {of_plan} as a plan.",
+        f"- **Time**: {plain} in PyTorch, {fused} with `mk.fuse`, {planned} with `mk.plan`.",
+        f"- **Peak memory of activations**: {of_plain} in PyTorch, {of_fused} with `mk.fuse`,"
+        f" {of_plan} with `mk.plan`.",
         f"- **Other runtimes, same core**: {', '.join(others)}.",
         "",
         "PyTorch runs in channels_last with batch norm folded into the convolutions.",

@@ -88,7 +88,7 @@ def test_generated_parts_are_up_to_date():
 def test_readme_is_short_and_begins_with_figures():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 200
-    assert re.search(r"\d ms .*`fuse`", "\n".join(lines[:25]))
+    assert re.search(r"\d ms .*`mk.fuse`", "\n".join(lines[:25]))
 
 
 def test_promises_are_kept_by_tests_that_exist():
