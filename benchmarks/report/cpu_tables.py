@@ -59,8 +59,9 @@ def sections(results: Mapping[str, list[Row]]) -> dict[str, Section]:
         "block-runs": Section(
             "The 17 blocks by instruction set, threads and batch",
             "All blocks of `fused`: the sum of their times, and geometric means of the other"
-            " columns. PyTorch is compared on the best instruction set only, because it chooses"
-            " its own.",
+            " columns. Each block is called by itself, which takes longer than in a network that"
+            " runs as one call. PyTorch is compared on the best instruction set only, because it"
+            " chooses its own.",
             run_table(results["block"]),
             [row for row in results["block"] if row["provider"] == "fused"],
         ),

@@ -118,7 +118,7 @@ def render(rows: dict[str, dict[str, str]]) -> str:
         "that both clips of every block act.",
         "",
         "- **fused**: blocks that `mk.fuse` replaces.",
-        "- **declined**: blocks that stay as they are, how many and why.",
+        "- **declined**: blocks that keep their layers, how many and why.",
         "- **other depthwise**: depthwise convolutions in neither.",
         "- **same output**: within rounding, in float32 and in float64.",
         "- **compile**: `torch.compile` takes the fused model as one graph.",
