@@ -30,8 +30,8 @@ def fuse(
 ) -> nn.Module:
     """The model with every recognised inverted residual block running in one pass.
 
-    Names, attributes, state_dict keys and the number of children stay as they are; parameters
-    are used as they are at each call. Training mode runs the original layers. `explain` says what
+    Names, attributes, state_dict keys and the number of children do not change; each call uses
+    the current parameters. Training mode runs the original layers. `explain` says what
     was not recognised, and why.
 
     Args:

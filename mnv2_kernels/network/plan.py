@@ -261,16 +261,16 @@ def plan(
 
     Args:
         model: a chain of a stem (3x3, stride 2), inverted residual blocks, a last 1x1 convolution
-            with average pool and a classifier, any of which may be missing but the blocks:
+            with average pool and a classifier; all but the blocks are optional.
             MobileNetV2 and relatives of this package, torchvision and timm, fused or not, at any
             width, resolution and number of classes. Its training mode does not matter: a plan
             infers.
         input_shape: (C, H, W) of an image, or (N, C, H, W); a plan takes any N.
         dtype: of weights and input; None takes the model's. float32, bfloat16 or float16.
-        own_arena: on a CPU, allocate the arena with its line buffers and scratch now, once, and not
-            in every call: enough for any N on as many threads as PyTorch has now. Calls use no more
-            of them, allocate nothing but their result (without a stem also a copy of an x that is
-            not channels_last), and wait for one another.
+        own_arena: on a CPU, allocate arena, line buffers and scratch once, now: enough for any N on
+            as many threads as PyTorch has now. Calls then allocate only their result (without a
+            stem also a copy of an x that is not channels_last), and wait for one another: use one
+            copy per thread.
 
     Returns:
         A `Plan`: call it as the model, print it to see its schedule.
