@@ -211,7 +211,7 @@ def test_tables_say_where_their_rows_come_from(tmp_path):
     assert [name for name, section in made.items() if str(section)] == ["peers-network"]
 
 
-def test_the_first_figures_are_those_of_the_tables():
+def test_the_first_figures_are_those_of_the_tables(tmp_path):
     facts = {"threads": 1, "batch": 1, "cpu": "Test CPU (model 1)", "instruction_set": "avx2"}
     facts |= {"dtype": "float32", "resolution": 224, "model": "net"}
     names = {"folded": 4, "fused": 2, "planned": 1, "litert": 3}
@@ -223,6 +223,8 @@ def test_the_first_figures_are_those_of_the_tables():
     assert "4.00 MiB in PyTorch, 2.00 MiB with `mk.fuse`, 1.00 MiB with `mk.plan`" in text
     assert "LiteRT 3.00 ms." in text
     assert headline.headline({"peers": times[:2], "memory": peaks}) == ""
+    (path,) = plot.live_memory(peaks, tmp_path)
+    assert "mk.fuse: peak 2.00 MiB" in path.read_text()
 
 
 def test_only_what_is_between_markers_is_replaced():
