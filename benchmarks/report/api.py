@@ -67,7 +67,7 @@ Example:
     [<OpOverload(op='mnv2.run_plan', overload='default')>]
 """,
 }
-_LISTS = ("Args", "Raises", "Attributes")
+_LISTS = ("Args", "Raises", "Warns")
 
 
 def api_page() -> str:

@@ -112,21 +112,20 @@ class Report(tuple[Row, ...]):
 def explain(model: nn.Module, *, input_shape: tuple[int, ...] | None = None) -> Report:
     """What `fuse` did or would do, block by block; prints as a table.
 
-    Args:
-        model: any module, fused or not. It is left as it is.
-        input_shape: of the model's input, (N, C, H, W). With it the report has sizes and bytes
-            too, from a run on the meta device, which computes shapes only.
-
-    Returns:
-        A `Report`, a tuple of one `Row` a block.
-
-    Raises:
-        TypeError: model is not a module.
+    The report is a tuple of one `Row` a block.
 
     Example:
         >>> report = mk.explain(mk.fuse(mk.mobilenet_v2()))
         >>> len(report), report[0].name
         (17, 'features.1')
+
+    Args:
+        model: any module, fused or not. It is left as it is.
+        input_shape: of the model's input, (N, C, H, W). With it the report has sizes and bytes
+            too, from a run on the meta device, which computes shapes only.
+
+    Raises:
+        TypeError: model is not a module.
     """
     check_module("explain", model)
     sizes = {} if input_shape is None else _input_sizes(model, input_shape)

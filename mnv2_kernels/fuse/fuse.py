@@ -34,6 +34,11 @@ def fuse(
     the current parameters. Training mode runs the original layers. `explain` says what
     was not recognised, and why.
 
+    Example:
+        >>> model = mk.fuse(mk.mobilenet_v2().eval())
+        >>> model(torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 1000])
+
     Args:
         model: any module, also a single block.
         backend: a name from `backends()` for every block; None takes the first that can run.
@@ -47,11 +52,6 @@ def fuse(
         TypeError: model is not a module.
         ValueError: backend is not a name of a backend; with `verify`, a block differs from its
             original, and the sentence names it. The model is then as it was.
-
-    Example:
-        >>> model = mk.fuse(mk.mobilenet_v2().eval())
-        >>> model(torch.randn(1, 3, 224, 224)).shape
-        torch.Size([1, 1000])
     """
     check_module("fuse", model)
     check_backend("fuse", backend)
@@ -89,13 +89,13 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     `InvertedResidual` is its own original and stays. `inplace` and the result are as in `fuse`.
 
-    Raises:
-        TypeError: model is not a module.
-
     Example:
         >>> model = mk.mobilenet_v2()
         >>> list(mk.unfuse(mk.fuse(model)).state_dict()) == list(model.state_dict())
         True
+
+    Raises:
+        TypeError: model is not a module.
     """
     check_module("unfuse", model)
     if not inplace:
@@ -112,6 +112,10 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 def fold(block: nn.Module) -> FoldedWeights:
     """The weights of one block with batch norm folded in; they follow no later change.
 
+    Example:
+        >>> mk.fold(mk.InvertedResidual(16, 24, expand_ratio=6)).w_project.shape
+        torch.Size([96, 24])
+
     Args:
         block: an `InvertedResidual`, a fused block, or any block that `fuse` would replace.
 
@@ -121,10 +125,6 @@ def fold(block: nn.Module) -> FoldedWeights:
     Raises:
         TypeError: block is not a module.
         ValueError: block is not such a block; the sentence says why.
-
-    Example:
-        >>> mk.fold(mk.InvertedResidual(16, 24, expand_ratio=6)).w_project.shape
-        torch.Size([96, 24])
     """
     check_module("fold", block, "block")
     kind = type(block).__name__

@@ -20,6 +20,11 @@ def freeze_bn(model: nn.Module, *, train_affine: bool = True, inplace: bool = Fa
     Running statistics are used and no longer updated. The norms stay instances of their classes,
     under the same names and state_dict keys; copies and pickles of the model are frozen too.
 
+    Example:
+        >>> model = mk.freeze_bn(mk.mobilenet_v2()).train()
+        >>> any(m.training for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        False
+
     Args:
         model: any module, fused or not.
         train_affine: True leaves the norms' weights and biases as trainable as they are; False
@@ -29,11 +34,6 @@ def freeze_bn(model: nn.Module, *, train_affine: bool = True, inplace: bool = Fa
     Raises:
         TypeError: model is not a module.
         ValueError: a batch norm has no running statistics to use; nothing is changed then.
-
-    Example:
-        >>> model = mk.freeze_bn(mk.mobilenet_v2()).train()
-        >>> any(m.training for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
-        False
 
     The usual way to fine-tune with small batches, as the Faster R-CNN of Ren et al.
     (arXiv 1506.01497) and its successors do.

@@ -31,6 +31,11 @@ class InvertedResidual(FusedModule):
 
     x (N, in_channels, H, W) -> (N, out_channels, H_out, W_out).
 
+    Example:
+        >>> block = mk.InvertedResidual(24, 32, stride=2, expand_ratio=6).eval()
+        >>> block(torch.randn(1, 24, 56, 56)).shape
+        torch.Size([1, 32, 28, 28])
+
     Args:
         in_channels, out_channels: channels of x and of the result.
         stride: of the depthwise, 1 or 2. The residual is added iff stride is 1 and the channel
@@ -44,11 +49,6 @@ class InvertedResidual(FusedModule):
 
     Raises:
         TypeError, ValueError: an argument is none of these; the sentence names it.
-
-    Example:
-        >>> block = mk.InvertedResidual(24, 32, stride=2, expand_ratio=6).eval()
-        >>> block(torch.randn(1, 24, 56, 56)).shape
-        torch.Size([1, 32, 28, 28])
     """
 
     def __init__(
@@ -286,6 +286,11 @@ def mobilenet_v2(
 ) -> MobileNetV2:
     """MobileNetV2 of the paper (arXiv 1801.04381, Table 2), any width multiplier and resolution.
 
+    Example:
+        >>> model = mk.mobilenet_v2(width_mult=0.5, num_classes=10).eval()
+        >>> model(torch.randn(2, 3, 96, 96)).shape
+        torch.Size([2, 10])
+
     Args:
         width_mult: the paper uses 0.35, 0.5, 0.75, 1.0 and 1.4; above 0.
         num_classes: length of the logits.
@@ -298,11 +303,6 @@ def mobilenet_v2(
     Raises:
         TypeError, ValueError: width_mult is no positive number, num_classes no positive integer,
             or norm_layer makes something else.
-
-    Example:
-        >>> model = mk.mobilenet_v2(width_mult=0.5, num_classes=10).eval()
-        >>> model(torch.randn(2, 3, 96, 96)).shape
-        torch.Size([2, 10])
     """
     _check_number("mobilenet_v2", "width_mult", width_mult)
     num_classes = whole("mobilenet_v2", "num_classes", num_classes, 1)

@@ -15,10 +15,10 @@ from .program import Layer as Step
 
 
 def lower(layers: Sequence[Layer], names: Sequence[str] | None = None) -> list[tuple[str, Step]]:
-    """The steps of layers, each with its name; weights are copies, except a classifier's.
+    """The steps of layers, each with its name; weights are copies, but that of a classifier.
 
     Raises:
-        Declined: there is no step for a layer, or not at its place.
+        Declined: there is no step for a layer, or not where it stands.
     """
     if not layers:
         raise Declined("it has no layers")
@@ -99,7 +99,7 @@ def _step(layer: Layer) -> Step:
 
 def _classifier(linear: nn.Module) -> Linear:
     weight, bias = linear.weight.detach().contiguous(), linear.bias
-    # A bias that is used in place has its current values: a guard sees changes.
+    # Where a bias is used in place, its values are those of now too: a guard sees changes.
     if bias is not None:
         bias = bias.detach().contiguous()
         # PyTorch refuses a bias of another dtype than the weight; so must the check of a program.

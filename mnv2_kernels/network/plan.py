@@ -259,6 +259,11 @@ def plan(
 ) -> Plan:
     """The whole model as one call on one preplanned arena.
 
+    Example:
+        >>> plan = mk.plan(mk.mobilenet_v2().eval(), (3, 224, 224))
+        >>> plan(torch.randn(2, 3, 224, 224)).shape
+        torch.Size([2, 1000])
+
     Args:
         model: a chain of a stem (3x3, stride 2), inverted residual blocks, a last 1x1 convolution
             with average pool and a classifier; all but the blocks are optional.
@@ -279,11 +284,6 @@ def plan(
         TypeError: model is not a module, or dtype is none that runs on its device.
         ValueError: the model is no such chain, input_shape does not fit it, or own_arena is asked
             for on another device than a CPU.
-
-    Example:
-        >>> plan = mk.plan(mk.mobilenet_v2().eval(), (3, 224, 224))
-        >>> plan(torch.randn(2, 3, 224, 224)).shape
-        torch.Size([2, 1000])
     """
     check_module("plan", model)
     shape = _image_shape(input_shape)

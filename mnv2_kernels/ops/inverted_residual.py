@@ -104,6 +104,11 @@ def inverted_residual(
 ) -> Tensor:
     """The inverted residual block in one pass; the expanded tensor is never allocated.
 
+    Example:
+        >>> weights = mk.fold(mk.InvertedResidual(16, 24, stride=2))
+        >>> mk.inverted_residual(torch.randn(1, 16, 28, 28), weights, stride=2).shape
+        torch.Size([1, 24, 14, 14])
+
     Args:
         x: (N, C_in, H, W), any strides; channels_last is read in place, others are copied once.
             float32, bfloat16 or float16 on a kernel, any floating dtype on the reference.
@@ -121,11 +126,6 @@ def inverted_residual(
     Raises:
         ValueError, TypeError: an argument breaks the contract; the sentence names it.
         RuntimeError: `backend` cannot run this call; the sentence says why.
-
-    Example:
-        >>> weights = mk.fold(mk.InvertedResidual(16, 24, stride=2))
-        >>> mk.inverted_residual(torch.randn(1, 16, 28, 28), weights, stride=2).shape
-        torch.Size([1, 24, 14, 14])
 
     Source: MobileNetV2 (arXiv 1801.04381), sections 3.3 and 5.1. Differentiable in x and all
     weights; the backward pass recomputes the expansion piece by piece (`gradients.gradients`).

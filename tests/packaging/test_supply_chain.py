@@ -365,7 +365,7 @@ def version(text: str) -> tuple[int, ...]:
 
 
 def test_versions_in_use_are_supported():
-    """The metadata allows the versions of this run, and the oldest ones of `make test-oldest`."""
+    """The metadata allows those of this run and the oldest ones, which `make test-oldest` runs."""
     project = (ROOT / "pyproject.toml").read_text()
     listed = re.search(r"^dependencies = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)[1]
     bounds = {name: version(least) for name, least in re.findall(r'"([\w-]+)>=([\d.]+)', listed)}
