@@ -15,7 +15,8 @@ _INTRODUCTION = """\
 # API
 
 Every public name of `mnv2_kernels`, from its docstring: `help(mk.fuse)` says the same in Python.
-`python -m benchmarks.report` writes this page.
+`python -m benchmarks.report` writes this page. `mk.__version__` is the version, and
+`mnv2_kernels.types` has the types of results, for annotations.
 
 The tests run all examples. The examples begin with:
 
@@ -83,8 +84,6 @@ def api_page() -> str:
 
 
 def _entry(name: str, value: object) -> str:
-    if not callable(value):
-        return _part(name, None, f"A `{type(value).__name__}`.")
     made_by_user = value not in _RETURNED
     entry = _part(name, _call(name, value) if made_by_user else None, inspect.getdoc(value))
     if not inspect.isclass(value):
