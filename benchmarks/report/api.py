@@ -73,10 +73,9 @@ _LISTS = ("Args", "Raises", "Warns")
 
 def api_page() -> str:
     """The page: public names in alphabetical order, what they return, the torch ops."""
-    names = {f"mk.{name}": getattr(mk, name) for name in sorted(mk.__all__, key=str.lower)}
-    returned = {kind.__name__: kind for kind in _RETURNED if kind not in names.values()}
-    parts = [_INTRODUCTION, *(_entry(name, value) for name, value in names.items())]
-    parts += [_entry(name, value) for name, value in returned.items()]
+    names = sorted(mk.__all__, key=str.lower)
+    parts = [_INTRODUCTION, *(_entry(f"mk.{name}", getattr(mk, name)) for name in names)]
+    parts += [_entry(kind.__name__, kind) for kind in _RETURNED]
     for name, text in _OPS.items():
         call = _wrapped(str(getattr(torch.ops.mnv2, name).default._schema))
         parts.append(_part(f"torch.ops.mnv2.{name}", call, text))

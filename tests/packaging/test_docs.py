@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mnv2_kernels as mk
 from benchmarks.report.pages import pages
 from mnv2_kernels.ops import extension
 from mnv2_kernels.recognizers import trace
@@ -83,6 +84,12 @@ def test_readme_computes_what_it_says(one_thread):
 def test_generated_parts_are_up_to_date():
     """`python -m benchmarks.report` would write nothing new."""
     assert [path.name for path, text in pages().items() if path.read_text() != text] == []
+
+
+def test_every_public_name_has_an_example():
+    entries = (ROOT / "docs" / "api.md").read_text().split("\n## `")[1:]
+    shown = {entry.partition("`")[0] for entry in entries if "```pycon" in entry}
+    assert shown >= {f"mk.{name}" for name in mk.__all__}
 
 
 def test_readme_is_short_and_begins_with_figures():
