@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import mnv2_kernels as mk
 from mnv2_kernels.cli import pretrained
-from mnv2_kernels.optional import MissingPackage, package_file
+from mnv2_kernels.ops.optional import MissingPackage, package_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 

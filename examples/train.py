@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 import mnv2_kernels as mk
 from mnv2_kernels.cli import pretrained
 from mnv2_kernels.cli.named_models import import_torchvision
-from mnv2_kernels.optional import MissingPackage
+from mnv2_kernels.ops.optional import MissingPackage
 from mnv2_kernels.profiling import memory
 from mnv2_kernels.profiling.variants import plain
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from .optional import MissingPackage
+from .ops.optional import MissingPackage
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ import torchvision_first  # noqa: E402, F401
 def pytest_generate_tests(metafunc):
     """`backend` is every backend to test here, `kernel_backend` every one but the reference.
 
-    `tested_dtype` beside one of them is every dtype to test it in.
+    With one of them, `tested_dtype` is every dtype to test it in.
     """
     for name in {"backend", "kernel_backend"}.intersection(metafunc.fixturenames):
         tested = cases.backends() if name == "backend" else cases.kernel_backends()

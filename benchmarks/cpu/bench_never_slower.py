@@ -6,8 +6,8 @@ torchvision's mobilenet_v2, plain and fused in turns in one process: CPU time of
 ratios of fused to plain, of medians and of minima. Slower is where both are above the limit, since
 what else runs on the machine moves one of them alone; the exit status is then 1.
 
-A row of parameters' gradients has those of x too. A tuning step is forward, backward and a step of
-SGD with frozen batch norms; the others run in evaluation mode with trainable parameters.
+A row of parameters' gradients includes the gradient of x. A tuning step is forward, backward and a
+step of SGD with frozen batch norms; the others run in evaluation mode with trainable parameters.
 """
 
 import argparse

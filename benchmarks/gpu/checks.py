@@ -71,7 +71,7 @@ def run_build(context: Context) -> None:
     code, output = child(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         context.left(),
-        # ninja, without which the files are compiled one after another, lies in Python's folder.
+        # ninja, without which the files are compiled one after another, is in Python's folder.
         PATH=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
         MAX_JOBS=str(JOBS),
         MNV2_KERNELS_SKIP_CPP="0",

@@ -3,7 +3,7 @@
 `python -m benchmarks.gpu.roofline` prints them.
 
 The floor of a kernel is the longest of three times, each at a given rate: its bytes, the FLOPs of
-its 1x1 convolutions on tensor cores, those of its depthwise on ordinary cores. Kernels that wait
+its 1x1 convolutions on tensor cores, its depthwise ones on ordinary cores. Kernels that wait
 for each other do not overlap, so a sequence takes the sum. Halo, launches and caches count nothing:
 what fits in L2 may be read faster than its floor says.
 """
@@ -100,8 +100,8 @@ def end_passes(
 ) -> list[Pass]:
     """Stem, last convolution with the mean in its epilogue, classifier: a kernel each.
 
-    The same for every execution, so that a network's speed-up is that of its blocks diluted by
-    what is no block.
+    The same for every execution, so that what is no block dilutes the speed-up of a
+    network.
     """
     inputs = list(mobilenet_v2_block_inputs(width_mult, resolution))
     first, size = inputs[0]
@@ -129,7 +129,7 @@ def network_passes(
     batch: int = 1,
     itemsize: int = 2,
 ) -> list[Pass]:
-    """The kernels of MobileNetV2: those of the 17 blocks and of both ends."""
+    """The kernels of MobileNetV2: of the 17 blocks and of both ends."""
     kwargs = {"batch": batch, "itemsize": itemsize}
     passes = end_passes(width_mult, resolution, **kwargs)
     for block, size in mobilenet_v2_block_inputs(width_mult, resolution):

@@ -124,7 +124,7 @@ def measure(
 
     Args:
         calls, errors: from `peers.build`.
-        in_graph: `seconds` are those of all inputs in one CUDA graph, a call each, next
+        in_graph: `seconds` are times of all inputs in one CUDA graph, a call each, next
             to `seconds_called`; otherwise they are of plain calls, whatever these do themselves.
         with_memory: whether a provider's calls allocate what they use, so that it can be counted.
     """

@@ -1,4 +1,4 @@
-"""What is run: the 17 blocks of MobileNetV2, the whole network, and that of other sizes."""
+"""What is run: the 17 blocks of MobileNetV2, the whole network, and networks of other sizes."""
 
 from collections.abc import Sequence
 from copy import deepcopy

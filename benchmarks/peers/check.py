@@ -11,7 +11,7 @@ BFLOAT16_FACTOR = 2.0
 
 
 def error_of(y: Tensor, expected: Tensor, precision: str, rounding: float | None) -> float:
-    """Largest error over the largest value in float32, in bfloat16 that of the L2 norm.
+    """Error over value: the largest ones in float32, L2 norms in bfloat16.
 
     Args:
         expected: in float64.

@@ -1,37 +1,39 @@
-"""`python -m benchmarks.report`: rows of results -> tables in README.md, and figures.
+"""`python -m benchmarks.report`: rows of results -> the tables of the pages, and figures.
 
-It replaces the lines between `<!-- begin:NAME -->` and `<!-- end:NAME -->` for every name that has
-a table. The rows are the newest of the machine that ran last; nothing is typed by hand.
+The rows are the newest of the machine that ran last; nothing is typed by hand.
 """
 
 import argparse
 from pathlib import Path
 
+from matplotlib import rc_context
+
 from ..harness import RESULTS
 from ..machine import ROOT
-from ..markdown import fill
 from . import plot
-from .cpu_tables import latest, tables
-from .gpu_tables import gpu_tables, latest_on_gpu
+from .cpu_tables import latest
+from .gpu_tables import latest_on_gpu
+from .pages import pages
 
 
 def main() -> None:
     summary = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=summary)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to fill in")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the pages to fill in")
     options = parser.parse_args()
-    results = latest(options.results)
-    text = options.readme.read_text()
-    on_gpu = latest_on_gpu(options.results)
-    options.readme.write_text(fill(text, tables(results) | gpu_tables(on_gpu)))
-    written = [
-        *plot.figures(results, options.results),
-        *plot.peer_figures(results, options.results),
-        *plot.gpu_figures(on_gpu, options.results),
-    ]
-    for path in written:
+    for path, text in pages(options.results, options.root).items():
+        path.write_text(text)
         print(f"wrote {path}")
+    results, on_gpu = latest(options.results), latest_on_gpu(options.results)
+    with rc_context(plot.STYLE):
+        for path in (
+            *plot.live_memory(results["memory"], options.results),
+            *plot.figures(results, options.results),
+            *plot.peer_figures(results, options.results),
+            *plot.gpu_figures(on_gpu, options.results),
+        ):
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":

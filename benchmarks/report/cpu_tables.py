@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..harness import RESULTS, Row, geometric_mean, load
+from ..harness import REFERENCE_SIZE, RESULTS, Row, geometric_mean, load
 from ..markdown import MIB, markdown, percent
-from .peer_tables import peer_tables
+from .peer_tables import OF_FLOAT32_PEAK, is_of_network, peer_sections
+from .section import Section
 
-SUITES = ("block", "scaling", "network", "memory", "peers", "peers-memory", "widths")
+SUITES = ("block", "network", "memory", "peers", "peers-memory", "widths", "training")
 KEY = ("suite", "instruction_set", "threads", "batch", "block", "model", "provider")
 KEY += ("width", "resolution")
 
@@ -28,18 +29,70 @@ def latest(folder: Path = RESULTS) -> dict[str, list[Row]]:
     return found
 
 
-def tables(results: Mapping[str, list[Row]]) -> dict[str, str]:
-    """Markdown by marker name; a name is missing where there are no rows for it."""
-    made = {
-        "blocks": block_table(results["block"]),
-        "block-runs": run_table(results["block"]),
-        "network": network_table(results["network"]),
-        "memory": memory_table(results["memory"]),
-        "widths": width_table(results["widths"]),
-        **peer_tables(results),
-        "machine": machine_sentence([row for rows in results.values() for row in rows]),
+def sections(results: Mapping[str, list[Row]]) -> dict[str, Section]:
+    """What goes to docs/performance.md, by marker name; empty where there are no rows for it."""
+    blocks = [row for row in best_instruction_set(results["block"]) if is_single(row)]
+    by_peers = {(r["threads"], r["batch"]) for r in results["peers"] if is_of_network(r)}
+    other_runs = [r for r in results["network"] if (r["threads"], r["batch"]) not in by_peers]
+    width, resolution = REFERENCE_SIZE
+    return peer_sections(results) | {
+        "memory": Section(
+            "Memory of the network",
+            "The most bytes of activations that are alive at once, input and result included,"
+            " weights not; *computed* is the same by arithmetic. `fused` is measured block by"
+            " block, because the profiler that counts the bytes disables the run as one call.",
+            memory_table(results["memory"]),
+            results["memory"],
+        ),
+        "blocks": Section(
+            "The 17 blocks",
+            "`fused`, one image, one thread, each block called as a module. *over folded* and"
+            " *over eager* say how many times as fast `fused` is; *peak MiB* is the most memory of"
+            " activations, of `fused` and of `folded`.",
+            block_table(blocks),
+            blocks,
+            {
+                "share_of_peak.svg": "Share of the multiply-add peak, block by block",
+                "peak_memory.svg": "Peak memory of activations, block by block",
+            },
+        ),
+        "block-runs": Section(
+            "The 17 blocks by instruction set, threads and batch",
+            "All blocks of `fused`: the sum of their times, and geometric means of the other"
+            " columns. Each block is called by itself, which takes longer than in a network that"
+            " runs as one call. PyTorch is compared on the best instruction set only, because it"
+            " chooses its own.",
+            run_table(results["block"]),
+            [row for row in results["block"] if row["provider"] == "fused"],
+        ),
+        "network": Section(
+            "The network at other batch sizes",
+            "torchvision's MobileNetV2 at 224x224, float32.",
+            network_table(other_runs),
+            other_runs,
+        ),
+        "widths": Section(
+            "Other widths and resolutions",
+            f"Plans of this package's MobileNetV2: share of the float32 multiply-add peak; in"
+            f" brackets: relative to width {width} at {resolution}x{resolution}, same run."
+            f" {OF_FLOAT32_PEAK}",
+            width_table(results["widths"]),
+            results["widths"],
+        ),
+        "training": Section(
+            "Fine-tuning with frozen batch norms",
+            "One step (forward, loss, backward) of torchvision's MobileNetV2 at 224x224, float32,"
+            " after `mk.freeze_bn`. *peak MiB* is the most that the step holds besides the"
+            " parameters, gradients included.",
+            training_table(results["training"]),
+            results["training"],
+        ),
     }
-    return {name: text for name, text in made.items() if text}
+
+
+def is_single(row: Row) -> bool:
+    """Whether the row is of one image on one thread."""
+    return row["threads"] == row["batch"] == 1
 
 
 def best_instruction_set(rows: list[Row]) -> list[Row]:
@@ -49,8 +102,7 @@ def best_instruction_set(rows: list[Row]) -> list[Row]:
 
 
 def block_table(rows: list[Row]) -> str:
-    """One line a block: one thread, batch 1."""
-    rows = [r for r in best_instruction_set(rows) if r["threads"] == r["batch"] == 1]
+    """One line a block."""
     fused = sorted((r for r in rows if r["provider"] == "fused"), key=lambda r: r["block"])
     folded_peak = {r["block"]: r["peak_bytes"] for r in rows if r["provider"] == "folded"}
     body = [
@@ -161,13 +213,13 @@ def _width_cell(row: Row) -> str:
     return percent(row["share_of_fma_peak"]) + ("" if over is None else f" ({percent(over)})")
 
 
-def machine_sentence(rows: list[Row]) -> str:
-    """What the newest row says of the machine and the software."""
-    if not rows:
-        return ""
-    row = max(rows, key=lambda row: row["date"])
-    return (
-        f"{row['cpu']}, {row['cores']} cores, L1d {row['l1d']}, L2 {row['l2']}, L3 {row['l3']};"
-        f" {row['system']}, torch {row['torch']}, Python {row['python']},"
-        f" compiler {row['compiler']}; commit {row['commit']}, {row['date'][:10]}."
-    )
+def training_table(rows: list[Row]) -> str:
+    """One line a provider, thread count and batch."""
+    body = []
+    for row in sorted(rows, key=lambda r: (r["threads"], r["batch"])):
+        eager_share = row["share_of_peak_bytes"].get("eager", 1)
+        cells = [row["provider"], str(row["threads"]), str(row["batch"])]
+        cells += [f"{row['seconds']['50%'] * 1e3:.1f}", f"{row['speedup'].get('eager', 1):.2f}x"]
+        body.append([*cells, f"{row['peak_bytes'] / MIB:.1f}", percent(eager_share)])
+    head = ["provider", "threads", "batch", "ms a step", "over eager", "peak MiB", "of eager's"]
+    return markdown(head, body)

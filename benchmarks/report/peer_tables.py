@@ -4,27 +4,87 @@ from collections.abc import Iterator, Mapping
 
 from ..harness import Row
 from ..markdown import MIB, markdown, percent
+from .section import Section
 
 RANK = {"default": 0, "neon": 1, "avx2": 1, "avx512": 2}
 OURS = {"float32": "planned", "bfloat16": "planned-bf16"}
 
 
-def peer_tables(results: Mapping[str, list[Row]]) -> dict[str, str]:
-    """Markdown by marker name; a name is missing where there are no rows for it."""
+OF_FLOAT32_PEAK = (
+    "A bfloat16 instruction does two multiply-adds where a float32 one does one, so a share of the"
+    " float32 peak can be above 100 % in bfloat16."
+)
+_OVER_PLAN = (
+    "in brackets: time relative to `planned` in the same run, share of the float32 multiply-add"
+    " peak"
+)
+
+
+def peer_sections(results: Mapping[str, list[Row]]) -> dict[str, Section]:
+    """What compares with other runtimes, by marker name; empty where there are no rows for it."""
     rows = of_best_instruction_set(results["peers"])
     held_back = [marked(row) for row in results["peers"] if row not in rows and "limited" in row]
-    held_back = [row for row in held_back if "width" not in row]
+    network = [row for row in rows if is_of_network(row)]
     sizes = [row for row in rows if "width" in row]
-    rows = [row for row in rows if "width" not in row]
-    made = {
-        "peers-network": network_table([row for row in rows if "model" in row]),
-        "peers-sizes": size_table(sizes),
-        "peers-blocks": block_table([row for row in rows if "block" in row]),
-        "peers-avx2-network": network_table([row for row in held_back if "model" in row]),
-        "peers-avx2-blocks": block_table([row for row in held_back if "block" in row]),
-        "peers-memory": memory_table(of_best_instruction_set(results["peers-memory"])),
+    blocks = [row for row in rows if "block" in row and row["dtype"] == "float32"]
+    avx2_network = [row for row in held_back if is_of_network(row)]
+    avx2_blocks = [row for row in held_back if "block" in row]
+    memory = of_best_instruction_set(results["peers-memory"])
+    only_avx2 = (
+        "All were told by their own switches to keep to AVX2, and the peak is the one of AVX2."
+        " \\*: it used AVX-512 all the same."
+    )
+    return {
+        "peers-network": Section(
+            "The network, with other runtimes",
+            "torchvision's MobileNetV2 at 224x224. Milliseconds an image, lower is better;"
+            f" {_OVER_PLAN}. bfloat16 is relative to `planned-bf16`, and `planned-bf16` to"
+            " `planned`."
+            f" {OF_FLOAT32_PEAK}",
+            network_table(network),
+            network,
+        ),
+        "peers-sizes": Section(
+            "Other widths and resolutions, with other runtimes",
+            "MobileNetV2 of this package, one thread, one image. Other runtimes: time relative to"
+            " `planned` in the same run, and in brackets the share of the float32 multiply-add"
+            " peak.",
+            size_table(sizes),
+            sizes,
+        ),
+        "peers-blocks": Section(
+            "The 17 blocks, with other runtimes",
+            "Each block as a network of its own, one thread, one image. Other runtimes: time"
+            " relative to `planned` in the same run, and in brackets the share of the peak.",
+            block_table(blocks),
+            blocks,
+        ),
+        "peers-avx2-network": Section(
+            "The network on AVX2, with other runtimes",
+            f"{only_avx2} Milliseconds an image; {_OVER_PLAN}.",
+            network_table(avx2_network),
+            avx2_network,
+        ),
+        "peers-avx2-blocks": Section(
+            "The 17 blocks on AVX2, with other runtimes",
+            f"{only_avx2} Columns as above.",
+            block_table(avx2_blocks),
+            avx2_blocks,
+        ),
+        "peers-memory": Section(
+            "Memory of a process, with other runtimes",
+            "MiB that a fresh process grows by when it loads the network (weights and input"
+            " included), and then at the peak of its first runs; one thread.",
+            memory_table(memory),
+            memory,
+            {"peers_memory.svg": "MiB that a process grows by, runtime by runtime"},
+        ),
     }
-    return {name: text for name, text in made.items() if text}
+
+
+def is_of_network(row: Row) -> bool:
+    """Whether the row is of torchvision's MobileNetV2, not of a block or of another width."""
+    return "model" in row and "width" not in row
 
 
 def of_best_instruction_set(rows: list[Row]) -> list[Row]:
@@ -80,7 +140,7 @@ def by_provider(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
 
 def block_table(rows: list[Row], threads: int = 1) -> str:
     """One line a block, batch 1: our time, the time of others over ours, shares of the peak."""
-    rows = [row for row in rows if row["threads"] == threads and row["dtype"] == "float32"]
+    rows = [row for row in rows if row["threads"] == threads]
     blocks: dict[int, dict[str, Row]] = {}
     for row in rows:
         blocks.setdefault(row["block"], {})[row["provider"]] = row
@@ -91,12 +151,12 @@ def block_table(rows: list[Row], threads: int = 1) -> str:
         ours = found[OURS["float32"]]
         cells = [str(number), ours["config"], f"{ours['seconds']['50%'] * 1e6:.0f}"]
         cells.append(percent(ours["share_of_fma_peak"]))
-        body.append(cells + [_beside_ours(found.get(name)) for name in others])
+        body.append(cells + [_compared(found.get(name)) for name in others])
     return markdown(["block", "in x hidden x out", "us, planned", "of FMA peak", *others], body)
 
 
 def size_table(rows: list[Row], threads: int = 1) -> str:
-    """One line a width and resolution, batch 1: our time, that of others over ours, shares."""
+    """One line a width and resolution, batch 1: our time, the time of others over ours, shares."""
     rows = [row for row in rows if row["threads"] == threads and row["dtype"] == "float32"]
     sizes: dict[tuple[float, int], dict[str, Row]] = {}
     for row in rows:
@@ -107,11 +167,11 @@ def size_table(rows: list[Row], threads: int = 1) -> str:
         if ours := found.get(OURS["float32"]):
             cells = [str(width), f"{resolution}x{resolution}"]
             cells += [f"{ours['seconds']['50%'] * 1e3:.3f}", percent(ours["share_of_fma_peak"])]
-            body.append(cells + [_beside_ours(found.get(name)) for name in others])
+            body.append(cells + [_compared(found.get(name)) for name in others])
     return markdown(["width", "input", "ms, planned", "of FMA peak", *others], body)
 
 
-def _beside_ours(row: Row | None) -> str:
+def _compared(row: Row | None) -> str:
     """The row's time over ours, and its share of the peak."""
     ratio = None if row is None else over_ours(row)
     return "-" if ratio is None else f"{ratio:.2f}x ({percent(row['share_of_fma_peak'])})"

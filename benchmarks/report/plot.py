@@ -3,17 +3,32 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
+
+from mnv2_kernels import mobilenet_v2, plan
+from mnv2_kernels.network.memory import live_bytes
 
 from ..harness import Row
 from .peer_tables import memory_bars
 
-COLOURS = {"fused": "#1b6ca8", "folded": "#e2a13a", "eager": "#9a9a9a"}
+COLOURS = {"fused": "#3d8fd1", "folded": "#e2a13a", "eager": "#9a9a9a", "planned": "#3f9d63"}
 GPU_COLOURS = {"over unfused": "#5b9a68", "over folded": "#e2a13a", "over eager": "#9a9a9a"}
 CPU_BLOCKS = "block of MobileNetV2 1.0 at 224x224, batch 1, one thread"
 GPU_BLOCKS = "block of MobileNetV2 1.0 at 224x224, batch 256, fp16"
 MIB = 2**20
+LIVE_MEMORY = "live_memory.svg"
+# A grey that can be read on white and on black pages, with nothing drawn under it.
+_GREY = "#757d86"
+STYLE = {
+    "axes.edgecolor": _GREY,
+    "axes.labelcolor": _GREY,
+    "font.size": 11,
+    "savefig.transparent": True,
+    "svg.hashsalt": "mnv2_kernels",
+    "text.color": _GREY,
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
+}
 
 
 def figures(results: Mapping[str, list[Row]], folder: Path) -> Iterator[Path]:
@@ -25,7 +40,7 @@ def figures(results: Mapping[str, list[Row]], folder: Path) -> Iterator[Path]:
             (r for r in rows if r["provider"] == name and r["instruction_set"] in compared),
             key=lambda r: r["block"],
         )
-        for name in COLOURS
+        for name in ("fused", "folded", "eager")
     }
     if not all(by_provider.values()):
         return
@@ -37,6 +52,37 @@ def figures(results: Mapping[str, list[Row]], folder: Path) -> Iterator[Path]:
         yield bars(shares, folder / "share_of_peak.svg", "% of the measured FMA peak", (0, 100))
     peaks = {name: [r["peak_bytes"] / MIB for r in rows] for name, rows in by_provider.items()}
     yield bars(peaks, folder / "peak_memory.svg", "peak MiB, input included", None)
+
+
+def live_memory(rows: list[Row], folder: Path) -> Iterator[Path]:
+    """Draw the live bytes over the steps of the network, by arithmetic; peaks are the rows'.
+
+    A plan holds the same from its first step to its last.
+    """
+    peaks = {row["provider"]: row["peak_bytes"] / MIB for row in rows if row["batch"] == 1}
+    names = {"folded": "PyTorch", "fused": "mk.fuse", "planned": "mk.plan"}
+    if not peaks.keys() >= names.keys():
+        return
+    schedule = plan(mobilenet_v2().eval(), (3, 224, 224))
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.subplots()
+    last = len(schedule.steps)
+    for name, display in names.items():
+        held = [peaks["planned"]] * last
+        if name != "planned":
+            bytes_ = live_bytes(schedule.steps, schedule.input_shape, execution=name)
+            held = [b / MIB for b in bytes_]
+            axes.stairs(held, fill=True, color=COLOURS[name], alpha=0.35)
+        label = f"{display}: peak {peaks[name]:.2f} MiB"
+        axes.stairs(held, color=COLOURS[name], linewidth=2, label=label)
+    ticks = {0: "stem", 4: "block 4", 9: "block 9", 14: "block 14", last - 1: "classifier"}
+    axes.set_xlim(0, last)
+    axes.set_xticks([step + 0.5 for step in ticks], ticks.values())
+    axes.set_xlabel("MobileNetV2 at 224x224, step by step")
+    axes.set_ylabel("live activations, MiB")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    yield save(figure, folder / LIVE_MEMORY)
 
 
 def peer_figures(results: Mapping[str, list[Row]], folder: Path) -> Iterator[Path]:
@@ -104,6 +150,5 @@ def bars(
 
 def save(figure: Figure, path: Path) -> Path:
     """Write the figure; the same rows give the same file, so no date and fixed ids."""
-    with rc_context({"svg.hashsalt": "mnv2_kernels"}):
-        figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None})
     return path

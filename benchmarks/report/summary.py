@@ -70,7 +70,7 @@ def lines(rows: list[Row]) -> Iterator[str]:
                 f"{row['width']:<4} at {row['resolution']:<3}, {row['provider']},"
                 f" batch {row['batch']}"
                 + figures({**row, "speedup": {}})
-                + ("" if over is None else f"  {over:>5.0%} of that of {width} at {resolution}")
+                + ("" if over is None else f"  {over:>5.0%} of {width} at {resolution}")
             )
 
 

@@ -33,7 +33,7 @@ struct BackwardSchedule {
     int64_t in_rows, grad_rows;
 };
 
-// The gradient of an input row needs that of this many output rows above its band too.
+// The gradient of an input row needs the gradients of this many output rows above its band too.
 constexpr int64_t rows_kept(const BlockSizes& sizes) { return extent(sizes) / sizes.stride; }
 
 BackwardSchedule choose_backward_schedule(const BlockSizes& sizes, int64_t lanes);
@@ -61,12 +61,11 @@ using BackwardFn = void (*)(const BackwardArgs&, const BackwardSchedule&, const 
 using FoldFn = void (*)(const float* weight, const double* scale, int64_t rows, int64_t columns,
                         float* folded);
 
-// Gradients of that weight and of the scales, from that of the folded weight; nullptr: not asked
-// for.
+// Gradients of that weight and of the scales, from the folded weight's; nullptr: not wanted.
 using UnfoldFn = void (*)(const float* gradient, const float* weight, const double* scale,
                           int64_t rows, int64_t columns, float* of_weight, double* of_scale);
 
-// The same for every instruction set; the name is that of the row in kernels.h.
+// The same for every instruction set, by the name of its row in kernels.h.
 struct BackwardKernel {
     const char* name;
     BackwardFn run;

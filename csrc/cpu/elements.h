@@ -138,7 +138,7 @@ inline Bfloat16 narrow(float a, Bfloat16) {
     return {static_cast<uint16_t>(result >> 16)};
 }
 // A half has 5 bits of exponent, biased by 15, and 10 of mantissa. A float's exponent is biased by
-// 127, so that the bits of a half, moved up by 13, are those of the number times 2^-112.
+// 127, so that the bits of a half, moved up by 13, are the float of the number times 2^-112.
 inline float widen(Half a) {
     const uint32_t magnitude = static_cast<uint32_t>(a.bits & 0x7fff) << 13;
     const uint32_t sign = static_cast<uint32_t>(a.bits & 0x8000) << 16;

@@ -59,8 +59,8 @@ struct ScratchLayout {
     int64_t panels_stride;
     int64_t x_rows;
     int64_t sums;
-    // Sums of one image by the second hidden group; where y is not float32, those of the first
-    // group follow.
+    // Partial sums of one image by the second hidden group; where y is not float32, the first
+    // group's follow.
     int64_t partial;
     int64_t total;
 };

@@ -19,7 +19,8 @@ constexpr Py_ssize_t kLongest = 1000;
 
 Word word(const void* address) { return reinterpret_cast<Word>(address); }
 
-// What is looked at behind a value, in the low bits of its address, or of its class's for tensors.
+// What follows a value and is looked at, in the low bits of its address; of its class's for
+// tensors.
 enum Kind : Word { kPlain, kTensor, kSequence, kKindBits = 3 };
 
 // Items that may change while the sequence stays: of a list, of a tuple that has one inside.
@@ -128,7 +129,7 @@ struct Comparer {
     std::optional<Kind> see_value(PyObject* value) {
         if (at == end) return {};
         const Kind kind = static_cast<Kind>(*at & kKindBits);
-        // The same class as that of a tensor: a tensor.
+        // A tensor's class: a tensor.
         if ((*at & ~Word{kKindBits}) != word(kind == kTensor ? class_of(value) : value)) return {};
         at++;
         return kind;
@@ -180,7 +181,7 @@ bool see_value(PyObject* value, Walk& walk, int depth = 0) {
                        [&](PyObject* item) { return see_value(item, walk, depth + 1); });
 }
 
-// An OrderedDict has an order of its own beside that of the dict that it is.
+// An OrderedDict has an order of its own besides the order of the dict that it is.
 template <class Walk>
 bool see_ordered_items(PyObject* dict, Walk& walk) {
     Py_ssize_t position = 0;
@@ -211,7 +212,7 @@ bool see_dict(PyObject* dict, Walk& walk) {
     if (PyODict_CheckExact(dict)) return see_ordered_items(dict, walk);
     // Other subclasses may order their items anew.
     if (!PyDict_CheckExact(dict)) return false;
-    // Values are beside the keys, or in an array of their own where objects share keys.
+    // Values are next to the keys, or in an array of their own where objects share keys.
     const auto* table = reinterpret_cast<PyDictObject*>(dict);
     if (table->ma_values != nullptr)
         walk.will_read(table->ma_values, count * sizeof(PyObject*));

@@ -17,7 +17,7 @@ enum class Change { same, weights, structure };
 struct Look {
     std::vector<uint64_t> words;
     std::vector<TensorFacts> tensors;
-    // Of each tensor, where the elements lie whose bits are compared: bytes behind its first one.
+    // Of each tensor, where its elements are whose bits are compared: bytes after the first one.
     std::vector<uint32_t> samples_of_tensors;
     std::vector<int64_t> samples;
     // No other storage gets the address of one of these; their memory is not kept.
@@ -48,8 +48,8 @@ class Guard {
     // Of any tensor, at the last look.
     bool requires_grad() const;
 
-    // How often `check` has answered `weights`: counted together with what is known, so that
-    // whoever is told that nothing has changed finds the count of what is known.
+    // How often `check` has answered `weights`: counted together with what is known, so that a
+    // caller that hears `same` finds the count of what is known.
     uint64_t changes() const { return changes_; }
 
  private:

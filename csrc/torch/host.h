@@ -1,5 +1,5 @@
 // From tensors to BlockSizes: the op's contract once more, since raw pointers follow from it. The
-// sentences are those of `check` in mnv2_kernels/ops/contract.py, which serves every other path.
+// sentences are the same as in `check` of mnv2_kernels/ops/contract.py, for every other path.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -71,7 +71,7 @@ struct Call {
     }
 };
 
-// Rows (or columns) of the result; `pad` is that of both sides together.
+// Rows (or columns) of the result; `pad` is of both sides together.
 int64_t output_size(int64_t size, int64_t kernel_size, int64_t stride, int64_t pad,
                     int64_t dilation);
 

@@ -7,8 +7,8 @@
 
 namespace mnv2::cpu {
 
-// Of x, w_expand, b_expand, w_dw, b_dw, w_project: those that are asked for and there. grad_y is
-// that of the result before clip_project and residual.
+// Gradients of x, w_expand, b_expand, w_dw, b_dw, w_project, as far as they are wanted and exist.
+// grad_y is the gradient of the result before clip_project and residual.
 std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor& x,
                                      const OptionalTensor& w_expand, const OptionalTensor& b_expand,
                                      const at::Tensor& w_dw, const OptionalTensor& b_dw,

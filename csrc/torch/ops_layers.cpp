@@ -1,4 +1,4 @@
-// Float32 layers on the CPU: folding of a convolution with the batch norm behind it, and the
+// Float32 layers on the CPU: folding of a convolution with the batch norm after it, and the
 // gradients of a block's layers.
 #include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
@@ -113,7 +113,7 @@ std::vector<at::Tensor> fold_layers_cpu(const c10::List<OptionalTensor>& layers,
     return found;
 }
 
-// Adds the gradients that are needed of a stage's tensors, from those of what it is folded to.
+// Adds the gradients that are needed of a stage's tensors, from the gradients of its folded ones.
 void unfold(const Stage& stage, double eps, const bool* needs, const at::Tensor& of_folded_weight,
             const at::Tensor& of_folded_bias, std::vector<at::Tensor>& found) {
     if (std::none_of(needs, needs + kOfStage, [](bool n) { return n; })) return;
@@ -153,7 +153,7 @@ void unfold(const Stage& stage, double eps, const bool* needs, const at::Tensor&
 constexpr size_t kAll = 1 + kStages * kOfStage;
 
 // The gradients that are needed of x and the 18 tensors of the stages (the expansion's are None
-// where there is none), in this order. grad_y is that of the result; the projection has no clip.
+// where there is none), in this order. grad_y is the result's; the projection has no clip.
 std::vector<at::Tensor> layers_backward_cpu(
     const at::Tensor& grad_y, const at::Tensor& x, const c10::List<OptionalTensor>& folded,
     const c10::List<OptionalTensor>& layers, at::ArrayRef<double> eps, int64_t stride,

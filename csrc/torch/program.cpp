@@ -33,7 +33,7 @@ int64_t count_of(std::initializer_list<int64_t> sizes) {
     return count;
 }
 
-// Reads a plan from the front: the order here is that of `Program` in
+// Reads a plan from the front: in the order of `Program` in
 // mnv2_kernels/network/program.py.
 class Program {
  public:
@@ -276,8 +276,8 @@ bool may_overwrite_input(const Step& step) {
     return block && is_row_by_row(step) && block->args.residual && block->args.expansion;
 }
 
-// Everything that a kernel takes for granted of where results are. shapes[0] is that of x, and
-// shapes[i + 1] that of the result of step i.
+// Everything that a kernel takes for granted of where results are. shapes[0] is x's, and
+// shapes[i + 1] the shape of the result of step i.
 void check_places(const Network& network, const std::vector<Between>& shapes) {
     Between in_memory = shapes[0];  // what the steps that stream into one another began with
     bool comes_streaming = false;

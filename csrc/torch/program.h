@@ -11,7 +11,7 @@
 
 namespace mnv2::cpu {
 
-// Kinds of steps, numbered from 0: the names and their order are those of `Kind` in
+// Kinds of steps, numbered from 0: names and order as in `Kind` of
 // mnv2_kernels/network/program.py.
 enum class Kind { stem, block, pool, linear, pointwise };
 
@@ -24,8 +24,8 @@ struct Network {
     std::vector<int64_t> y_shape;  // of one image
 };
 
-// The order of everything is that of `Program` in mnv2_kernels/network/program.py; x, weights and
-// the arena consist of `element`. Without weights the steps have sizes only. Raises ValueError
+// Everything is in the order of `Program` in mnv2_kernels/network/program.py; x, weights and the
+// arena consist of `element`. Without weights the steps have sizes only. Raises ValueError
 // where the lists do not make a network.
 Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
                      const WeightList* weights, Element element, const Kernel& kernel);

@@ -24,8 +24,8 @@ struct TensorFacts {
 // Whether changes of the tensor are counted, or can be compared.
 bool can_be_seen(const c10::TensorImpl& impl);
 
-// Appends where a few elements lie, from the first to the last in memory: bytes behind the first.
-// Elements that share memory count as one.
+// Appends the places of a few elements, from the first to the last in memory: bytes after the
+// first. Elements that share memory count as one.
 void append_samples(const c10::TensorImpl& impl, std::vector<int64_t>& samples);
 
 // Of the tensor whose Python object this is. Nothing where there is less memory than its shape

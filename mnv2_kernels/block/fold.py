@@ -25,7 +25,12 @@ class FoldedWeights:
     w_expand (C_in, C_hidden) and b_expand (C_hidden,) are None for a block without expansion
     (t = 1). w_dw (k, k, C_hidden), b_dw (C_hidden,), w_project (C_hidden, C_out), b_project
     (C_out,). A clip is (lower, upper): (0, 6) is ReLU6, (0, inf) ReLU, (-inf, inf) none.
-    `clip_project` is applied before the residual is added.
+    `clip_project` is applied before the residual is added. Weights have the dtype of x, biases that
+    dtype or float32.
+
+    Example:
+        >>> mk.fold(mk.InvertedResidual(16, 24)).to(torch.bfloat16).w_dw.dtype
+        torch.bfloat16
     """
 
     w_expand: Tensor | None
@@ -92,7 +97,7 @@ class BlockLayers:
     """The layers of one block in the order they run, and the sizes that its forward gives them.
 
     `config.padding` is what the depthwise really sees, whatever applies it, and `config.residual`
-    what the forward does. Where the input is padded before the expansion, `config` is that of the
+    what the forward does. Where the input is padded before the expansion, `config` describes the
     block of the padded input, without a residual: `pads` are these zeros, and `adds` says whether
     the input as it came is added to the result.
     """
@@ -172,7 +177,7 @@ def flatten_layers(layers: BlockLayers) -> tuple[list[Tensor], list[int], list[f
     """(tensors, present, eps): the unfolded layers as plain arguments of an op.
 
     `tensors` go stage by stage from the expansion on. By stage, `present` has a bit for each tensor
-    it has, and `eps` is that of its norm, 0 without one.
+    it has, and `eps` the norm's eps, 0 without a norm.
     """
     tensors, present, eps = [], [], []
     for stage in layers.stages:

@@ -1,5 +1,5 @@
 """The command line: `mnv2`, its demo, and the models it knows by name."""
 
-from ..optional import require
+from ..ops.optional import require
 
 require("rich")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..fuse.fuse import fuse
-from ..optional import require
+from ..ops.optional import require
 from .console import CannotRun
 from .pretrained import efficientnet_lite0
 

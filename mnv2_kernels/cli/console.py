@@ -8,7 +8,7 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..optional import require
+from ..ops.optional import require
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..network.figures import Panel, Timeline, draw
 from ..network.plan import Plan, plan
-from ..optional import require
+from ..ops.optional import require
 from ..profiling.comparison import compare
 from ..profiling.memory import peak_bytes
 from ..profiling.memory_report import timeline, timeline_of

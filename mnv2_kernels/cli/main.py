@@ -17,7 +17,7 @@ from .. import __version__
 from ..fuse import explain as explanation
 from ..ops.backends import backends
 from ..ops.extension import module as _C
-from ..optional import MissingPackage
+from ..ops.optional import MissingPackage
 from . import named_models
 from .bench import bench
 from .classify import classify

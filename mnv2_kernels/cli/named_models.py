@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..modules.mobilenet_v2 import mobilenet_v2
 from ..network.chain import image_shape
-from ..optional import require
+from ..ops.optional import require
 
 _KEPT_ALIVE: list[torch.library.Library] = []
 _OWN = "mobilenet_v2"

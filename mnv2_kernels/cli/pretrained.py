@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.mobilenet_v2 import MobileNetV2, mobilenet_v2
-from ..optional import package_file, require
+from ..ops.optional import package_file, require
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -30,6 +30,13 @@ from .sequential import FusedChain
 def explain(model: nn.Module, *, input_shape: Sequence[int] | None = None) -> Report:
     """What `fuse` did or would do, block by block; prints as a table.
 
+    The report is a tuple of one `Row` a block.
+
+    Example:
+        >>> report = mk.explain(mk.fuse(mk.mobilenet_v2()))
+        >>> len(report), report[0].name
+        (17, 'features.1')
+
     Args:
         model: any module, fused or not. It is left as it is.
         input_shape: (C, H, W) of an image, or (N, C, H, W). With it the report has sizes and bytes

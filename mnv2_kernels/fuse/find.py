@@ -33,8 +33,8 @@ _MOST_CONVOLUTIONS = 6
 class Found:
     """One block of a model: fused already, one that can be (`reading`), or declined (`reason`).
 
-    `module` is the block itself, or with `span` the module whose children start:stop it is. The
-    input of the module named `first` is that of the block.
+    `module` is the block itself; with `span`, its children start:stop are the block. `first` names
+    the module that gets the block's input.
     """
 
     name: str
@@ -65,7 +65,7 @@ def find(model: nn.Module) -> Iterator[Found]:
 
 
 def fused_chain(original: nn.Module, runs: list[FusedRun]) -> FusedChain:
-    """A module that runs some of its children as blocks, for one that is a chain."""
+    """Wrap a chain so that these runs of its children execute as fused blocks."""
     if isinstance(original, nn.Sequential):
         return FusedSequential(original, runs)
     return FusedInOrder(original, list(_children(original)), runs)

@@ -30,16 +30,21 @@ def fuse(
 ) -> nn.Module:
     """The model with every recognised inverted residual block running in one pass.
 
-    Names, attributes, state_dict keys and the number of children stay as they are; parameters
-    are used as they are at each call. Training mode runs the original layers. What was not
-    recognised, and why, says `explain`. `torch.compile` calls the blocks one by one, also where
-    the model runs as one call without it; a plan stays one call in what is compiled.
+    Names, attributes, state_dict keys and the number of children do not change; each call uses
+    the current parameters. Training mode runs the original layers. `explain` says what was not
+    recognised, and why. `torch.compile` calls the blocks one by one, also where the model runs as
+    one call without it; a plan stays one call in what is compiled.
+
+    Example:
+        >>> model = mk.fuse(mk.mobilenet_v2().eval())
+        >>> model(torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 1000])
 
     Args:
         model: any module, also a single block.
         backend: a name from `backends()` for every block; None takes the first that can run.
         verify: compare each block with its original on random inputs.
-        inplace: replace the blocks of this very model instead of those of a copy.
+        inplace: replace the blocks of this very model instead of a copy's.
 
     Returns:
         The model, or its replacement where the model itself is a block.
@@ -90,6 +95,11 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     `InvertedResidual` is its own original and stays. `inplace` and the result are as in `fuse`.
 
+    Example:
+        >>> model = mk.mobilenet_v2()
+        >>> list(mk.unfuse(mk.fuse(model)).state_dict()) == list(model.state_dict())
+        True
+
     Raises:
         TypeError: model is not a module.
     """
@@ -108,8 +118,15 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 def fold(block: nn.Module) -> FoldedWeights:
     """The weights of one block with batch norm folded in; they follow no later change.
 
+    Example:
+        >>> mk.fold(mk.InvertedResidual(16, 24, expand_ratio=6)).w_project.shape
+        torch.Size([96, 24])
+
     Args:
         block: an `InvertedResidual`, a fused block, or any block that `fuse` would replace.
+
+    Returns:
+        Weights in the dtype of the block; biases in float32 where that has 16 bits.
 
     Raises:
         TypeError: block is not a module.

@@ -54,7 +54,7 @@ class WholeNetwork(nn.Module):
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
-        """A replica that runs the layers: the weights are those of the first device."""
+        """A replica that runs the layers, because folded weights are on the first device."""
         replica = super()._replicate_for_data_parallel()
         replica.__dict__["_whole"] = None
         return replica
@@ -93,7 +93,7 @@ def _is_chain(model: nn.Module) -> bool:
 
 
 def make_parts(model: nn.Module) -> None:
-    """Give every whole network inside a model its own class again, in place."""
+    """Restore the original class of every network that runs as one call, in place."""
     for module in model.modules():
         if isinstance(module, WholeNetwork):
             module.__dict__.pop("_whole", None)

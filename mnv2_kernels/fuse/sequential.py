@@ -3,9 +3,8 @@
 What is no module of its own is a block of consecutive children (`FusedRun`), and layers that follow
 one another are one call (`network.live`).
 
-The children stay where they are, under their names. Whoever iterates over the container or calls a
-child gets the layers themselves, and a slice runs in one pass what lies in it as a whole: nothing
-depends on who runs them.
+The children stay where they are, under their names. Iterating over the container, or calling a
+child, gives the layers themselves. A slice runs in one pass the blocks that are wholly in it.
 """
 
 from collections import OrderedDict
@@ -62,7 +61,7 @@ class FusedChain(StandIn):
 
     @property
     def fused_blocks(self) -> list[FusedInvertedResidual]:
-        """The blocks that run here, whose children are those of the chain."""
+        """The blocks that run here; their children are children of the chain."""
         return [run.block for run in self.runs]
 
     def _run_one(self, x: Tensor, at: int) -> tuple[Tensor, int]:
@@ -90,7 +89,7 @@ class FusedChain(StandIn):
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> "FusedChain":
-        """A replica that runs the layers, as those of single blocks do."""
+        """A replica that runs the layers, as replicas of single blocks do."""
         replica = super()._replicate_for_data_parallel()
         replica.__dict__["forward"] = replica.plain_forward
         return replica

@@ -1,7 +1,7 @@
 """y of x and of the tensors of a block's layers, with the gradients that a backward pass asks for.
 
 The forward pass runs on folded weights that were made without a graph; the backward pass computes
-their gradients, and from them, in closed form, those of the tensors that they were folded from.
+their gradients, and from them, in closed form, the gradients of the unfolded tensors.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def run_with_gradients(
 
     Args:
         backend: any that `choose` names but the reference, which is differentiable by itself.
-        arguments: of the op behind x, folded from exactly these stages, without a graph.
+        arguments: of the op after x, folded from exactly these stages, without a graph.
         stages: expansion (None where the block has none), depthwise and projection.
     """
     stages = [s or _NONE for s in stages]
@@ -210,7 +210,7 @@ def _gradients(
 def unfold(
     stage: StageTensors, needs: StageTensors, grad_weight: Tensor | None, grad_bias: Tensor | None
 ) -> list[Tensor | None]:
-    """Gradients of the six tensors, where they are needed, from those of what they were folded to.
+    """Gradients of the six tensors, where they are needed, from the gradients of the folded ones.
 
     With s = gamma / sqrt(var + eps), the folded weight is weight * s, the folded bias
     (bias - mean) * s + beta. grad_weight has the layout of a folded weight, (k, k, C) or

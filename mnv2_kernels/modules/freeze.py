@@ -21,6 +21,11 @@ def freeze_bn(model: nn.Module, *, train_affine: bool = True, inplace: bool = Fa
     Running statistics are used and no longer updated. The norms stay instances of their classes,
     under the same names and state_dict keys; copies and pickles of the model are frozen too.
 
+    Example:
+        >>> model = mk.freeze_bn(mk.mobilenet_v2()).train()
+        >>> any(m.training for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        False
+
     Args:
         model: any module, fused or not.
         train_affine: True leaves the norms' weights and biases as trainable as they are; False

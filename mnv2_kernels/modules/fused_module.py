@@ -71,7 +71,7 @@ class FusedModule(nn.Module):
     _kept: Kept
 
     def plain_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """The block layer by layer; any further arguments are those of the original module."""
+        """The block layer by layer; further arguments go to the original module."""
         raise NotImplementedError
 
     def forward(self, x: Tensor = None, *args, **kwargs) -> Tensor:
@@ -154,7 +154,7 @@ class FusedModule(nn.Module):
 
     @asked_once_a_graph
     def _reads_as_block(self, training: bool) -> bool:
-        """Whether the plain forward is a block in the modes of now; `block_layers` is then that.
+        """Whether the plain forward is a block in the current modes; `block_layers` is then set.
 
         Read anew: a program that is exported has other tensors in place of the parameters, of which
         nothing may be kept.
@@ -184,7 +184,7 @@ class FusedModule(nn.Module):
 
     @property
     def chosen_by(self) -> Block:
-        """What a backend is chosen by, beside x."""
+        """What a backend is chosen by, besides x."""
         return self._block.chosen_by
 
     def why_plain(self, x: Tensor | None = None) -> str | None:
@@ -199,7 +199,7 @@ class FusedModule(nn.Module):
         return self._call_for(self._look(), x, (), {})
 
     def folded_arguments(self) -> OpArguments:
-        """The op's arguments behind x for the parameters as they are now, without a graph to them.
+        """The op's arguments after x for the current parameters, without a graph to them.
 
         The same tensors until a weight, a module, a mode or a hook changes.
         """
@@ -239,7 +239,7 @@ class FusedModule(nn.Module):
         if state.why_blind is not None:
             if not observed:
                 return Call(None, None, state.why_blind)
-            # What is recorded is the forward of now, and the tensors are often stand-ins.
+            # The current forward is recorded, and the tensors are often stand-ins.
             x = None
         key: Any = None
         if args or kwargs:
@@ -329,7 +329,7 @@ def _key_of(args: tuple, kwargs: dict) -> Hashable | None:
 
 
 def _folded(state: State, layers: BlockLayers) -> OpArguments:
-    """The op's arguments behind x, kept until a weight changes."""
+    """The op's arguments after x, kept until a weight changes."""
     kept = state.of_weights()
     arguments = kept.get(layers)
     if arguments is None:

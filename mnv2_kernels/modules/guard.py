@@ -27,7 +27,8 @@ _DICTS = [
     "_backward_hooks",
     "_backward_pre_hooks",
 ]
-# What layers are read by. Where a class computes it, the attributes do not say it all.
+# Attributes that a forward is read by. A property of such a name has a value that no look at
+# attributes sees.
 _READ = (
     *("training", "backend", "eps", "min_val", "max_val"),
     *("stride", "padding", "dilation", "padding_mode"),
@@ -63,7 +64,7 @@ def optimizer_steps() -> int:
 
 
 class Change(Enum):
-    """What has changed since the last look; the numbers are those of csrc/torch/guard.h."""
+    """What has changed since the last look; numbered as in csrc/torch/guard.h."""
 
     SAME = 0
     WEIGHTS = 1  # of tensors: identity, memory, version, requires_grad, values
@@ -321,8 +322,8 @@ def _samples(sizes: tuple[int, ...], strides: tuple[int, ...], bytes_of_one: int
 
 
 def _has_a_list(value: object, depth: int = 0) -> bool:
-    """Whether items may change while the sequence stays: those of a list, and of a tuple that has
-    one inside.
+    """Whether items may change while the sequence stays: items of a list, or of a tuple with a list
+    inside.
     """
     kind = type(value)
     if depth == _DEEPEST or not issubclass(kind, tuple):

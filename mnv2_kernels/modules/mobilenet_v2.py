@@ -29,6 +29,13 @@ from .fused_module import FusedModule
 class InvertedResidual(FusedModule):
     """The paper's block (MobileNetV2, section 3.3); children and state_dict keys as torchvision's.
 
+    x (N, in_channels, H, W) -> (N, out_channels, H_out, W_out).
+
+    Example:
+        >>> block = mk.InvertedResidual(24, 32, stride=2, expand_ratio=6).eval()
+        >>> block(torch.randn(1, 24, 56, 56)).shape
+        torch.Size([1, 32, 28, 28])
+
     Args:
         in_channels, out_channels: channels of x and of the result.
         stride: of the depthwise, 1 or 2. The residual is added iff stride is 1 and the channel
@@ -284,6 +291,11 @@ def mobilenet_v2(
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
 ) -> MobileNetV2:
     """MobileNetV2 of the paper (arXiv 1801.04381, Table 2), any width multiplier and resolution.
+
+    Example:
+        >>> model = mk.mobilenet_v2(width_mult=0.5, num_classes=10).eval()
+        >>> model(torch.randn(2, 3, 96, 96)).shape
+        torch.Size([2, 10])
 
     Args:
         width_mult: the paper uses 0.35, 0.5, 0.75, 1.0 and 1.4; above 0.

@@ -1,4 +1,4 @@
-"""A module that stands where another one stood, with the same children under the same names."""
+"""A module in the place of another one, with the same children under the same names."""
 
 from torch import Tensor, nn
 

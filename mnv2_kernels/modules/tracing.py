@@ -20,7 +20,7 @@ def is_observed() -> bool:
 
 
 def has_global_hooks() -> bool:
-    """Whether somebody's hook is called for every module of the process."""
+    """Whether the process has hooks that are called for every module."""
     return bool(
         hooks_of_all._global_forward_hooks
         or hooks_of_all._global_forward_pre_hooks

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 
-from ..optional import require
+from ..ops.optional import require
 
 MIB = 2**20
 _COLOURS = {"eager": "C7", "folded": "C1", "fused": "C0", "planned": "C2"}

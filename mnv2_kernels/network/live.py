@@ -128,7 +128,7 @@ class LiveNetwork:
 
 def _asked_for(module: nn.Module) -> set[str | None]:
     """The backends that the blocks inside were told to run on."""
-    # Asked of the class: a module of somebody's own may answer for names that it has not.
+    # Asked of the class: a user's module may answer for names that it has not.
     fused = (inner for inner in module.modules() if hasattr(type(inner), "fused_blocks"))
     return {block.backend for inner in fused for block in inner.fused_blocks}
 
@@ -166,7 +166,7 @@ def may_join(x: Tensor) -> bool:
 
 
 def _has_function_modes() -> bool:
-    """Whether somebody sees every function of torch; a default device does not look."""
+    """Whether a mode sees every function of torch; a default device does not count."""
     if torch._C._len_torch_function_stack() == 0:
         return False
     return not all(isinstance(m, DeviceContext) for m in _get_current_function_mode_stack())

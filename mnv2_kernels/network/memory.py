@@ -1,5 +1,5 @@
 """Bytes that a network holds step by step, by arithmetic: run layer by layer, block by block, or
-as a plan. The steps are those of a plan (`program.py`); weights do not count.
+as a plan. The steps are a plan's (`program.py`); weights do not count.
 """
 
 import math
@@ -19,7 +19,7 @@ def live_bytes(
 ) -> list[int]:
     """Most bytes of activations alive in each step of a network run layer by layer or fused.
 
-    `shape` (C, H, W) is that of an image; the images are held from first to last, and a step holds
+    `shape` (C, H, W) is an image's; the images are held from first to last, and a step holds
     its input and its result. A fused block holds the kernel's scratch too, which is not counted.
     Batch norm of the stem and of the last convolution is an operator of its own in "eager".
     """

@@ -38,7 +38,7 @@ class Plan:
 
     Threads may call one plan at once. Where it owns its arena, a call waits for the one before it;
     copies of the plan (`copy.deepcopy`, pickle) own another one and run side by side. Compiled and
-    exported programs allocate the arena in each call, whoever owns it.
+    exported programs allocate the arena in each call, also where the plan owns one.
 
     `torch.save(plan, path)` writes a plan, `torch.load(path, weights_only=False)` reads it: as any
     pickle, from a source that you trust.
@@ -102,7 +102,7 @@ class Plan:
 
     @property
     def owned_bytes(self) -> int:
-        """Bytes that the plan holds between calls beside its weights: arena, line buffers and
+        """Bytes that the plan holds between calls besides its weights: arena, line buffers and
         scratch where it owns them, 0 where each call allocates them.
         """
         return 0 if self._owned is None else self._owned.nbytes
@@ -118,7 +118,7 @@ class Plan:
         return -(-last.in_features * self.dtype.itemsize // 64) * 64
 
     def line_bytes(self, threads: int = 1) -> int:
-        """Bytes of line buffers and scratch beside the arena, of `threads` threads on one image."""
+        """Bytes of line buffers and scratch for one image on `threads` threads; no arena."""
         return describe(self._program, threads)["line_bytes"]
 
     def _own_arena(self) -> None:
@@ -133,7 +133,7 @@ class Plan:
         self._owned = OwnedArena(self._most_bytes(self._owned_threads))
 
     def _most_bytes(self, threads: int) -> int:
-        """Bytes that a call needs beside x and its result, whatever its batch."""
+        """Bytes that a call needs besides x and its result, whatever its batch."""
         sizes = {"image": 0, "result": 0, "arena": self.arena_bytes, "threads": threads}
         sizes |= {"lines_of_one": self.line_bytes(1), "lines_of_all": self.line_bytes(threads)}
         return max(step_memory.planned_bytes(batch=n, **sizes) for n in (1, threads))
@@ -177,8 +177,8 @@ class Plan:
     def figure(self, path: Path | str) -> None:
         """Save a figure of what each step uses, by arithmetic, of one image and with it in bytes.
 
-        Beside the plan: the same layers run eagerly, what a call holds from first to last,
-        and the paper's bound M(G). The ending of `path` is the figure's format. Weights do not
+        Also drawn: the same layers run eagerly, what a call holds from first to last, and
+        the paper's bound M(G). The ending of `path` is the figure's format. Weights do not
         count.
 
         Raises:
@@ -272,18 +272,23 @@ def plan(
 ) -> Plan:
     """The whole model as one call on one preplanned arena.
 
+    Example:
+        >>> plan = mk.plan(mk.mobilenet_v2().eval(), (3, 224, 224))
+        >>> plan(torch.randn(2, 3, 224, 224)).shape
+        torch.Size([2, 1000])
+
     Args:
         model: a chain of a stem (3x3, stride 2), inverted residual blocks, a last 1x1 convolution
-            with average pool and a classifier, any of which may be missing but the blocks:
+            with average pool and a classifier; all but the blocks are optional.
             MobileNetV2 and relatives of this package, torchvision and timm, fused or not, at any
             width, resolution and number of classes. Its training mode does not matter: a plan
             infers.
         input_shape: (C, H, W) of an image, or (N, C, H, W); a plan takes any N.
-        dtype: of weights and input; None takes that of the model. float32, bfloat16 or float16.
-        own_arena: on a CPU, allocate the arena with its line buffers and scratch now, once, and not
-            in every call: enough for any N on as many threads as PyTorch has now. Calls use no more
-            of them, allocate nothing but their result (without a stem also a copy of an x that is
-            not channels_last), and wait for one another.
+        dtype: of weights and input; None takes the model's. float32, bfloat16 or float16.
+        own_arena: on a CPU, allocate arena, line buffers and scratch once, now: enough for any N on
+            as many threads as PyTorch has now. Calls then allocate only their result (without a
+            stem also a copy of an x that is not channels_last), and wait for one another: use one
+            copy per thread.
 
     Returns:
         A `Plan`: call it as the model, print it to see its schedule.

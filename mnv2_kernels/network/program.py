@@ -95,7 +95,7 @@ Layer = Stem | Block | Pool | Linear | Pointwise
 
 
 class Kind(IntEnum):
-    """Kinds of steps: the names and their order are those of `Kind` in csrc/torch/program.h."""
+    """Kinds of steps: names and order as in `Kind` of csrc/torch/program.h."""
 
     STEM = 0
     BLOCK = 1
@@ -128,7 +128,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """All arguments of the op behind x."""
+    """Arguments of `run_plan` after x."""
 
     weights: list[Tensor | None]
     integers: list[int]
@@ -145,7 +145,7 @@ class Program:
 
 
 def shapes(steps: Iterable[Step], shape: Shape) -> list[Shape]:
-    """The shape of one image's result behind every step; `shape` (C, H, W) is that of x."""
+    """The shape of one image's result after every step; `shape` (C, H, W) is the image's."""
     found = []
     for step in steps:
         shape = step.layer.output_shape(shape)

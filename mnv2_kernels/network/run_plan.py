@@ -1,7 +1,7 @@
 """`torch.ops.mnv2.run_plan` and `run_plan_in`: a network of fixed size as one op on the CPU.
 
-x (N, C, H, W) float32, bfloat16 or float16; weights, program and bounds are those of
-`program.Program`. The result is that of the last step, (N, ...). `run_plan` allocates what it needs
+x (N, C, H, W) float32, bfloat16 or float16; weights, program and bounds come from
+`program.Program`. The result is the last step's, (N, ...). `run_plan` allocates what it needs
 in between. `run_plan_in` has it in `arena`, contiguous uint8 that begins at a multiple of 64 bytes,
 and runs on as many threads as that has room for; calls at the same time need one arena each.
 """

@@ -1,6 +1,6 @@
 """Which implementation runs a call: an ordered list, and a sentence where one cannot.
 
-A backend is a kernel behind `torch.ops.mnv2.inverted_residual` on one device, or the reference.
+A backend is a kernel of `torch.ops.mnv2.inverted_residual` on one device, or the reference.
 """
 
 import sys
@@ -53,7 +53,7 @@ class Backend:
     """`why_not(x, block)` is None where the backend runs by itself, otherwise the sentence to show.
 
     x None asks about the machine alone, block None about x alone. `why_not_asked`, where it
-    differs, is the same for a backend that was asked for by name.
+    differs, is the same for a backend that the user has named.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Backend:
     why_not_asked: Callable[..., str | None] | None = None
 
     def why_refused(self, x: Tensor | None, block: Block | None = None) -> str | None:
-        """None where the backend can run on x if asked for by name."""
+        """None where the backend can run on x if the user names it."""
         return (self.why_not_asked or self.why_not)(x, block)
 
 
@@ -300,7 +300,12 @@ def ran() -> Counter[str]:
 
 
 def backends() -> dict[str, str]:
-    """Every backend by name, with what it runs on here or the reason why it cannot."""
+    """Every backend by name, with what it runs on here or the reason why it cannot.
+
+    Example:
+        >>> mk.backends()["reference"]
+        'plain PyTorch, any device and floating dtype'
+    """
     report = {}
     for backend in BACKENDS:
         reason = backend.why_refused(None)

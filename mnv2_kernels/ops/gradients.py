@@ -120,7 +120,7 @@ def _by_pieces(
 
 
 def _pieces(tensors: Tensors) -> Iterator[tuple[slice, list[tuple]]]:
-    """Some images, and for every chunk of hidden channels where it lies in x and five weights."""
+    """Some images, and for every chunk of hidden channels its place in x and five weights."""
     x, w_expand, _, w_dw, *_ = tensors
     pixels, hidden = x.shape[2] * x.shape[3], w_dw.shape[2]
     count = max(1, min(len(x), _PIECE // (pixels * _LEAST_CHANNELS)))
@@ -168,7 +168,7 @@ def _run(piece: Tensors, geometry: tuple, clips: tuple) -> Tensor:
 
 @contextmanager
 def _autograd_dispatch():
-    """Record a graph inside a kernel, where the dispatcher has left autograd behind."""
+    """Record a graph inside a kernel, below the dispatcher's autograd."""
     keys = torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView
     with ExitStack() as stack:
         for key in keys:

@@ -124,8 +124,14 @@ def inverted_residual(
 ) -> Tensor:
     """The inverted residual block in one pass; the expanded tensor is never allocated.
 
+    Example:
+        >>> weights = mk.fold(mk.InvertedResidual(16, 24, stride=2))
+        >>> mk.inverted_residual(torch.randn(1, 16, 28, 28), weights, stride=2).shape
+        torch.Size([1, 24, 14, 14])
+
     Args:
         x: (N, C_in, H, W), any strides; channels_last is read in place, others are copied once.
+            float32, bfloat16 or float16 on a kernel, any floating dtype on the reference.
         weights: from `fold`; their clips are applied after each stage.
         stride: of the depthwise, 1 or 2.
         padding: zeros around the clipped expansion, (top, left, bottom, right), each smaller

@@ -50,5 +50,5 @@ def _bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _clip(x: Tensor, clip: Clip) -> Tensor:
-    # hardtanh, not clamp: its gradient is 0 at the clip points, as that of ReLU and ReLU6.
+    # hardtanh, not clamp: its gradient is 0 at the clip points, as in ReLU and ReLU6.
     return x if clip == NO_CLIP else F.hardtanh(x, *clip)

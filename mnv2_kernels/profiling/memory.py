@@ -38,8 +38,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
 
     Args:
         call: run once; call it before, so that what it keeps for later calls is in place.
-        device: where its tensors are. On a CUDA device the figure is that of PyTorch's caching
-            allocator, which rounds every block up to 512 bytes.
+        device: where its tensors are. On a CUDA device PyTorch's caching allocator counts,
+            which rounds every block up to 512 bytes.
 
     Raises:
         ValueError: the device is neither a CPU nor a CUDA device.

@@ -182,8 +182,8 @@ def peaks(
 
 def planned_bytes(plan: Plan, batch: int = 1, itemsize: int | None = None) -> int:
     """Bytes that a call of the plan on the CPU holds at PyTorch's number of threads, input and
-    result included. Tensors between the steps are of `itemsize` bytes a number, None for those of
-    the plan's dtype; line buffers and scratch are the plan's.
+    result included. Tensors between the steps have `itemsize` bytes a number, None for the
+    plan's dtype; line buffers and scratch are the plan's.
     """
     threads = torch.get_num_threads()
     itemsize = plan.dtype.itemsize if itemsize is None else itemsize

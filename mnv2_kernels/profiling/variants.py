@@ -28,7 +28,7 @@ def variants(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A copy that runs its layers one by one, also those of modules that could run fused."""
+    """A copy that runs all layers one by one, also in modules that could run fused."""
     copy = deepcopy(model)
     for module in copy.modules():
         if isinstance(module, FusedModule | FusedChain):

@@ -40,7 +40,7 @@ def check_module(function: str, module: object, argument: str = "model") -> None
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module calls somebody's hook too."""
+    """Whether calling the module calls hooks too."""
     own = vars(module)
     return any(own[name] for name in _HOOKS)
 

@@ -1,6 +1,6 @@
 """The operations of PyTorch that a trace understands, each as the node that it records.
 
-Every function below takes the arguments of the PyTorch function that it stands for.
+Every function below takes the arguments of the PyTorch function that it records.
 """
 
 from math import inf

@@ -146,7 +146,7 @@ def guess_channels(modules: Sequence[nn.Module]) -> int:
 
 
 def has_depthwise(module: nn.Module) -> bool:
-    """Whether a weight inside is that of a depthwise convolution."""
+    """Whether a depthwise convolution's weight is inside."""
     return any(map(is_depthwise_weight, module.parameters()))
 
 

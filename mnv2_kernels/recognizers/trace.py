@@ -79,7 +79,7 @@ _ATTRIBUTES = {"shape", "dtype", "device", "ndim", "is_cuda", "layout", "is_quan
 
 
 class Recorded(Tensor):
-    """A tensor without values; `node` says what it stands for, `trace` what it belongs to."""
+    """A tensor without values; `node` says which value it is, `trace` what it belongs to."""
 
     node: Node
     trace: "Trace"
@@ -149,7 +149,7 @@ class Trace:
         return self.new(Node("input"), torch.Size(shape))
 
     def new(self, node: Node, shape: Sequence[int]) -> Recorded:
-        """A recorded tensor that stands for `node`."""
+        """A recorded tensor for `node`."""
         with torch._C.DisableTorchFunctionSubclass():
             made = Tensor._make_wrapper_subclass(
                 Recorded,

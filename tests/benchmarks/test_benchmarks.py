@@ -9,9 +9,9 @@ import torch
 
 from benchmarks import harness, machine
 from benchmarks.cpu import bench_widths
+from benchmarks.markdown import fill
 from benchmarks.peers import turns
-from benchmarks.report import __main__ as report
-from benchmarks.report import plot, summary
+from benchmarks.report import cpu_tables, headline, plot, summary
 from mnv2_kernels import plan
 from mnv2_kernels.block import cost
 from mnv2_kernels.block.config import inverted_residual_config
@@ -110,8 +110,6 @@ def synthetic_rows() -> list[harness.Row]:
                 "peak_bytes": factor * 2**20,
             }
             rows.append({**facts, **row})
-        scaling = {"suite": "scaling", "block": number, "threads": 2, "provider": "2 threads"}
-        rows.append({**facts, **scaling, "speedup": {"1 thread": 1.8}})
     network = {"suite": "network", "model": "net", "provider": "fused", "threads": 1, "batch": 8}
     network |= {"seconds": {"50%": 0.04}, "gflops": 60.0, "share_of_fma_peak": 0.6}
     rows.append({**facts, **network, "speedup": {"folded": 4.5}})
@@ -138,13 +136,14 @@ def test_tables_and_figures_come_from_the_newest_rows(tmp_path):
     elsewhere = {**rows[0], "cpu": "other", "date": "2025-12-31T00:00:00+00:00"}
     harness.append([old, elsewhere, *rows], tmp_path)
     assert len(harness.load("block", tmp_path)) == 17 * 3 + 2
-    made = report.tables(results := report.latest(tmp_path))
-    block = made["blocks"].splitlines()
+    made = cpu_tables.sections(results := cpu_tables.latest(tmp_path))
+    block = made["blocks"].table.splitlines()
     assert len(block) == 2 + 17
     assert block[2].endswith("| 112x112 | 1000 | 80 | 50% | 3.00x | 4.00x | 1.00 | 3.00 |")
-    assert "| 153.00 | 78% | 3.00x | 4.00x |" in made["block-runs"]
-    assert "| 5.00 | 60% | 4.50x |" in made["network"]
-    assert "| 9.00 | 8.00 | 1.00 |" in made["memory"]
+    assert "| 153.00 | 78% | 3.00x | 4.00x |" in made["block-runs"].table
+    assert "| 5.00 | 60% | 4.50x |" in made["network"].table
+    assert "| 9.00 | 8.00 | 1.00 |" in made["memory"].table
+    assert [path.name for path in plot.live_memory(results["memory"], tmp_path)] == []
     assert [path.name for path in plot.figures(results, tmp_path)] == [
         "share_of_peak.svg",
         "peak_memory.svg",
@@ -179,31 +178,62 @@ def test_tables_and_a_figure_of_peers(tmp_path):
     later = {**rows[0], "speedup": {}, "date": "2026-01-03T00:00:00+00:00"}
     held_back = {**rows[0], "instruction_set": "default", "seconds": {"50%": 9.0}}
     harness.append([*rows, later, held_back], tmp_path)
-    made = report.tables(results := report.latest(tmp_path))
-    assert made["peers-network"].splitlines() == [
+    made = cpu_tables.sections(results := cpu_tables.latest(tmp_path))
+    assert made["peers-network"].table.splitlines() == [
         "| provider | dtype | 1 thread, batch 1 | 1 thread, batch 8 |",
         "| --- | --- | ---: | ---: |",
         "| planned | float32 | 1.00 (80%) | 1.00 (80%) |",
         "| slow | float32 | 2.00 (2.00x, 40%) | 2.00 (2.00x, 40%) |",
         "| half | bfloat16 | 0.50 (0.50x, 160%) | 0.50 (0.50x, 160%) |",
     ]
-    head, _, *blocks = made["peers-blocks"].splitlines()
+    head, _, *blocks = made["peers-blocks"].table.splitlines()
     assert head.endswith("| us, planned | of FMA peak | slow |")
     assert blocks == ["| 3 | 24x144x24-s1-k3 | 1000 | 80% | 2.00x (40%) |"]
-    memory = made["peers-memory"].splitlines()
+    memory = made["peers-memory"].table.splitlines()
     assert memory[2] == "| planned | float32 | 10.0 | 1.0 | 10.0 | 8.0 | 1.00 |"
     assert memory[4] == "| half | bfloat16 | 10.0 | 0.5 | 10.0 | 4.0 | 0.50 |"
     (path,) = plot.peer_figures(results, tmp_path)
     assert path.read_bytes().count(b"<path") > 6
 
 
-def test_only_what_stands_between_markers_is_replaced():
+def test_tables_say_where_their_rows_come_from(tmp_path):
+    rows = [row for row in peer_rows() if row["suite"] == "peers" and "model" in row]
+    for row in rows:
+        row |= {"commit": "abc" if row["provider"] == "planned" else "def", "cores": 1}
+        row["versions"] = {"runtime": "1.0"} if row["provider"] == "slow" else {}
+    harness.append(rows, tmp_path)
+    made = cpu_tables.sections(cpu_tables.latest(tmp_path))
+    text = " ".join(str(made["peers-network"]).split())
+    assert "Measured on test, 1 core, L1d" in text
+    runs = "commits abc on 2026-01-02 (planned), def on 2026-01-02 (slow, half)"
+    assert f"{runs}. With runtime 1.0." in text
+    # What has no rows is left out, heading and all.
+    assert [name for name, section in made.items() if str(section)] == ["peers-network"]
+
+
+def test_the_first_figures_are_those_of_the_tables(tmp_path):
+    facts = {"threads": 1, "batch": 1, "cpu": "Test CPU (model 1)", "instruction_set": "avx2"}
+    facts |= {"dtype": "float32", "resolution": 224, "model": "net"}
+    names = {"folded": 4, "fused": 2, "planned": 1, "litert": 3}
+    times = [{**facts, "provider": n, "seconds": {"50%": t / 1000}} for n, t in names.items()]
+    peaks = [{**facts, "provider": n, "peak_bytes": t * 2**20} for n, t in names.items()]
+    text = headline.headline({"peers": times, "memory": peaks})
+    assert "one core of a Test CPU (AVX2)" in text
+    assert "4.00 ms in PyTorch, 2.00 ms with `mk.fuse`, 1.00 ms with `mk.plan`" in text
+    assert "4.00 MiB in PyTorch, 2.00 MiB with `mk.fuse`, 1.00 MiB with `mk.plan`" in text
+    assert "LiteRT 3.00 ms." in text
+    assert headline.headline({"peers": times[:2], "memory": peaks}) == ""
+    (path,) = plot.live_memory(peaks, tmp_path)
+    assert "mk.fuse: peak 2.00 MiB" in path.read_text()
+
+
+def test_only_what_is_between_markers_is_replaced():
     text = "a\n<!-- begin:one -->\nold\n<!-- end:one -->\nb\n<!-- begin:two --><!-- end:two -->\n"
-    filled = report.fill(text, {"one": "new", "three": "unused"})
+    filled = fill(text, {"one": "new", "three": "unused"})
     assert filled == text.replace("old", "new")
-    assert report.fill(filled, {"one": "new"}) == filled
+    assert fill(filled, {"one": "new"}) == filled
     with pytest.raises(ValueError, match="must hold <!-- end:x --> after <!-- begin:x -->"):
-        report.fill("<!-- begin:x -->", {})
+        fill("<!-- begin:x -->", {})
 
 
 @needs_extension

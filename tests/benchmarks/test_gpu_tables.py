@@ -2,6 +2,7 @@
 
 from benchmarks import harness
 from benchmarks.report import gpu_tables, plot
+from benchmarks.report.section import Section
 
 FACTS = {"gpu": "NVIDIA X", "driver": "580", "cuda": "13.0", "torch": "2.11", "triton": "3.6.0"}
 FACTS |= {"commit": "abc", "date": "2026-01-02T00:00:00+00:00"}
@@ -45,15 +46,16 @@ def block_rows(batch: int) -> list[harness.Row]:
     ]
 
 
-def filled(folder) -> dict[str, str]:
-    return gpu_tables.gpu_tables(gpu_tables.latest_on_gpu(folder))
+def section(folder, name: str) -> Section:
+    return gpu_tables.gpu_sections(gpu_tables.latest_on_gpu(folder))[name]
 
 
 def test_blocks(tmp_path):
     old = row("gpu_blocks", "fused", 256, block=1, blocks=[1], date="2025", gpu="NVIDIA Y")
     harness.append([old, *block_rows(256), *block_rows(1)], tmp_path)
-    text = filled(tmp_path)["gpu-blocks"]
-    _, blocks, means = text.split("\n\n")
+    made = section(tmp_path, "gpu-blocks")
+    assert "Measured on NVIDIA X, driver 580, CUDA 13.0" in str(made)
+    blocks, means = made.table.split("\n\n")
     lines = blocks.splitlines()
     assert len(lines) == 2 + 12
     assert lines[2] == (
@@ -74,7 +76,7 @@ def test_the_network(tmp_path):
     failed |= {"provider": "compiled", "error": "OutOfTime: not built within 150 s"}
     earlier = {**fused, "seconds": {"50%": 9.0}, "images_per_second": 1.0}
     harness.append([earlier, eager, failed, fused], tmp_path)
-    lines = filled(tmp_path)["gpu-network"].splitlines()
+    lines = section(tmp_path, "gpu-network").table.splitlines()
     assert lines[-3:] == [
         "| 256 | fused-graph | 25600000 | 0.010 | 50% | - |",
         "| 256 | eager | 3200000 | 0.080 | 6% | 8.00x |",

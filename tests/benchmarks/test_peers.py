@@ -1,4 +1,4 @@
-"""Other runtimes beside ours: each right, and timed without the time that others took."""
+"""Other runtimes and ours: each right, and timed without the time that others took."""
 
 import os
 import re

@@ -259,7 +259,7 @@ def test_random_damage(kind, tmp_path):
 
 
 class Runs:
-    """Unpickled, it leaves a file behind."""
+    """Unpickled, it writes a file."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -16,7 +16,7 @@ import mnv2_kernels as mk
 from mnv2_kernels.cli import pretrained
 from mnv2_kernels.cli.pretrained import Trained, WrongWeights
 from mnv2_kernels.fuse.fuse import fuse
-from mnv2_kernels.optional import MissingPackage
+from mnv2_kernels.ops.optional import MissingPackage
 from mnv2_kernels.profiling.variants import fused_blocks, plain, variants
 from mnv2_kernels.profiling.verify import why_wrong
 
@@ -84,7 +84,7 @@ def test_fused_network_answers_as_the_plain_one(name, backend):
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.inference_mode()
 def test_fused_network_in_half_precision(name, dtype):
-    """Held against the layers in the same dtype; the classes are those of float64."""
+    """Held against the layers in the same dtype; the classes are as in float64."""
     model = plain(load(name).model).to(dtype)
     x = photographs(name).to(dtype)
     layers = model(x)

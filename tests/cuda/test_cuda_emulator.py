@@ -1,7 +1,7 @@
 """The block emulator (tests/cuda_on_cpu): what it must see, and what its instructions compute.
 
 Every probe is a small kernel that is right, and with `broken` does one thing wrong. What is wrong
-must be reported whatever the schedule, the seed and the side on which a thread stands.
+must be reported whatever the schedule, the seed and the side that a thread is on.
 """
 
 import ctypes

@@ -324,7 +324,7 @@ def test_x_and_y_beyond_31_bits(kernel):
 @pytest.mark.serial
 @pytest.mark.parametrize("kernel", CLOSE)
 def test_one_image_beyond_31_bits(kernel):
-    """Rows far down in one image are those of a small one."""
+    """Rows far down in one image are as in a small one."""
     needs_memory(18)
     config, width = {
         "patch": (BlockConfig(16, 16, 8), 2_048),

@@ -178,7 +178,7 @@ def test_an_image_has_the_same_bits_in_every_batch(library, dtype):
                 assert torch.equal(y.view(BITS[dtype]), alone[:batch].view(BITS[dtype])), case.id
 
 
-# ---- NaN, infinities and what lies outside the image
+# ---- NaN, infinities and what is outside the image
 
 SPECIAL = (nan, inf, -inf, -0.0, 6e-8)
 

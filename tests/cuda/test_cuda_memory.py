@@ -33,7 +33,7 @@ CHANGES = {
 
 
 class Exact:
-    """The bytes of a tensor in memory of their own, beside which the sanitizer sees everything."""
+    """The bytes of a tensor in memory of their own, around which the sanitizer sees everything."""
 
     def __init__(self, values: Tensor):
         self.bytes = values.numel() * values.element_size()

@@ -34,7 +34,7 @@ def depthwise(channels=8, **settings):
     return conv_norm_act(channels, channels, 3, 1, channels, **settings)
 
 
-# What stands in a Sequential, and which of its children become a block.
+# Children of a Sequential, and which of them become a block.
 CONTAINERS = {
     "convolutions with norm and activation": (
         lambda: units(conv_norm_act(8, 8, 3), depthwise(), conv_norm_act(8, 16), depthwise(16)),
@@ -106,7 +106,7 @@ def test_what_is_fused_in_a_container(name):
         assert_same(fused, model, image(8, size))
 
 
-# What stands in a Sequential, and why it stays as it is.
+# Children of a Sequential, and why they stay as they are.
 DECLINED = {
     "hard swish": (
         lambda: pair(act=nn.Hardswish),
@@ -149,7 +149,7 @@ def test_layers_with_a_hook_are_in_no_block():
     calls = []
     model[4].register_forward_hook(lambda *args: calls.append(args))
     assert mk.explain(model).outside == ("3",)
-    # The 1x1 convolution behind these layers is an expansion now.
+    # The 1x1 convolution after these layers is an expansion now.
     assert spans(model) == ["[6:15]", "[15:21]"]
     fused = fuse(model)
     assert spans(fused) == ["[6:15]", "[15:21]"]

@@ -167,7 +167,7 @@ def test_a_flat_vector_that_is_refilled(pair):
 
 
 def test_tensors_that_were_loaded_with_assign(pair):
-    """The loaded tensors are the model's own, and whoever still holds them may write them."""
+    """The loaded tensors are the model's own, and other holders may still write them."""
     plain, fused, x = pair
     states = [copy.deepcopy(model.state_dict()) for model in (plain, fused)]
     for model, state in zip((plain, fused), states, strict=True):

@@ -1,4 +1,4 @@
-"""What is edited in a model that is fused already: the next call is that of the edited layers."""
+"""What is edited in a model that is fused already: the next call runs the edited layers."""
 
 import copy
 from types import MethodType
@@ -141,7 +141,7 @@ EDITS = [
 
 @pytest.mark.parametrize(("do", "stays_fused"), EDITS)
 def test_edits_after_fuse_are_followed(pair, do, stays_fused):
-    """The next call is that of the edited layers; what is still a block is fused still."""
+    """The next call runs the edited layers; what is still a block is still fused."""
     plain, fused, x = pair
     for model in (plain, fused):
         do(model)

@@ -143,7 +143,7 @@ def test_gradients_in_evaluation_mode(name):
 
 @pytest.mark.parametrize("name", FORWARDS)
 def test_among_blocks(name):
-    """The same as one of three modules of an nn.Sequential, where those beside it run fused."""
+    """The same as one of three modules of an nn.Sequential, where the other two run fused."""
     case = FORWARDS[name]
     torch.manual_seed(0)
     before, after = randomise(TorchvisionBlock(8, 8, 1, 2)), randomise(TorchvisionBlock(8, 8, 1, 2))

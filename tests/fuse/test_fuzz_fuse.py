@@ -66,7 +66,7 @@ def why_other(original: nn.Module, model: nn.Module, x: Tensor) -> str | None:
     """None where both give the same for x, or raise the same; otherwise what differs."""
     try:
         truth = expect(original, x)
-        original(x)  # For what a call leaves behind.
+        original(x)  # For what a call changes.
     except (ValueError, RuntimeError) as error:
         with pytest.raises(type(error)):
             model(x)
@@ -95,7 +95,7 @@ def drops_values(model: nn.Module) -> bool:
 
 
 def step_in_training_mode(original: nn.Module, model: nn.Module, x: Tensor) -> None:
-    """Both leave the same behind in their batch norms, or raise the same."""
+    """Both leave the same statistics in their batch norms, or raise the same."""
     raised = []
     for each in (original, model):
         each.train()
@@ -140,7 +140,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def why_other_gradients(original: nn.Module, model: nn.Module, x: Tensor) -> str | None:
-    """None where the gradients are those of the layers."""
+    """None where the gradients are the layers'."""
     eager = gradients(plain(original), x)
     truth = gradients(plain(original).double(), x.double())
     found = gradients(model, x)
@@ -168,7 +168,7 @@ def act(kind: str, original: nn.Module, model: nn.Module, x: Tensor) -> str | No
         with torch.autocast("cpu", torch.bfloat16):
             y, eager = model(x), plain(original)(x)
         # What torchvision's newer blocks add in place, they alone round to 16 bits; and its frozen
-        # norms are in float32, whatever they stand behind.
+        # norms are in float32, whatever comes before them.
         if y.dtype not in (eager.dtype, x.dtype, torch.bfloat16):
             return f"{y.dtype} in autocast, not {eager.dtype}"
         truth = plain(original).double()(x.double())
@@ -185,7 +185,7 @@ def found(*pieces: Piece, **settings):
     return example(network=network, image=Image(2, 7, 6), layout=as_it_is, **nothing)
 
 
-# A block inside a child, behind which comes what belongs to no block, was not fused.
+# A block inside a child, followed by what belongs to no block, was not fused.
 @found(
     Piece("pointwise", 6),
     Piece("layers", 6),
@@ -213,7 +213,7 @@ def check_network(covered, watch, network, image, layout, threads, frozen, verif
         original = settle(build(network), torch.randn(4, *size)).to(dtype)
     except (ValueError, RuntimeError) as error:
         # A norm that needs more values of a channel, an image too small to be reflected or for a
-        # kernel whose padding is that of another size.
+        # kernel whose padding is made for another size.
         known = "Expected more than 1|Padding size should be less|Kernel size can't be greater"
         assert re.search(known, str(error)), error
         assume(False)
@@ -260,8 +260,8 @@ def check_gradients(covered, action, network, original, model, x) -> None:
     if action != "gradients" or x.dtype != torch.float32 or not len(x) or drops_values(original):
         return
     if "max-pool" in str(network) or "instance" in str(network):
-        # The derivative of the one jumps where two values are nearly the same; that of the other is
-        # rounding alone where it sees two pixels, and not the same in two layouts of a gradient.
+        # A max pool's derivative jumps where two values are nearly the same. An instance norm's, of
+        # two pixels, is rounding alone, and differs between layouts of a gradient.
         return
     near = nearest_to_a_bound(plain(original).double(), x.double())
     if near < 2e-5:

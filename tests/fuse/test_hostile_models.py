@@ -138,7 +138,7 @@ MODELS = {
     # The layers inside are a block too.
     "call of the block": (lambda: block(of(DoubledCall, TorchvisionBlock)), 1),
     "call of the block replaced": (lambda: block(ReplacedCall), 1),
-    # What is behind the expansion is a block without one.
+    # What follows the expansion is a block without one.
     "call of a convolution": (
         lambda: with_layer(FIRST, partial(of(DoubledCall, nn.Conv2d), 8, 48, 1, bias=False)),
         1,
@@ -187,7 +187,7 @@ def test_answers_stay(name):
 
 @pytest.mark.parametrize("first", [DoubledForward, DoubledPlainForward, DoubledCall])
 def test_own_blocks_with_something_around_them(first):
-    """In a chain, alone and in a plan: the subclass counts wherever it stands."""
+    """In a chain, alone and in a plan: the subclass counts at every place."""
     plain = own()
     y = answers(plain)
     model = own(of(first, mk.InvertedResidual))

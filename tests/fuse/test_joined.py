@@ -41,7 +41,7 @@ def x() -> Tensor:
 @pytest.mark.parametrize("size", [(64, 64), (65, 49)], ids=str)
 @torch.no_grad()
 def test_layers_that_cannot_be_fused_among_others(watch, size):
-    """Activations that are no clips: what is left to run together stands between."""
+    """Activations that are no clips, with layers between them that run together."""
     original = ready(timm.create_model("tf_mobilenetv3_small_minimal_100"))
     x = torch.randn(3, 3, *size)
     assert_same(watch(mk.fuse(original), x), expect(original, x))

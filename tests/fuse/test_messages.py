@@ -90,7 +90,7 @@ def test_too_many_channels_where_gradients_are_recorded(fused):
 
 
 def test_another_dtype(fused):
-    """The message names x's dtype, or that of the weights; nothing the user never saw."""
+    """The message names x's dtype, or the weights'; nothing the user never saw."""
     for dtype, word in ((torch.float64, "double|float64"), (torch.int64, "long|int64")):
         said = message(fused, torch.zeros(1, 8, 5, 6).to(dtype))
         assert not INTERNAL.search(said), said
@@ -149,7 +149,7 @@ def test_an_image_without_a_batch_where_norms_refuse_it():
 
 
 class Separable(nn.Module):
-    """A depthwise convolution in a block of no known kind: a pool stands in its middle."""
+    """A depthwise convolution in a block of no known kind: there is a pool in its middle."""
 
     def __init__(self):
         super().__init__()

@@ -109,15 +109,22 @@ def render(rows: dict[str, dict[str, str]]) -> str:
     lines = [
         "# Models",
         "",
-        f"{len(rows)} models by name, {fused} blocks that run in one pass.",
+        f"{len(rows)} models are tested whole; {fused} blocks of them run in one pass. No model",
+        "needs support by name: `fuse` reads what the forward of a module computes",
+        "([recognizers.md](recognizers.md)), so a model that is not in this table is treated in",
+        "the same way. `print(mk.explain(model))` gives its row, block by block.",
         "",
-        "`make models` checks all of this and writes this page. Weights are random, scaled so that",
-        "both clips of every block act. fused: blocks that `mk.fuse` replaces. declined: blocks",
-        "that stay as they are, and why (`mk.explain` tells which). other depthwise: depthwise",
-        "convolutions in neither. same output: within rounding, in float32 and in float64.",
-        "compile: `torch.compile` takes it as one graph. export: `torch.export`. train step: the",
-        "same parameters after a step of SGD, to the bit. A way that the plain model itself does",
-        "not go is marked so.",
+        "`make models` checks all of this and writes this page. Weights are random and scaled so",
+        "that both clips of every block act.",
+        "",
+        "- **fused**: blocks that `mk.fuse` replaces.",
+        "- **declined**: blocks that keep their layers, how many and why.",
+        "- **other depthwise**: depthwise convolutions in neither.",
+        "- **same output**: within rounding, in float32 and in float64.",
+        "- **compile**: `torch.compile` takes the fused model as one graph.",
+        "- **export**: `torch.export` takes it.",
+        "- **train step**: the same parameters after a step of SGD, to the bit.",
+        "- *the plain model neither*: the original cannot be compiled or exported.",
         "",
         "| " + " | ".join(HEADING).replace("_", " ") + " |",
         "| --- | ---: | --- | ---: | --- | --- | --- | --- |",
@@ -171,6 +178,15 @@ def test_fused_kernels_are_as_exact_as_the_layers(case, request, table):
         plain_error = checks.largest_error(single.plain(single.x), truth)
     assert error <= 4 * plain_error + 1e-5
     table.note(request.node.callspec.params["case"], same_output="yes")
+
+
+@pytest.mark.skipif(WRITES, reason="writes the pages")
+def test_pages_are_what_make_models_writes():
+    rows = committed_rows()
+    assert list(rows) == list(MODELS)
+    assert TABLE.read_text() == render(rows)
+    readme = README.read_text()
+    assert readme == markdown.fill(readme, {"models": summary(rows)})
 
 
 @some_models

@@ -24,7 +24,7 @@ SHAPE = 2, 8, 12, 12
 
 
 def why_wrong(seed: int) -> str | None:
-    """Where the fused module's results or gradients are not those of its layers."""
+    """Where the fused module's results or gradients are not its layers'."""
     torch.manual_seed(seed)
     written = write(seed)
     plain = randomise(written.module)

@@ -1,7 +1,7 @@
 """All test shapes and tolerances, and the comparison that every test of values uses.
 
 A result passes against the truth, the reference in float64 on the same rounded inputs, if its
-errors stay near those of the reference in the result's own dtype:
+errors stay near the errors of the reference in the result's own dtype:
 
     max error  <= 2 * eager max error + FLOOR * eps(dtype) * max|truth|
     mean error <= 1.5 * eager mean error + FLOOR / 4 * eps(dtype) * max|truth|
@@ -160,7 +160,7 @@ def expect(case: Case, x: Tensor, weights: FoldedWeights) -> Expected:
 
 
 def why_wrong(y: Tensor, expected: Expected) -> str | None:
-    """None where y passes, otherwise its errors beside those allowed."""
+    """None where y passes, otherwise its errors and the allowed ones."""
     truth = expected.truth
     if y.shape != truth.shape or y.dtype != expected.dtype:
         return f"{y.dtype} {tuple(y.shape)}, not {expected.dtype} {tuple(truth.shape)}"
@@ -351,8 +351,8 @@ def groups() -> dict[str, list[Case]]:
 def tested(group: str) -> list[Case]:
     """The shapes of a group to test here: on a narrower instruction set one of each kind.
 
-    Kinds differ in what is compiled for each: stride, kernel, dilation, expansion, and what is left
-    of the channels behind whole vectors.
+    Kinds differ in what is compiled for each: stride, kernel, dilation, expansion, and the
+    tail of the channels after whole vectors.
     """
     if not NARROWER:
         return groups()[group]

@@ -5,8 +5,8 @@
     assert not outcome.found
 
 What the driver finds wrong is printed by kind: `numbers` (against float64), `NaN` (at another place
-than there), `bits` (other ones with other threads or streams), `margins` (written beside memory). A
-signal or a sanitizer's report is a kind too.
+than there), `bits` (other ones with other threads or streams), `margins` (written outside).
+A signal or a sanitizer's report is a kind too.
 """
 
 import fcntl

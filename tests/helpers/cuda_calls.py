@@ -47,7 +47,7 @@ def inputs(case: Case, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Fold
 
 
 def odd_view(tensor: Tensor) -> Tensor:
-    """The same numbers one element behind an address that is a multiple of 16."""
+    """The same numbers one element after an address that is a multiple of 16."""
     storage = tensor.new_empty(tensor.numel() + 1)[1:]
     view = storage.as_strided(tensor.shape, tensor.stride())
     assert view.data_ptr() % 16 == tensor.element_size()

@@ -193,7 +193,7 @@ class Guarded:
 
 
 class Emulator:
-    """A built library with tests/cuda_on_cpu in it. `counts` are those of the last launch."""
+    """A built library with tests/cuda_on_cpu in it. `counts` are of the last launch."""
 
     def __init__(self, path: Path):
         self.functions = ctypes.CDLL(str(path))
@@ -260,7 +260,7 @@ class Library(Emulator):
     ) -> Tensor:
         """One call of the kernel.
 
-        settings: stride, padding, dilation, residual; the others are those of `launch`.
+        settings: stride, padding, dilation, residual; the others are as in `launch`.
         place: puts tensors where the kernel finds them. image: height and width that the kernel is
         told x has.
 

@@ -39,7 +39,7 @@ def compiler() -> list[str]:
 
 
 def build(kernels: Path) -> Path:
-    """The library of the op above that of the kernels. What was built from the same is taken again.
+    """The library of the op, on top of the kernels'. What was built from the same is taken again.
 
     Raises CalledProcessError where it does not compile.
     """

@@ -310,7 +310,7 @@ class LeavesOutAnActivation(Copied):
 
 @forward()
 class NormsLast(Copied):
-    """Norms behind the activations, by the order of the forward alone."""
+    """Norms after the activations, by the order of the forward alone."""
 
     def forward(self, x):
         conv1, bn1, act1, conv2, bn2, act2, conv3, bn3 = self.conv

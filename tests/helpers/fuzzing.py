@@ -49,7 +49,7 @@ def at_least(count: int) -> int:
 
 
 def of_few(expected: Expected) -> Expected:
-    """Wider where there are few errors: the largest of those of PyTorch's layers is then small by
+    """Wider where there are few errors: the largest error of PyTorch's layers is then small by
     luck, and the mean says no more than the largest.
     """
     if expected.truth.numel() >= 100:

@@ -31,7 +31,7 @@ def unasked(case: Case, dtype: torch.dtype) -> str:
 
 
 def repeated(case: Case, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, FoldedWeights]:
-    """One image many times, and another one behind them."""
+    """One image many times, and then another one."""
     x, weights = make_inputs(replace(case, batch=2), dtype)
     x = x.permute(0, 2, 3, 1).contiguous()
     many = x[:1].expand(count, -1, -1, -1).contiguous()

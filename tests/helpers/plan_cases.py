@@ -41,7 +41,7 @@ def _short() -> nn.Module:
 
 
 def _residuals() -> nn.Module:
-    """Blocks of one shape behind a stem: all of them overwrite their input."""
+    """Blocks of one shape after a stem: all of them overwrite their input."""
     blocks = (mk.InvertedResidual(16, 16, expand_ratio=3, kernel_size=k) for k in (5, 3, 3, 5))
     return nn.Sequential(nn.Sequential(*conv_norm_act(3, 16, 3, 2)), *blocks)
 
@@ -129,7 +129,7 @@ def expect(model: nn.Module, x: Tensor) -> Expected:
 
 
 def overwriting(plan: Plan) -> list[int]:
-    """Numbers of the steps whose result lies where their input does."""
+    """Numbers of the steps whose result is in the place of their input."""
     found = []
     for number, (before, step) in enumerate(pairwise(plan.steps), 1):
         if before.streams or step.streams or number + 1 == len(plan.steps):

@@ -1,4 +1,4 @@
-"""Blocks of many families and the layers beside them, for random networks: as plain data, so that
+"""Blocks of many families and layers between them, for random networks: as plain data, so that
 what was drawn can be written down.
 """
 
@@ -36,7 +36,7 @@ import mnv2_kernels as mk
 
 @dataclass(frozen=True)
 class Piece:
-    """A block, or a layer beside the blocks, that makes `channels` channels.
+    """A block, or a layer between blocks, that makes `channels` channels.
 
     `change` is what becomes of one of its layers: (a kind of layer, what it is changed into, which
     of them, counted round).
@@ -198,7 +198,7 @@ CHAINS: dict[str, Callable[[int, Piece], list[nn.Module]]] = {
         *conv_norm_act(c, p.channels),
     ],
 }
-# What stands between blocks.
+# Layers between blocks.
 BESIDE: dict[str, Callable[[int, Piece], list[nn.Module]]] = {
     "pointwise": lambda c, p: conv_norm_act(c, p.channels),
     "pointwise-linear": lambda c, p: conv_norm_act(c, p.channels, act=None),

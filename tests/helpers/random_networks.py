@@ -199,7 +199,7 @@ def expected_states(network: Network) -> Counter:
 
 
 def are_expected(states: Counter, network: Network) -> bool:
-    """Whether the states that `explain` tells of can be those of the network."""
+    """Whether the network can have the states that `explain` reports."""
     expected = expected_states(network)
     either, loose = expected.pop("either", 0), expected.pop("loose", 0)
     more = {name: states[name] - expected[name] for name in states.keys() | expected.keys()}

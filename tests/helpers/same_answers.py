@@ -55,7 +55,7 @@ def image(*shape: int, seed: int = 0) -> Tensor:
 def call(model: nn.Module, args: tuple, kwargs: dict, seed: int = 0):
     """(result, (the arguments afterwards, what was printed)) of a call on copies.
 
-    Random numbers are those of `seed`.
+    Random numbers come from `seed`.
     """
     args, kwargs = tree_map(_cloned, (args, kwargs))
     torch.manual_seed(seed)
@@ -69,7 +69,7 @@ def _cloned(value):
 
 
 def why_other(found, plain, truth=None) -> str | None:
-    """None where every tensor of `found` may stand for that of `plain`, otherwise what differs.
+    """None where every tensor of `found` may replace the one of `plain`, otherwise what differs.
 
     Without a truth the layers' own float32 results are it.
     """
@@ -138,7 +138,7 @@ def gradients(model: nn.Module, arguments: Callable, x: Tensor, seed: int = 0):
 def unambiguous_input(model: nn.Module, arguments: Callable, shape: tuple[int, ...]) -> Tensor:
     """An image near which no activation changes its branch, as far as float64 can say.
 
-    Where a value lies within rounding of a clip, the gradients of two right computations differ.
+    Where a value is within rounding of a clip, the gradients of two right computations differ.
     """
     for seed in range(40):
         x = image(*shape, seed=seed).double()

@@ -40,7 +40,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _inside(
     tap: int, config: BlockConfig, padding: int, size_in: int, size_out: int
 ) -> tuple[slice, slice]:
-    """The outputs whose tap lies inside the image, and the inputs it reads for them."""
+    """The outputs whose tap is inside the image, and the inputs it reads for them."""
     shift, stride = tap * config.dilation - padding, config.stride
     first = max(0, -(shift // stride))
     count = max(0, min(size_out, (size_in - 1 - shift) // stride + 1) - first)

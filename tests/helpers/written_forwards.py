@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 # What may be done to a tensor v between two stages. Every line keeps its number of channels.
-# x is the module's input; what an edit adds to the height and width stands beside it.
+# x is the module's input; the number next to an edit is what it adds to height and width.
 EDITS = {
     "pad": ("F.pad(v, (1, 1, 1, 1))", 2),
     "pad one side": ("F.pad(v, (0, 1, 0, 1))", 1),
@@ -69,7 +69,7 @@ class Written:
 
 
 def write(seed: int, most_edits: int = 3) -> Written:
-    """A block with up to `most_edits` edits before, between and behind its stages."""
+    """A block with up to `most_edits` edits before, between and after its stages."""
     rng = random.Random(seed)
     stride, written_out = rng.choice((1, 1, 2)), rng.random() < 0.6
     if written_out:
@@ -114,7 +114,7 @@ def write(seed: int, most_edits: int = 3) -> Written:
 
 
 def _execute(source: str, name: str) -> type[nn.Module]:
-    """The class that the source defines; its lines are found by `inspect`, as those of a file."""
+    """The class that the source defines; `inspect` finds its lines, as in a file."""
     linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
     names = {"Children": Children, "F": F, "torch": torch, "__name__": __name__}
     exec(compile(source, name, "exec"), names)

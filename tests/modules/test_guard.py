@@ -31,7 +31,7 @@ def test_every_kind_of_edit(name):
     assert guard.check() is SAME and guard.check() is SAME
     edit(layer)
     assert guard.check() is expected
-    # Weights of now are known then; a change of structure is the end.
+    # The current weights are known then; a change of structure is the end.
     assert guard.check() is (STRUCTURE if expected is STRUCTURE else SAME)
     assert guard.watches
 

@@ -1,4 +1,4 @@
-"""What a failed call, a mode of torch or fusing itself leaves behind: nothing."""
+"""A failed call, a mode of torch and fusing itself leave nothing changed."""
 
 import gc
 import pickle

@@ -79,7 +79,7 @@ def check_mutant(plan: Plan, x: torch.Tensor, nbytes: int, integers: list, bound
     truth = one_by_one(x, weights, integers, bounds)
     assert y.shape == truth.shape, (y.shape, truth.shape)
     if bounds != plan._program.bounds:
-        return True  # Some bounds mean nothing: those of a mean alone, of no expansion.
+        return True  # Some bounds mean nothing: of a mean alone, of no expansion.
     finite = truth.isfinite()
     assert torch.equal(y.isfinite(), finite)
     error, scale = ((t * finite).nan_to_num().abs().max() for t in (y - truth, truth))
@@ -174,7 +174,7 @@ def test_bounds_that_are_none(bounds):
 
 
 def test_tensors_without_their_memory():
-    """Their storage was freed, or made one byte smaller, behind their back."""
+    """Their storage was freed, or made one byte smaller, unknown to them."""
     plan, x, nbytes = prepared("short", (2, 3, 48, 40), torch.float32)
     program = plan._program
     right = plan(x)

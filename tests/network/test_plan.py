@@ -70,7 +70,7 @@ def test_answers(name, size):
 
 
 def test_what_the_networks_cover():
-    """Both ends of a clip are reached before, in and behind the blocks; steps of every kind."""
+    """Both ends of a clip are reached before, in and after the blocks; steps of every kind."""
     found = Counter()
     for name in NETWORKS:
         found += features(mk.plan(network(name), (3, 96, 96)))

@@ -49,7 +49,7 @@ def owning(name: str, size: tuple[int, int]) -> Plan:
 
 
 def arguments(plan: Plan) -> tuple:
-    """What the op gets behind the arena."""
+    """What the op gets after the arena."""
     return plan._program.weights, plan._program.integers, plan._program.bounds
 
 
@@ -362,7 +362,7 @@ def test_bad_arenas(what):
 )
 @torch.no_grad()
 def test_very_many_channels_in_sixteen_bits(channels, hidden, out_channels, size):
-    """What one block needs beside weights of that size is cut finer than a block of float32."""
+    """What one block needs besides weights of that size is cut finer than in float32."""
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int, deviation: float = 1.0) -> Tensor:

@@ -47,7 +47,7 @@ GUARDED = [
 
 
 def workspace(plan: Plan, batch: int, threads: int) -> int:
-    """Bytes beside the result: one image by all threads, or one for each of them at a time."""
+    """Bytes besides the result: one image by all threads, or one for each of them at a time."""
 
     def kept(images: int) -> int:
         return min(images, 8) * plan.feature_bytes if images > 1 else 0

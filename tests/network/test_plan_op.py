@@ -44,7 +44,7 @@ def prepared(name: str, shape: tuple) -> tuple[Plan, Tensor]:
 
 
 def arguments(plan: Plan) -> tuple:
-    """What the op gets behind x."""
+    """What the op gets after x."""
     return plan._program.weights, plan._program.integers, plan._program.bounds
 
 

@@ -122,7 +122,7 @@ def test_tensors_without_their_memory(left, channels_last):
         )
         with pytest.raises(ValueError, match=sentence):
             CALLERS["cpu"](call)
-        # A view behind the end, of a storage that has become too small for it alone.
+        # A view beyond the end, of a storage that has become too small for it alone.
         call = good_call()
         wide = torch.cat([call[name].flatten()] * 2)
         call[name] = wide[call[name].numel() :].view(call[name].shape)

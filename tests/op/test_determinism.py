@@ -107,7 +107,7 @@ def gradients(case: Case, x: Tensor, grad_y: Tensor, weights) -> list[Tensor]:
 
 @pytest.mark.parametrize("case", ten_cases(), ids=lambda case: case.id)
 def test_gradients(kernel_backend, tested_dtype, case, set_threads):
-    """Of x also at any place in any batch; those of weights are sums over the batch."""
+    """Of x also at any place in any batch; gradients of weights are sums over the batch."""
     case = replace(case, batch=5)
     x, weights = make_inputs(case, tested_dtype)
     set_threads(1)

@@ -107,7 +107,7 @@ def test_every_number_is_read_from_a_weight(dtype, hidden):
 @each_dtype
 @pytest.mark.parametrize("hidden", [16, 256])
 def test_every_number_is_read_as_the_residual(dtype, hidden):
-    """Times zero behind an expansion that is clipped; 256 hidden channels are two groups."""
+    """Times zero after an expansion that is clipped; 256 hidden channels are two groups."""
     numbers = every_number(dtype)
     x = numbers.reshape(1024, 1, 8, 8)
     weights = weights_of(dtype, torch.zeros(hidden, 1, dtype=dtype))

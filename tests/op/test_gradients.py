@@ -18,7 +18,7 @@ FIELDS = ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
 
 
 def call(backend: str, tensors: list, weights: FoldedWeights, settings: dict) -> Tensor:
-    """The block with (x, six weights) in place of those of `weights`."""
+    """The block with (x, six weights) in place of `weights`'."""
     x, *others = tensors
     weights = replace(weights, **dict(zip(FIELDS, others, strict=True)))
     return inverted_residual(x, weights, backend=backend, **settings)

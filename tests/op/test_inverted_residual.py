@@ -37,7 +37,7 @@ def test_values(backend, tested_dtype, group):
     assert not failures, "\n".join(failures)
 
 
-# Mean error over that of PyTorch's layers in the same dtype, of the real blocks: may only fall.
+# Mean error over the mean error of PyTorch's layers, same dtype, real blocks: may only fall.
 NEARER = {torch.bfloat16: 0.95, torch.float16: 0.70}
 
 

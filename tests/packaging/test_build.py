@@ -87,7 +87,7 @@ def csrc_files() -> set[str]:
 
 @pytest.fixture
 def source(tmp_path):
-    """A copy of what a build needs, without what other builds left behind."""
+    """A copy of what a build needs, without leftovers of other builds."""
     copy = tmp_path / "source"
     left = shutil.ignore_patterns("*.so", "__pycache__", ".*", "build", "*.egg-info", "results")
     shutil.copytree(ROOT, copy, ignore=left)

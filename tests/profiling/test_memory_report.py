@@ -114,7 +114,7 @@ def test_events_are_those_of_the_step_that_runs():
     image = x.nbytes
     assert nowhere is None
     assert first[0] == image and max(first) >= 5 * image and first[-1] == 5 * image
-    # The first result is read by the second layer, and released behind it.
+    # The first result is read by the second layer, and released after it.
     assert second[0] == 5 * image and max(second) >= 7 * image and second[-1] == 3 * image
     assert set(third) == {3 * image}
     assert 1 not in sizes, "no mark is left behind"

@@ -42,7 +42,7 @@ def shards() -> torch.Tensor:
 
 
 def data_parallel(rank: int) -> None:
-    """A step of fine-tuning: gradients are those of the whole batch, in every process."""
+    """A step of fine-tuning: gradients of the whole batch, in every process."""
     from torch.nn.parallel import DistributedDataParallel
 
     plain, fused = networks()
@@ -73,7 +73,7 @@ def data_parallel(rank: int) -> None:
 
 
 def sharded(rank: int) -> None:
-    """FSDP over every block; what was folded is never that of an earlier gathering."""
+    """FSDP over every block; what was folded is never from an earlier gathering."""
     from torch.distributed.fsdp import fully_shard
 
     plain, fused = networks()

@@ -62,7 +62,7 @@ def test_autocast_is_no_less_exact_than_the_layers(networks, dtype, grad):
             gradients.append((_gradient(model) - exact_gradient).norm())
     assert results[1] <= 2 * results[0] + eps * truth.abs().max()
     if grad:
-        # As a whole: where a value lies so near a clip that rounding decides, one element jumps.
+        # As a whole: where a value is so near a clip that rounding decides, one element jumps.
         assert gradients[1] <= 2 * gradients[0] + eps * exact_gradient.norm()
 
 

@@ -60,7 +60,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Does(Flat):
-    """Calls a function beside what it computes."""
+    """Calls a function besides what it computes."""
 
     def __init__(self, function, *args):
         super().__init__(flow(), True)
@@ -324,7 +324,7 @@ def test_declined_with_the_reason(name):
 
 @pytest.mark.parametrize("name", PARTLY)
 def test_part_of_a_declined_block_is_fused(name):
-    """The reason is that of `fold`; `explain` and `fuse` find what is inside."""
+    """The reason is the one that `fold` gives; `explain` and `fuse` find what is inside."""
     build, part, reason = PARTLY[name]
     block = randomise(build())
     assert re.search(reason, why_not_folded(block))

@@ -165,7 +165,7 @@ def test_compiled_in_one_graph_and_exported(build):
         with torch.no_grad():
             expected = block(x)
             program = torch.export.export(fused, (x,))
-            # Padding that depends on the size is that of the layers in a graph.
+            # In a graph, layers apply a padding that depends on the size.
             has_op = any("mnv2" in str(node.target) for node in program.graph.nodes)
             assert has_op == (build is chain)
             for y in (compiled(x), program.module()(x)):

@@ -100,7 +100,7 @@ def interrupt() -> None:
         cases.run("cpu", x, weights, **case.settings)
         print("not interrupted")
     except KeyboardInterrupt:
-        # The call is over by then: nothing runs on behind Python's back.
+        # The call is over by then: nothing still runs unseen.
         complete = time.process_time() - begin > computed / 2
         again = cases.run("cpu", x, weights, **case.settings)
         print("interrupted", complete, torch.equal(again, y))

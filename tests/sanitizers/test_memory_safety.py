@@ -2,7 +2,7 @@
 
 A guard page is hit by SIGSEGV, so those calls run in a child process, which names every case
 before it runs it: `python test_memory_safety.py run_guarded BACKEND S1 float32`. Inputs are put
-before and behind guard pages one by one; guard_malloc.c does so with whatever torch allocates in a
+before and after guard pages one by one; guard_malloc.c does so with whatever torch allocates in a
 call.
 """
 

@@ -2,7 +2,7 @@
 
 cpu_alone/driver.cpp has every tensor on the heap at its exact size, and shows the sanitizer what
 masked instructions touch. Every tensor is aligned to its elements alone in half of the calls.
-test_sanitized_extension.py does the same for what lies between these kernels and torch, and
+test_sanitized_extension.py does the same for the code between these kernels and torch, and
 test_cuda_memory.py for the CUDA kernels on the emulator.
 """
 

@@ -2,7 +2,7 @@
 
 A copy of the package whose extension is compiled for the sanitizers runs tests of this folder in a
 process that loads their libraries first. Only in the long run: torch's headers take long to
-compile. Its kernels are those of test_sanitized.py.
+compile. test_sanitized.py has its kernels.
 """
 
 import os

@@ -1,12 +1,12 @@
 """One fault in the C++ kernels must be found in at least two independent ways.
 
-Every fault is a text of the source and what stands there instead while it is on; the text must
+Every fault is a text of the source and the text that replaces it while it is on; the text must
 occur exactly once, so that a fault that no longer applies is an error, not a pass. All are compiled
 into one program, which an environment variable tells the fault that it has. Its memory is between
 pages that cannot be touched; the long run has it under AddressSanitizer too.
 
-The ways are those of the other tests, each with a few small calls: the values of listed blocks, of
-random ones and of networks against float64, gradients, places of NaN, bytes beside memory, guard
+The ways are the other tests', each with a few small calls: the values of listed blocks, of
+random ones and of networks against float64, gradients, places of NaN, bytes outside memory, guard
 pages, the sanitizer, and the same bits at another number of threads or with streams.
 """
 
@@ -74,7 +74,7 @@ OF_ANY = {
 
 
 def ways_that_find(number: int, flags: tuple[str, ...], kernel: str = "default") -> set[str]:
-    """By a driver with these flags; number: that of the fault, 0 for none."""
+    """By a driver with these flags; number: the fault's, 0 for none."""
     driver = cpu_driver.build([kernel], flags, seeded_texts())
     found = set()
     for arguments, ways in OF_CALLS.items():

@@ -61,7 +61,7 @@ def test_values(case):
         assert why_wrong(run_config(x, weights, case, WIDE), expected) is None
 
 
-# The mean error beside that of eager in the same dtype, over all of HALVES: it may only fall.
+# The mean error over eager's in the same dtype, over all of HALVES: it may only fall.
 RATCHET = {
     "float16": 0.85,
     "float16, half": 1.45,

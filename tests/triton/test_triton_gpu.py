@@ -120,7 +120,7 @@ def test_x_beyond_31_bits(expansion):
 
 @pytest.mark.serial
 def test_one_image_beyond_31_bits():
-    """2.2 * 10**9 elements in the rows of one image; rows far down are those of a small one."""
+    """2.2 * 10**9 elements in the rows of one image; rows far down are as in a small one."""
     needs_memory(14)
     height, width = 65_600, 2_048
     case = Case(BlockConfig(16, 16, 16, expansion=False), height, width)

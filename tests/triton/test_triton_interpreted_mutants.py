@@ -229,7 +229,7 @@ FAR = 2**14
 
 
 def far_images(use, source: str) -> str | None:
-    """The first pixel of each of 12 images of 2**28: their addresses leave 32 bits behind.
+    """The first pixel of each of 12 images of 2**28: their addresses exceed 32 bits.
 
     Only the pages that are touched take memory; what wraps around finds zeros below the images.
     """

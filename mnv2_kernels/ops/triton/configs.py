@@ -66,8 +66,8 @@ def choose(
 ) -> Choice:
     """The configuration for a block on a device; pure but for asking the device what it is.
 
-    `width_out` is that of the output where it is known: short rows have configurations of their
-    own.
+    `width_out` is the width of the output where it is known: short rows have configurations of
+    their own.
     """
     shared_bytes_limit = _shared_bytes_limit(device)
     name = key(block, dtype)

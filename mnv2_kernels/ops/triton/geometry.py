@@ -23,8 +23,8 @@ def tap(i, j, p, q, kernel, stride, dilation):
 def is_read(slot, patch, kernel, stride, dilation, pad=0, size=0):
     """Whether any output row of a patch reads this slot row; columns likewise.
 
-    `size`, where it is not 0, is that of the image that one patch covers from end to end: slots
-    beyond `pad` and `size` then lie outside whatever the patch, and are never needed.
+    `size`, where it is not 0, is the size of an image that one patch covers from end to end: slots
+    beyond `pad` and `size` are then outside for every patch, and never needed.
     """
     if size and not pad <= slot < pad + size:
         return False

@@ -6,7 +6,7 @@ from threading import Lock
 
 import triton
 
-from ...optional import require
+from ..optional import require
 
 # The interpreter replaces functions of triton.language while it runs.
 _lock = Lock()

@@ -137,7 +137,7 @@ def inverted_residual(
     )
     if x.shape[0] == 0:
         return y
-    # A pointer the kernel never follows stands in for a tensor that there is none of.
+    # For a missing tensor, a pointer that the kernel never follows.
     tensors = [
         (w_dw if t is None else t).contiguous()
         for t in (w_expand, b_expand, w_dw, b_dw, w_project, b_project)

@@ -262,7 +262,7 @@ def inverted_residual_patch(
         column_masks = column_masks + (-((column0 + j >= 0) & (column0 + j < W)).to(tl.int32),)
 
     row_step = tl.full((), W, tl.int64) * C_IN
-    # Where slot (0, 0) of every patch lies in x, inside the image or not.
+    # Address of slot (0, 0) of every patch in x, inside the image or not.
     first_slot = (x + ((image * H + row0) * W + column0) * C_IN)[:, None]
     kept = ()
     if EXPANSION and KEEP_X:

@@ -1,0 +1,47 @@
+"""The first figures of README.md, from the rows of the tables that they link to."""
+
+from collections.abc import Mapping
+
+from ..harness import Row
+from ..markdown import MIB
+from .peer_tables import is_of_network, of_best_instruction_set
+
+RUNTIMES = {"litert": "LiteRT", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
+INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2"}
+OURS = ("folded", "fused", "planned")
+
+
+def headline(results: Mapping[str, list[Row]]) -> str:
+    """Time and memory of the network, one image on one thread; empty without rows for them."""
+    times = {
+        row["provider"]: row
+        for row in of_best_instruction_set(results["peers"])
+        if is_of_network(row) and row["threads"] == row["batch"] == 1
+    }
+    peaks = {row["provider"]: row for row in results["memory"] if row["batch"] == 1}
+    if not (times.keys() & peaks.keys()).issuperset(OURS):
+        return ""
+    plain, fused, planned = (f"{times[name]['seconds']['50%'] * 1e3:.2f} ms" for name in OURS)
+    of_plain, of_fused, of_plan = (f"{peaks[name]['peak_bytes'] / MIB:.2f} MiB" for name in OURS)
+    others = (
+        f"{display} {times[name]['seconds']['50%'] * 1e3:.2f} ms"
+        for name, display in RUNTIMES.items()
+        if name in times
+    )
+    row = times["planned"]
+    cpu = row["cpu"].partition(" (")[0]
+    article = "an" if cpu[0] in "AEIOU" else "a"
+    isa = INSTRUCTION_SETS.get(row["instruction_set"], row["instruction_set"])
+    size = f"{row['resolution']}x{row['resolution']}"
+    lines = [
+        f"MobileNetV2, one {size} image, {row['dtype']}, one core of {article} {cpu} ({isa}):",
+        "",
+        f"- **Time**: {plain} in PyTorch, {fused} with `mk.fuse`, {planned} with `mk.plan`.",
+        f"- **Peak memory of activations**: {of_plain} in PyTorch, {of_fused} with `mk.fuse`,"
+        f" {of_plan} with `mk.plan`.",
+        f"- **Other runtimes, same core**: {', '.join(others)}.",
+        "",
+        "PyTorch runs in channels_last with batch norm folded into the convolutions.",
+        "[More figures, each with its machine and commit](docs/performance.md).",
+    ]
+    return "\n".join(lines)
