@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.mobilenet_v2 import mobilenet_v2
-from ..network.chain import image_shape
+from ..network.lower import image_shape
 from ..ops.optional import require
 
 _KEPT_ALIVE: list[torch.library.Library] = []

@@ -10,8 +10,7 @@ from torch import nn
 
 from ..block.cost import tensor_bytes
 from ..modules.fused_module import FusedModule
-from ..network.chain import chain_of, image_shape
-from ..network.lower import check_steps
+from ..network.lower import chain_of, check_steps, image_shape
 from ..ops.backends import BACKENDS, Block, cuda_kernel
 from ..ops.extension import missing
 from ..recognizers import (

@@ -1,17 +1,70 @@
-"""From the layers of a network, as they were read, to the steps of a program: folded."""
+"""From a model to the steps of a program: its chain of layers, read, then folded."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import index
+from typing import SupportsIndex
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..block.config import NO_CLIP, NO_PADDING
 from ..block.fold import BlockLayers, fold_conv_norm
 from ..modules.autograd import fold_without_graph
-from ..recognizers import AverageLayer, ConvLayer, Declined, Layer, LinearLayer
+from ..recognizers import (
+    AverageLayer,
+    ConvLayer,
+    Declined,
+    Layer,
+    LinearLayer,
+    evaluation_mode,
+    read,
+    read_unknown,
+    same_layers,
+)
 from .program import Block, Linear, Pointwise, Pool, Stem
 from .program import Layer as Step
+
+
+def chain_of(model: nn.Module, shape: tuple[int, int, int] | None = None) -> tuple[Layer, ...]:
+    """The layers of a model in evaluation mode for images of `shape` (C, H, W), any number of them.
+
+    Without a shape, for images of a usual size.
+
+    Raises:
+        Declined: the model is no chain of layers that a plan has; the sentence says why.
+    """
+    with evaluation_mode(model):
+        if shape is None:
+            layers = read_unknown(model, [model]).layers
+        else:
+            reading = read(model, (1, *shape), [model])
+            layers = reading.layers
+            if reading.is_sized and not same_layers(
+                layers, read(model, (3, *shape), [model]).layers
+            ):
+                raise Declined("its forward depends on the number of images")
+    check_steps(layers)
+    return layers
+
+
+def image_shape(function: str, input_shape: Sequence[int]) -> tuple[int, int, int]:
+    """(C, H, W) of an `input_shape` with or without a number of images.
+
+    Raises:
+        TypeError, ValueError: in the name of a public function, where it is none.
+    """
+    if not isinstance(input_shape, Sequence) or isinstance(input_shape, str):
+        kind = type(input_shape).__name__
+        raise TypeError(f"{function}: input_shape must be a sequence of integers, got {kind}")
+    sizes = tuple(input_shape)
+    whole = all(isinstance(n, SupportsIndex) and not isinstance(n, bool | Tensor) for n in sizes)
+    if not whole or len(sizes) not in (3, 4) or min(sizes) < 0 or min(sizes[-3:]) < 1:
+        raise ValueError(f"{function}: input_shape must be (C, H, W) or (N, C, H, W), got {sizes}")
+    if max(sizes) >= 2**31:
+        raise ValueError(f"{function}: input_shape must be below 2**31 in all sizes, got {sizes}")
+    channels, height, width = map(index, sizes[-3:])
+    return channels, height, width
 
 
 def lower(layers: Sequence[Layer], names: Sequence[str] | None = None) -> list[tuple[str, Step]]:

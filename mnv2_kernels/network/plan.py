@@ -24,8 +24,7 @@ from . import figures, program
 from . import memory as step_memory
 from . import run_plan as plan_op
 from .arena import OwnedArena, arrange, describe
-from .chain import chain_of, image_shape
-from .lower import cast, lower, names_of
+from .lower import cast, chain_of, image_shape, lower, names_of
 from .plan_table import Row, describe_layer, table
 from .program import Block, Layer, Linear, Pointwise, Pool, Shape, Stem, Step
 
