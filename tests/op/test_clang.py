@@ -17,6 +17,7 @@ MACHINE = platform.machine()
 CROSS = ("aarch64-linux-gnu-g++", "qemu-aarch64")
 
 pytestmark = [
+    pytest.mark.sampled(3),
     pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang++"),
     pytest.mark.timeout(1200),
 ]
