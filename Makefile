@@ -103,9 +103,10 @@ report: .venv/installed  ## tables and figures from the rows
 # For this Python and the torch in .venv, with every instruction set of this kind of machine.
 # torch's libraries stay torch's: the wheel requires the release that it was compiled for.
 wheels: .venv/installed  ## a wheel in dist, for machines without a compiler; its test
-	@rm -rf build/wheel
+	@rm -rf build/wheel dist/*.whl
 	MNV2_KERNELS_PIN_TORCH=1 $(PIP) wheel -q --no-deps --no-build-isolation -w build/wheel .
-	$(BIN)/auditwheel repair --exclude 'lib*' -w dist build/wheel/*.whl
+	$(BIN)/auditwheel repair --exclude 'libc10*' --exclude 'libtorch*' --exclude 'libcud*' \
+	    -w dist build/wheel/*.whl
 	MNV2_WHEELS=dist $(BIN)/python -m pytest -q tests/packaging/test_wheels.py
 
 clean:  ## remove .venv and all that was built
