@@ -5,7 +5,7 @@
 ...     return mk.plan(model, (3, 224, 224))
 """
 
-from .fuse.explain import Report, Row
+from .fuse.report import Report, Row
 from .modules.mobilenet_v2 import MobileNetV2
 from .network.plan import CapturedPlan, Plan
 
