@@ -85,8 +85,8 @@ inline double cluster_cost(const BlockSizes& sizes, Element element, const TileP
     const double alone =
         (chunk_cycles(sizes, element, plan).alone + gathered + products + 1500) * rounds +
         memory_cycles(sizes, plan) + 2500;
-    return alone * ceil_div(count_tiles(sizes, plan) * plan.cluster,
-                            std::max(1, multiprocessors * 4 / 5));
+    return alone *
+           ceil_div(count_tiles(sizes, plan) * plan.cluster, std::max(1, multiprocessors * 4 / 5));
 }
 
 // The best plan so far.
@@ -166,7 +166,8 @@ inline TilePlan plan_tile(const BlockSizes& sizes, Element element, const Device
         }
     }
     if (device.capability >= 90)
-        for (int cluster = 2; cluster <= device.cluster; cluster++) choice.consider_clusters(cluster);
+        for (int cluster = 2; cluster <= device.cluster; cluster++)
+            choice.consider_clusters(cluster);
     return choice.best;
 }
 
