@@ -1,5 +1,5 @@
-// The functions that launch the kernels on a stream of the current GPU. They check nothing, allocate
-// nothing and wait for nothing; sizes.N is at least 1.
+// The functions that launch the kernels on a stream of the current GPU. They check nothing,
+// allocate nothing and wait for nothing; sizes.N is at least 1.
 #pragma once
 #include <cuda_runtime_api.h>
 
