@@ -8,7 +8,7 @@ from ..markdown import MIB, markdown, percent
 from .peer_tables import OF_FLOAT32_PEAK, is_of_network, peer_sections
 from .section import Section
 
-SUITES = ("block", "network", "memory", "peers", "peers-memory", "widths", "training")
+SUITES = ("block", "network", "memory", "peers", "peers-memory", "widths", "training", "models")
 KEY = ("suite", "instruction_set", "threads", "batch", "block", "model", "provider")
 KEY += ("width", "resolution")
 
@@ -79,6 +79,14 @@ def sections(results: Mapping[str, list[Row]]) -> dict[str, Section]:
             width_table(results["widths"]),
             results["widths"],
         ),
+        "which-models": Section(
+            "Which models gain",
+            "One image on one thread, float32: how many times as fast, and the peak of activations"
+            " relative to `eager`. Where few blocks are fused, `folded` can be ahead of `fused`,"
+            " because `fuse` leaves other layers as they are. `mnv2 bench --model` measures yours.",
+            model_table(results["models"]),
+            results["models"],
+        ),
         "training": Section(
             "Fine-tuning with frozen batch norms",
             "One step (forward, loss, backward) of torchvision's MobileNetV2 at 224x224, float32,"
@@ -88,6 +96,27 @@ def sections(results: Mapping[str, list[Row]]) -> dict[str, Section]:
             results["training"],
         ),
     }
+
+
+def model_table(rows: list[Row]) -> str:
+    """One line a model, the fastest first: blocks fused, speed, and memory beside eager's."""
+    models: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        models.setdefault(row["model"], {})[row["provider"]] = row
+    complete = [found for found in models.values() if {"eager", "folded", "fused"} <= set(found)]
+    body = []
+    for found in sorted(complete, key=lambda found: -found["fused"]["speedup"]["folded"]):
+        fused, eager, planned = (found.get(name) for name in ("fused", "eager", "planned"))
+        cells = [fused["model"], f"{fused['blocks_fused']} of {fused['blocks']}"]
+        cells += [f"{fused['speedup'][other]:.2f}x" for other in ("eager", "folded")]
+        cells.append("-" if planned is None else f"{planned['speedup']['folded']:.2f}x")
+        cells += [
+            "-" if row is None else percent(row["peak_bytes"] / eager["peak_bytes"])
+            for row in (fused, planned)
+        ]
+        body.append(cells)
+    head = ["model", "blocks fused", "fused over eager", "over folded", "plan over folded"]
+    return markdown([*head, "memory of fused, of eager's", "of plan"], body)
 
 
 def is_single(row: Row) -> bool:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.cpu import bench_models
-from benchmarks.report.model_table import model_table
+from benchmarks.report.cpu_tables import model_table
 from mnv2_kernels.profiling import timing
 
 
