@@ -89,8 +89,8 @@ def csrc_files() -> set[str]:
 def source(tmp_path):
     """A copy of what a build needs, without leftovers of other builds."""
     copy = tmp_path / "source"
-    left = shutil.ignore_patterns("*.so", "__pycache__", ".*", "build", "*.egg-info", "results")
-    shutil.copytree(ROOT, copy, ignore=left)
+    left = ("*.so", "__pycache__", ".*", "build", "dist", "*.egg-info", "results")
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*left))
     return copy
 
 
