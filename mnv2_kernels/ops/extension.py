@@ -19,7 +19,6 @@ try:
 except ImportError as error:
     module = None
     missing = cuda_missing = (
-        f"the compiled extension is not available ({error}); where there is a C++ compiler,"
-        " `pip install --no-build-isolation --force-reinstall --no-deps .` in a checkout of the"
-        " project builds it"
+        f"the compiled extension is not available ({error}); install g++ or clang++, then"
+        " `pip install --force-reinstall --no-deps .` in a checkout of the project builds it"
     )
