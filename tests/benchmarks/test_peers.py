@@ -19,6 +19,8 @@ from benchmarks.peers.registry import PEERS
 from mnv2_kernels.block import cost
 from mnv2_kernels.profiling import timing
 
+pytestmark = pytest.mark.sampled(3)
+
 needs_extension = pytest.mark.skipif(timing._C is None, reason="needs the compiled extension")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 SMALL = Case("block15_b1", 1)

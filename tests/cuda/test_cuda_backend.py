@@ -65,7 +65,7 @@ def test_who_runs_by_itself(built, monkeypatch):
     assert chosen(PATCH, torch.float32) == "reference"
     monkeypatch.setattr(backends, "_tf32_allowed", lambda: True)
     assert chosen(PATCH, torch.float32) == "triton"
-    monkeypatch.setattr(backends.triton, "missing", "no Triton")
+    monkeypatch.setattr(backends.triton, "missing", lambda: "no Triton")
     assert chosen(GENERIC, torch.float16) == chosen(PATCH, torch.float32) == "cuda"
 
 

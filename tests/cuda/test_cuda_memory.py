@@ -18,7 +18,7 @@ from cuda_cases import DTYPES, KERNEL_DTYPES, groups, make_inputs, needs_emulato
 from emulated_cuda import H200, KERNELS, ROOT, SCHEDULES, Library
 from torch import Tensor
 
-pytestmark = needs_emulator
+pytestmark = [pytest.mark.sampled(2), needs_emulator]
 FLAGS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 LIBC = ctypes.CDLL(None)
 LIBC.malloc.restype = ctypes.c_void_p

@@ -195,7 +195,7 @@ def found(*pieces: Piece, **settings):
 )
 # A declined block between fused ones was not told of once they were fused.
 @found(Piece("layers", 4, change=("act", "leaky", 0)), Piece("layers", 6), Piece("pair", 5))
-@searched(100, 600)
+@searched(160, 600)
 @given(
     network=networks(),
     image=st.builds(Image, st.integers(0, 3), st.integers(1, 22), st.integers(1, 22)),
@@ -320,6 +320,6 @@ def test_random_networks(watch, part):
     seen = [n for n in (*BLOCKS, *CHAINS, *RELATIVES, *BESIDE, *EDITS) if covered[n]]
     assert len(seen) >= at_least(40), covered
     for name in ("frozen", "verified", "gradients", "bfloat16", "blocks declined"):
-        assert covered[name] >= at_least(4), covered
+        assert covered[name] >= at_least(1), covered
     assert covered["blocks fused"] >= at_least(covered["cases"]), covered
-    assert covered["cases"] >= 80, covered
+    assert covered["cases"] >= 130, covered

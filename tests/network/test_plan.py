@@ -24,9 +24,10 @@ from torch import nn
 import mnv2_kernels as mk
 from mnv2_kernels.network.program import Block, Linear, Pool, Stem
 
-pytestmark = pytest.mark.skipif(
-    "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
-)
+pytestmark = [
+    pytest.mark.sampled(2),
+    pytest.mark.skipif("cpu" not in cases.kernel_backends(), reason="needs the compiled extension"),
+]
 
 SIZES = {
     "ours-0.35": [(97, 131), (32, 32), (320, 64), (33, 320), (224, 224)],
@@ -212,7 +213,7 @@ def test_a_model_in_training_and_its_dropouts():
 
 
 @settings(
-    max_examples=250,
+    max_examples=250 if cases.LONG else 100,
     derandomize=True,
     database=None,
     deadline=None,
@@ -243,5 +244,5 @@ def test_random_chains(set_threads):
     covered = Counter()
     check_a_chain(covered, set_threads)
     for name in ("streams", "overwrites", "dilated", "asymmetric", "without expansion"):
-        assert covered[name] >= 60, covered
-    assert covered["chains"] >= 150 and covered["streams thrice"] >= 20, covered
+        assert covered[name] >= 20, covered
+    assert covered["chains"] >= 60 and covered["streams thrice"] >= 5, covered

@@ -28,9 +28,10 @@ import mnv2_kernels as mk
 from mnv2_kernels.network.plan import Plan, why_not_on_cpu
 from mnv2_kernels.profiling import memory
 
-pytestmark = pytest.mark.skipif(
-    "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
-)
+pytestmark = [
+    pytest.mark.sampled(2),
+    pytest.mark.skipif("cpu" not in cases.kernel_backends(), reason="needs the compiled extension"),
+]
 
 OP = torch.ops.mnv2.run_plan_in.default
 NETWORKS = [

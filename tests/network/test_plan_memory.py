@@ -17,9 +17,10 @@ import mnv2_kernels as mk
 from mnv2_kernels.network.plan import Plan
 from mnv2_kernels.profiling import memory
 
-pytestmark = pytest.mark.skipif(
-    "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
-)
+pytestmark = [
+    pytest.mark.sampled(2),
+    pytest.mark.skipif("cpu" not in cases.kernel_backends(), reason="needs the compiled extension"),
+]
 
 ARENA = 401_408  # bytes: the paper's 200 kB at 16 bit, in float32
 LINES = 512 * 1024

@@ -49,13 +49,14 @@ WHAT = [("blocks", 1500), ("networks", 60), ("backward", 250)]
 @pytest.mark.parametrize("kernel", cpu_driver.kernels_here())
 def test_kernels_of_this_machine(kernel, what, least):
     flags = ("-O3" if LONG else "-O1", "-Werror")
-    driver = cpu_driver.build(cpu_driver.kernels_here(), flags, compiler="clang++")
+    driver = cpu_driver.build([kernel], flags, compiler="clang++")
     check(kernel, [driver], what, least)
 
 
 @pytest.mark.skipif(
     MACHINE != "x86_64" or None in map(shutil.which, CROSS), reason=f"needs {' and '.join(CROSS)}"
 )
+@pytest.mark.skipif(not LONG, reason="of the long run: emulated")
 @pytest.mark.parametrize("what, least", WHAT)
 def test_neon(what, least):
     flags = ("--target=aarch64-linux-gnu", "-O1", "-Werror", "-static")

@@ -20,7 +20,7 @@ import mnv2_kernels as mk
 from mnv2_kernels import inverted_residual
 from mnv2_kernels.ops.backends import ran
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(3)
 
 THREADS = (1, 2, 3, 4, 7)
 REPEATS = 100

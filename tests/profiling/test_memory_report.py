@@ -13,12 +13,12 @@ from PIL import Image
 from torch import nn
 
 import mnv2_kernels as mk
-from mnv2_kernels import optional
 from mnv2_kernels.block.config import BlockConfig
 from mnv2_kernels.cli.named_models import named_model
 from mnv2_kernels.network import figures, memory
 from mnv2_kernels.network.plan import why_not_on_cpu
 from mnv2_kernels.network.program import Block, Linear, Pool, Stem, Step
+from mnv2_kernels.ops import optional
 from mnv2_kernels.profiling import memory_report, timing
 from mnv2_kernels.profiling.memory import allocations
 

@@ -27,7 +27,7 @@ from triton_cases import (
 from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
 from mnv2_kernels.ops.triton.configs import PatchConfig
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(4)
 
 # For weights too large for the interpreter with the configuration that they would get.
 WIDE = replace(QUICK, patches=16, patch_h=1, patch_w=1, chunk=256, out_tiles=8)
