@@ -50,7 +50,7 @@ test: lint test-isa  ## lint, and everything that can be tested here
 models: .venv/built  ## write docs/models.md anew, from every model
 	OMP_NUM_THREADS=1 MNV2_MODELS=write $(BIN)/python -m pytest -q tests/fuse/test_models.py
 
-# Every test in its long form (an hour or so), then what users of the newest Triton get: beside
+# Every test in its long form (an hour or two), then what users of the newest Triton get: beside
 # .venv, whose own is the oldest supported.
 test-long: ISA_TESTS += $(addprefix tests/,op/test_determinism.py op/test_fuzz.py \
     op/test_layouts.py op/test_numerics.py fuse/test_together.py network/test_plan.py \

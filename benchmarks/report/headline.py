@@ -9,6 +9,11 @@ from .peer_tables import is_of_network, of_best_instruction_set
 RUNTIMES = {"litert": "LiteRT", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2"}
 OURS = ("folded", "fused", "planned")
+PYTORCH = {
+    "eager": "as written",
+    "folded": "with batch norm folded into the convolutions",
+    "compiled": "with `torch.compile`",
+}
 
 
 def headline(results: Mapping[str, list[Row]]) -> str:
@@ -21,12 +26,11 @@ def headline(results: Mapping[str, list[Row]]) -> str:
     peaks = {row["provider"]: row for row in results["memory"] if row["batch"] == 1}
     if not (times.keys() & peaks.keys()).issuperset(OURS):
         return ""
-    plain, fused, planned = (f"{times[name]['seconds']['50%'] * 1e3:.2f} ms" for name in OURS)
+    fused, planned = (_ms(times[name]) for name in OURS[1:])
+    pytorch = (f"{_ms(times[name])} {how}" for name, how in PYTORCH.items() if name in times)
     of_plain, of_fused, of_plan = (f"{peaks[name]['peak_bytes'] / MIB:.2f} MiB" for name in OURS)
     others = (
-        f"{display} {times[name]['seconds']['50%'] * 1e3:.2f} ms"
-        for name, display in RUNTIMES.items()
-        if name in times
+        f"{display} {_ms(times[name])}" for name, display in RUNTIMES.items() if name in times
     )
     row = times["planned"]
     cpu = row["cpu"].partition(" (")[0]
@@ -36,12 +40,16 @@ def headline(results: Mapping[str, list[Row]]) -> str:
     lines = [
         f"MobileNetV2, one {size} image, {row['dtype']}, one core of {article} {cpu} ({isa}):",
         "",
-        f"- **Time**: {plain} in PyTorch, {fused} with `mk.fuse`, {planned} with `mk.plan`.",
+        f"- **Time**: {fused} with `mk.fuse`, {planned} with `mk.plan`.",
+        f"- **PyTorch, channels_last**: {', '.join(pytorch)}.",
         f"- **Peak memory of activations**: {of_plain} in PyTorch, {of_fused} with `mk.fuse`,"
         f" {of_plan} with `mk.plan`.",
         f"- **Other runtimes, same core**: {', '.join(others)}.",
         "",
-        "PyTorch runs in channels_last with batch norm folded into the convolutions.",
         "[More figures, each with its machine and commit](docs/performance.md).",
     ]
     return "\n".join(lines)
+
+
+def _ms(row: Row) -> str:
+    return f"{row['seconds']['50%'] * 1e3:.2f} ms"
