@@ -29,9 +29,9 @@ from setuptools.command.sdist import sdist
 
 OLDEST_TORCH = "2.11"
 NO_TORCH = """
-mnv2_kernels compiles its kernels for the installed PyTorch, which was not found ({error}). Type
+mnv2_kernels compiles its kernels for the installed PyTorch, {oldest} or later: {error}. Type
 
-    pip install torch setuptools ninja && pip install --no-build-isolation .
+    pip install -U torch setuptools ninja && pip install --no-build-isolation .
 
 or, for a package without kernels: MNV2_KERNELS_SKIP_CPP=1 pip install .
 """
@@ -68,9 +68,10 @@ CUDA_SOURCES = [
     "csrc/cuda/tile/tile.cu",
     "csrc/cuda/generic/generic.cu",
 ]
-# Code for those of these compute capabilities that nvcc knows, and for later ones what the driver
-# compiles at first use.
+# Code for those of these compute capabilities that nvcc knows. Other GPUs of 9.0 and later run what
+# the driver compiles at first use from PTX.
 CUDA_CAPABILITIES = ("80", "90", "100", "120")
+PTX_CAPABILITY = "90"
 # Entries of TORCH_CUDA_ARCH_LIST, torch's names among them, that are too old for the kernels.
 OLD_ARCHITECTURES = r"[1-7]\.|Kepler|Maxwell|Pascal|Volta|Turing"
 # torch takes these conversions and operators of CUDA's types away; the kernels use them.
@@ -144,19 +145,22 @@ def why_no_cuda() -> str | None:
 
 def architecture_flags() -> list[str]:
     """For nvcc; none where TORCH_CUDA_ARCH_LIST is set, which torch turns into flags itself."""
-    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+    if os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;"):
         drop_old_architectures()
         return []
-    codes = nvcc_says("--list-gpu-code").split()
-    known = [c for c in CUDA_CAPABILITIES if f"sm_{c}" in codes]
-    codes = [(c, f"sm_{c}") for c in known] + [(known[-1], f"compute_{known[-1]}")]
+    os.environ.pop("TORCH_CUDA_ARCH_LIST", None)
+    known = nvcc_says("--list-gpu-code").split()
+    codes = [(c, f"sm_{c}") for c in CUDA_CAPABILITIES if f"sm_{c}" in known]
+    codes.append((PTX_CAPABILITY, f"compute_{PTX_CAPABILITY}"))
     return [f"-gencode=arch=compute_{c},code={code}" for c, code in codes]
 
 
 def drop_old_architectures() -> None:
     """Take GPUs that the kernels do not run on out of TORCH_CUDA_ARCH_LIST, and say so."""
-    entries = re.split(r"[ ;]+", os.environ["TORCH_CUDA_ARCH_LIST"].strip())
+    entries = re.split(r"[ ;,]+", os.environ["TORCH_CUDA_ARCH_LIST"].strip(" ;,"))
     old = [entry for entry in entries if re.match(OLD_ARCHITECTURES, entry)]
+    left = [entry for entry in entries if entry not in old] or ["8.0"]
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(left)
     if not old:
         return
     print(
@@ -164,8 +168,6 @@ def drop_old_architectures() -> None:
         " TORCH_CUDA_ARCH_LIST are left out",
         file=sys.stderr,
     )
-    left = [entry for entry in entries if entry not in old]
-    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(left or [f"{CUDA_CAPABILITIES[0][:-1]}.0"])
 
 
 def module(cuda: bool):
@@ -212,9 +214,14 @@ def extension() -> dict:
         return {}
     see_installed_torch()
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension
     except ImportError as error:
-        return without_torch(NO_TORCH.format(error=error))
+        return without_torch(NO_TORCH.format(oldest=OLDEST_TORCH, error=error))
+    found = re.match(r"(\d+)\.(\d+)", torch.__version__).groups()
+    if tuple(map(int, found)) < tuple(map(int, OLDEST_TORCH.split("."))):
+        error = f"got {torch.__version__}"
+        return without_torch(NO_TORCH.format(oldest=OLDEST_TORCH, error=error))
 
     class OptionalBuildExtension(BuildExtension):
         """A missing or failing compiler costs the kernels it would compile, nothing else."""
@@ -266,8 +273,10 @@ def see_installed_torch() -> None:
 def torch_requirement() -> str:
     if not enabled("MNV2_KERNELS_PIN_TORCH"):
         return f"torch>={OLDEST_TORCH}"
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return f"torch>={OLDEST_TORCH}"  # The build ends with the sentence of NO_TORCH.
     return "torch=={}.{}.*".format(*torch.__version__.split("."))
 
 

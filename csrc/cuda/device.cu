@@ -30,7 +30,8 @@ cudaError_t largest_cluster(Device& device) {
         config.attrs = &dimension;
         config.numAttrs = 1;
         int fit = 0;
-        error = cudaOccupancyMaxActiveClusters(&fit, probe, &config);
+        // An error says that this GPU, or this part of one, cannot place so large a cluster.
+        if (cudaOccupancyMaxActiveClusters(&fit, probe, &config) != cudaSuccess) cudaGetLastError();
         if (fit > 0) device.cluster = cluster;
     }
     return error;

@@ -21,6 +21,11 @@ struct Facts {
     cudaError_t error;
 };
 
+bool says_no_code(cudaError_t error) {
+    return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+           error == cudaErrorUnsupportedPtxVersion;
+}
+
 // Of the current GPU, asked once.
 const Facts& facts_of(c10::DeviceIndex index) {
     static std::mutex mutex;
@@ -31,6 +36,10 @@ const Facts& facts_of(c10::DeviceIndex index) {
     Facts facts{};
     facts.error = describe(index, facts.device);
     if (facts.error != cudaSuccess) cudaGetLastError();  // Else the next call is blamed for it.
+    // Other errors, as of a GPU without free memory, may be gone at the next call.
+    TORCH_CHECK(facts.error == cudaSuccess || says_no_code(facts.error),
+                "inverted_residual: CUDA cannot tell what GPU ", static_cast<int>(index),
+                " is: ", cudaGetErrorString(facts.error));
     return known.emplace(index, facts).first->second;
 }
 

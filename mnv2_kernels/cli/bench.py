@@ -29,6 +29,8 @@ MIB = 2**20
 def bench(options: argparse.Namespace) -> int:
     """A model eager, folded, fused and planned, timed in turns; or with other runtimes."""
     if options.peers is not None:
+        if options.json is not None:
+            raise CannotRun("--json must be left out where --peers is given")
         return _bench_peers(options.peers)
     check_can_write(options.json, "--json")
     if options.threads > most_threads():
@@ -86,6 +88,7 @@ def truth(asked: Chosen, x: Tensor) -> Tensor:
         CannotRun: they do not take x, or give something else than a tensor.
     """
     try:
+        asked.model(x)
         y = plain(asked.model).double()(x.double())
     except Exception as error:
         raise CannotRun(
@@ -104,7 +107,7 @@ def executions_of(
     executions: dict[str, Callable[[Tensor], Tensor]] = dict(variants(model))
     try:
         executions["planned"] = plan(model, image)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return executions, str(error).removeprefix("plan: ")
     return executions, None
 

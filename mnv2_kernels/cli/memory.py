@@ -15,6 +15,8 @@ from .named_models import Chosen, chosen
 def memory(options: argparse.Namespace) -> int:
     """Bytes a network holds, eager, folded, fused and planned: by arithmetic and measured."""
     if options.table:
+        if options.json is not None or options.figure is not None:
+            raise CannotRun("--json and --figure must be left out where --table is given")
         _print_table_3()
         return 0
     if missing is not None:
@@ -32,7 +34,7 @@ def memory(options: argparse.Namespace) -> int:
     runs = why_not_on_cpu(dtype) is None
     try:
         schedule = plan(asked.model, asked.image, dtype=dtype if runs else None)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return _without_plan(asked, options, str(error).removeprefix("plan: "))
     with progress(f"memory of {asked.name}") as tell:
         report = memory_report.measure(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module, util
+from inspect import signature
 from types import ModuleType
 
 import torch
@@ -36,8 +37,16 @@ class Chosen:
     batch: int
 
     def random_images(self) -> Tensor:
-        """x (batch, C, H, W)."""
-        return torch.randn(self.batch, *self.image)
+        """x (batch, C, H, W).
+
+        Raises:
+            UnknownModel: there is no memory for them.
+        """
+        try:
+            return torch.randn(self.batch, *self.image)
+        except RuntimeError as error:
+            sizes = (self.batch, *self.image)
+            raise UnknownModel(f"images of {sizes} must fit the memory: {error}") from error
 
 
 def add_options(command: argparse.ArgumentParser, count: Callable, number: Callable) -> None:
@@ -104,13 +113,24 @@ def _of_library(library: str, name: str) -> nn.Module:
     if name.partition(".")[0] not in names:
         said = f"--model must be a model that {library} has, got {name}"
         raise UnknownModel(said + _nearest(f"{library}:{name}"))
-    return make(name)
+    try:
+        return make(name)
+    except Exception as error:
+        said = f"--model must be a model that {library} makes, got {name}: {error}"
+        raise UnknownModel(said) from error
 
 
 def _torchvision() -> tuple[list[str], Callable[[str], nn.Module]]:
     require("torchvision")
     models = import_torchvision("torchvision.models")
-    return models.list_models(), lambda name: models.get_model(name, weights=None)
+
+    def make(name: str) -> nn.Module:
+        # Detectors and segmenters would download weights for their backbone.
+        takes = signature(models.get_model_builder(name)).parameters
+        backbone = {"weights_backbone": None} if "weights_backbone" in takes else {}
+        return models.get_model(name, weights=None, **backbone)
+
+    return models.list_models(), make
 
 
 def _timm() -> tuple[list[str], Callable[[str], nn.Module]]:

@@ -14,6 +14,9 @@ from .named_models import chosen
 
 def verify(options: argparse.Namespace) -> int:
     """Every kernel that runs here, or a model, against the float64 reference; 1 on a mismatch."""
+    of_model = (options.width, options.input_shape, options.batch, options.resolution)
+    if options.model is None and of_model != (None, None, 1, 224):
+        raise CannotRun("--width, --batch, --resolution and --input-shape need a --model")
     results = _of_kernels() if options.model is None else _of_model(options)
     made = table(
         *("<block", "<input", "<dtype", "<run by", "error", "PyTorch's", "<"),

@@ -11,6 +11,7 @@ from torch import nn
 from ..block.cost import tensor_bytes
 from ..modules.fused_module import FusedModule
 from ..network.lower import chain_of, check_steps, image_shape
+from ..network.plan import why_not_on_cpu
 from ..ops.backends import BACKENDS, Block, cuda_kernel
 from ..ops.extension import missing
 from ..recognizers import (
@@ -59,6 +60,11 @@ def explain(model: nn.Module, *, input_shape: Sequence[int] | None = None) -> Re
 
 def _why_no_chain(model: nn.Module, shape: tuple[int, int, int] | None) -> str | None:
     """Why `plan` would refuse the model."""
+    first = next(model.parameters(), None)
+    if first is not None and first.device.type == "cpu":
+        reason = why_not_on_cpu(first.dtype)
+        if reason is not None:
+            return reason
     try:
         chain_of(model, shape)
     except Declined as reason:

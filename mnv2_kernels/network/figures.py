@@ -34,7 +34,7 @@ def check_ending(path: Path | str, argument: str = "path") -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     known = sorted(FigureCanvasAgg.get_supported_filetypes())
-    ending = Path(path).suffix.removeprefix(".")
+    ending = Path(path).suffix.removeprefix(".").lower()
     if ending and ending not in known:
         raise ValueError(f"{argument} must end in one of .{', .'.join(known)}, got {path}")
 
