@@ -23,6 +23,8 @@ from mnv2_kernels.ops.backends import BACKENDS
 from mnv2_kernels.ops.extension import cuda_missing
 from mnv2_kernels.profiling import verify
 
+pytestmark = pytest.mark.sampled(2)
+
 needs_kernel = pytest.mark.skipif(not cases.kernel_backends(), reason="no kernel in this run")
 
 

@@ -20,6 +20,8 @@ from mnv2_kernels.ops.optional import MissingPackage
 from mnv2_kernels.profiling.variants import fused_blocks, plain, variants
 from mnv2_kernels.profiling.verify import why_wrong
 
+pytestmark = pytest.mark.sampled(2)
+
 NETWORKS = {
     "lite0": pretrained.efficientnet_lite0,
     "mobilenet_v2": pretrained.dog_mobilenet_v2,

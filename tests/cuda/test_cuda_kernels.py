@@ -29,7 +29,7 @@ from special_values import skipping_reference, why_unlike
 from mnv2_kernels import FoldedWeights
 from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
 
-pytestmark = [pytest.mark.sampled(3), needs_emulator]
+pytestmark = [pytest.mark.sampled(4), needs_emulator]
 # At least so many of the cases of a group must be taken, so that no test is empty.
 LEAST = {
     "patch": {"large images": 35},

@@ -27,6 +27,8 @@ from cuda_calls import (
 from mnv2_kernels.block.config import mobilenet_v2_block_inputs
 from mnv2_kernels.ops.extension import module as _C
 
+pytestmark = pytest.mark.sampled(2)
+
 REASON = emulated_cuda_op.why_not()
 emulates = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -19,7 +19,7 @@ from weight_changes import CHANGES
 
 import mnv2_kernels as mk
 
-pytestmark = [pytest.mark.sampled(3), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.sampled(4), pytest.mark.usefixtures("one_thread")]
 
 IMAGE, FEATURES = image(2, 3, 32, 32), image(2, 8, 12, 12)
 

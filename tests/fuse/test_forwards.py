@@ -27,7 +27,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 
 import mnv2_kernels as mk
 
-pytestmark = [pytest.mark.sampled(2), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.sampled(3), pytest.mark.usefixtures("one_thread")]
 
 TRAINED = [name for name, case in FORWARDS.items() if case.has_gradients]
 BLOCKS = [name for name, case in FORWARDS.items() if case.is_block]

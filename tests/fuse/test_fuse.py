@@ -19,7 +19,7 @@ from mnv2_kernels.modules import fused_module
 from mnv2_kernels.modules.fused_module import FusedInvertedResidual, FusedModule
 from mnv2_kernels.ops.backends import ran
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.sampled(2), pytest.mark.usefixtures("one_thread")]
 
 
 def mobilenet(width=0.35):

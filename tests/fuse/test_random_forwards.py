@@ -17,7 +17,7 @@ from written_forwards import write
 
 import mnv2_kernels as mk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.sampled(2), pytest.mark.usefixtures("one_thread")]
 
 SEEDS = range(200)
 SHAPE = 2, 8, 12, 12

@@ -23,6 +23,7 @@ import mnv2_kernels as mk
 from mnv2_kernels.ops.extension import missing
 
 pytestmark = [
+    pytest.mark.sampled(2),
     pytest.mark.skipif(missing is not None, reason=f"no compiled kernels: {missing}"),
     pytest.mark.usefixtures("one_thread"),
 ]

@@ -18,6 +18,8 @@ from torch import nn
 
 from mnv2_kernels.modules.guard import Guard, optimizer_steps
 
+pytestmark = pytest.mark.sampled(2)
+
 kind = guard_cases.kind
 
 

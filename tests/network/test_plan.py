@@ -25,7 +25,7 @@ import mnv2_kernels as mk
 from mnv2_kernels.network.program import Block, Linear, Pool, Stem
 
 pytestmark = [
-    pytest.mark.sampled(2),
+    pytest.mark.sampled(3),
     pytest.mark.skipif("cpu" not in cases.kernel_backends(), reason="needs the compiled extension"),
 ]
 

@@ -29,7 +29,7 @@ from mnv2_kernels.network.plan import Plan, why_not_on_cpu
 from mnv2_kernels.profiling import memory
 
 pytestmark = [
-    pytest.mark.sampled(2),
+    pytest.mark.sampled(3),
     pytest.mark.skipif("cpu" not in cases.kernel_backends(), reason="needs the compiled extension"),
 ]
 

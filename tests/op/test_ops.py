@@ -17,7 +17,7 @@ from mnv2_kernels import inverted_residual
 from mnv2_kernels.block.config import BlockConfig
 from mnv2_kernels.ops import reference
 
-pytestmark = pytest.mark.usefixtures("kernel_backend")
+pytestmark = [pytest.mark.sampled(2), pytest.mark.usefixtures("kernel_backend")]
 
 OP = torch.ops.mnv2.inverted_residual.default
 BACKWARD = torch.ops.mnv2.inverted_residual_backward.default

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("torchvision")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.sampled(2), pytest.mark.usefixtures("one_thread")]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train.py"
 SMALL = ("--resolution=48", "--width-mult=0.35", "--batch=24", "--learning-rate=0.08")
 

@@ -47,7 +47,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import mnv2_kernels as mk
 from mnv2_kernels.ops.backends import ran
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.sampled(2), pytest.mark.usefixtures("one_thread")]
 
 SIZES = ((9, 12), (6, 5), (8, 10), (7, 11))
 

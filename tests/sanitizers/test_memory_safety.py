@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mnv2_kernels import FoldedWeights
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(3)
 
 TENSORS = ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
 BAND = 67

@@ -23,7 +23,7 @@ from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
 PLAIN = ("-O1", "-g1")
 WHY_NOT = cpu_driver.why_not(ADDRESS)
 pytestmark = [
-    pytest.mark.sampled(3),
+    pytest.mark.sampled(4),
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
     pytest.mark.timeout(1200),
 ]

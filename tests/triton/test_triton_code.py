@@ -47,7 +47,7 @@ def test_every_row_is_compiled():
     assert {architecture for _, architecture in CODES} == set(ARCHITECTURES)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name, architecture", CODES)
 def test_budget(name, architecture):
     row = ROWS[name]

@@ -23,7 +23,7 @@ from triton_cases import (
 from mnv2_kernels import FoldedWeights
 from mnv2_kernels.block.config import BlockConfig
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = pytest.mark.sampled(3)
 
 BAND = 67
 TENSORS = ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")

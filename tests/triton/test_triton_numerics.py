@@ -15,7 +15,7 @@ from triton_cases import DEVICE, HAS_GPU, QUICK, make_inputs, run_config
 from mnv2_kernels import FoldedWeights, inverted_residual
 from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(4)
 
 # The last one is a denormal of float16 and an ordinary number of the others.
 SPECIAL = (nan, inf, -inf, -0.0, 1e-40, 6e-8)

@@ -16,6 +16,8 @@ from mnv2_kernels import inverted_residual
 from mnv2_kernels.block.config import BlockConfig
 from mnv2_kernels.ops.backends import BACKENDS
 
+pytestmark = pytest.mark.sampled(2)
+
 OP = torch.ops.mnv2.inverted_residual_triton.default
 BLOCK = Case(BlockConfig(6, 20, 6, residual=True), 3, 4, batch=2)
 SAMPLES = [
