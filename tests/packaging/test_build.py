@@ -149,7 +149,7 @@ def test_a_build_without_torch_says_what_to_type(kind, source, tmp_path):
     said = printed[printed.index("mnv2_kernels compiles") :].splitlines()
     assert said[0].endswith("the installed PyTorch, 2.11 or later: no torch here. Type")
     assert said[2].endswith(
-        "pip install torch setuptools ninja && pip install --no-build-isolation ."
+        "pip install -U torch setuptools ninja && pip install --no-build-isolation ."
     )
     assert said[4].endswith("MNV2_KERNELS_SKIP_CPP=1 pip install .")
     wheel, printed = build(kind, source, tmp_path / "out", site=source, **SKIP)
