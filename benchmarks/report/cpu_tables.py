@@ -82,9 +82,9 @@ def sections(results: Mapping[str, list[Row]]) -> dict[str, Section]:
         "which-models": Section(
             "Which models gain",
             "One image on one thread, float32: how many times as fast, and the peak of activations"
-            " relative to `eager`. All run in one process, in turns. In processes of their own, as"
-            " in the table before, PyTorch's layers take longer. Where few blocks are fused, `folded`"
-            " can be ahead of `fused`, because `fuse` leaves other layers as they are."
+            " relative to `eager`. All run in one process, in turns; in processes of their own"
+            " PyTorch's layers take longer (the table before). Where few blocks are fused,"
+            " `folded` can be ahead of `fused`, because `fuse` leaves other layers as they are."
             " `mnv2 bench --model` measures yours.",
             model_table(results["models"]),
             results["models"],

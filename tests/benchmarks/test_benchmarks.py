@@ -219,7 +219,8 @@ def test_the_first_figures_are_those_of_the_tables(tmp_path):
     peaks = [{**facts, "provider": n, "peak_bytes": t * 2**20} for n, t in names.items()]
     text = headline.headline({"peers": times, "memory": peaks})
     assert "one core of a Test CPU (AVX2)" in text
-    assert "4.00 ms in PyTorch, 2.00 ms with `mk.fuse`, 1.00 ms with `mk.plan`" in text
+    assert "2.00 ms with `mk.fuse`, 1.00 ms with `mk.plan`" in text
+    assert "channels_last**: 4.00 ms with batch norm folded into the convolutions." in text
     assert "4.00 MiB in PyTorch, 2.00 MiB with `mk.fuse`, 1.00 MiB with `mk.plan`" in text
     assert "LiteRT 3.00 ms." in text
     assert headline.headline({"peers": times[:2], "memory": peaks}) == ""
