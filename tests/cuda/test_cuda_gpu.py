@@ -20,7 +20,6 @@ from random_calls import calls, layouts
 from torch.library import opcheck
 from triton_cases import DEVICE, DTYPES, HAS_GPU, dtype_name, make_inputs
 
-import mnv2_kernels as mk
 from mnv2_kernels import InvertedResidual, fuse, inverted_residual
 from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
 from mnv2_kernels.ops.extension import cuda_missing
@@ -226,8 +225,7 @@ def test_a_graph_replays_with_other_inputs(case, dtype):
         assert torch.equal(y, run(x, weights, **case.settings))
 
 
-# With nothing beside it: the GPU sleeps for a time that the calls must not take.
-@pytest.mark.serial
+@pytest.mark.serial  # The GPU sleeps for a time that the calls must not take.
 @each_case
 def test_a_call_waits_for_its_own_stream_and_for_no_gpu(case, dtype):
     x, weights = make_inputs(replace(case, batch=2), dtype)
@@ -284,18 +282,6 @@ def test_the_other_gpu():
         y = run(x.to("cuda:1"), weights.to("cuda:1"), **case.settings)
         assert y.device.index == 1 and torch.cuda.current_device() == 0
         assert why_wrong(y.to(DEVICE), expect(case, x, weights)) is None
-
-
-def test_plans_are_captured_on_the_other_gpu():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    model = mk.mobilenet_v2(0.35).eval().half()
-    x = torch.randn(2, 3, 64, 64).half()
-    for device in ("cuda:0", "cuda:1"):
-        planned = mk.plan(model.to(device), (3, 64, 64))
-        captured = planned.capture(2)
-        for image in (x, -x):
-            assert torch.equal(captured(image.to(device)), planned(image.to(device)))
 
 
 # ---- Beyond 2**31

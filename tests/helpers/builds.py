@@ -1,16 +1,29 @@
 """Steps that tests of building and packing share; every build is of a copy."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+import setuptools
 
 ROOT = Path(__file__).parents[2]
 SKIP = {"MNV2_KERNELS_SKIP_CPP": "1"}
+BROKEN = {"CC": "/bin/false", "CXX": "/bin/false"}
+FORCE = {"MNV2_KERNELS_FORCE_BUILD": "1"}
+# Links as well as it compiles: it leaves an empty file.
+CXX = """#!/bin/sh
+out=; for argument; do [ "$out" = next ] && out="$argument" && break
+[ "$argument" = -o ] && out=next; done
+case "$out" in *.o|*.so) : > "$out";; *) exec g++ "$@";; esac
+"""
 
 # `-S` keeps an editable installation of the checkout, and with it its extension, out of sight.
 OFFLINE = """
@@ -99,3 +112,22 @@ def clean_environment(wheel: Path, folder: Path) -> Path:
     )
     assert done.returncode == 0, done.stdout
     return interpreter
+
+
+def program(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+@contextmanager
+def read_setup_py():
+    """setup.py's functions and lists; `arguments` is what it hands to setup()."""
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = {}
+        patch.setattr(setuptools, "setup", lambda **kwargs: arguments.update(kwargs))
+        patch.delenv("MNV2_KERNELS_SKIP_CPP", raising=False)
+        patch.chdir(ROOT)
+        names = runpy.run_path("setup.py")
+        yield names | {"arguments": arguments, "hash": names["source_hash"]()}

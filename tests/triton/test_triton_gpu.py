@@ -11,6 +11,7 @@ from cases import LAYOUTS, LONG, Case, expect, why_wrong
 from on_gpu import check_allocations, check_repeated, needs_memory, unasked
 from triton_cases import DEVICE, DTYPES, dtype_name, each_dtype, make_inputs, needs_gpu, run
 
+import mnv2_kernels as mk
 from mnv2_kernels import FoldedWeights, inverted_residual
 from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
 
@@ -278,3 +279,15 @@ def test_the_other_gpu():
     y = run(x.to("cuda:1"), weights.to("cuda:1"), **case.settings)
     assert y.device.index == 1 and torch.cuda.current_device() == 0
     assert why_wrong(y.to(DEVICE), expect(case, x, weights)) is None
+
+
+def test_plans_are_captured_on_the_other_gpu():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model = mk.mobilenet_v2(0.35).eval().half()
+    x = torch.randn(2, 3, 64, 64).half()
+    for device in ("cuda:0", "cuda:1"):
+        planned = mk.plan(model.to(device), (3, 64, 64))
+        captured = planned.capture(2)
+        for image in (x, -x):
+            assert torch.equal(captured(image.to(device)), planned(image.to(device)))
