@@ -25,6 +25,9 @@ from mnv2_kernels import InvertedResidual
 def net():
     return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), InvertedResidual(8, 8), nn.Tanh())
 
+def half():
+    return net().bfloat16()
+
 class Pairs(nn.Conv2d):
     def forward(self, x):
         return super().forward(x), x
@@ -91,6 +94,12 @@ def test_bench_does_not_time_wrong_answers(capsys, monkeypatch):
             ["--model", "own_models:pairs", "--input-shape", "1,4,4"],
             "--model must return a tensor, own_models:pairs returns a tuple",
         ),
+        (
+            ["--model", "own_models:half", "--input-shape", "1,8,8"],
+            r"--model must take images of --input-shape \(1, 8, 8\), own_models:half says: ",
+        ),
+        (["--resolution", "2000000"], r"images of \(1, 3, 2000000, 2000000\) must fit the memory"),
+        (["--json", "b.json", "--peers"], "--json must be left out where --peers is given"),
     ],
 )
 def test_bench_that_cannot_be_done(arguments, sentence, capsys, monkeypatch, own_models):
@@ -181,6 +190,7 @@ def test_memory_table_of_the_paper(capsys):
         (["--json", "/nowhere/at/all.json"], "--json must be a file in a folder that exists, got"),
         (["--json", "/"], "--json must be a file in a folder that exists, got /"),
         (["--figure", "memory.xyz"], "--figure must end in one of ."),
+        (["--table", "--json", "a.json"], "--json and --figure must be left out where --table is"),
     ],
 )
 @needs_cpp

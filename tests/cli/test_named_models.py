@@ -117,3 +117,12 @@ def test_verify_of_a_model(name, rows, capsys):
     expected = rows or ["fused", "planned"]
     assert [line.split("│")[4].strip() for line in lines] == expected
     assert out.endswith(f"{len(expected)} of {len(expected)} right\n")
+
+
+@pytest.mark.parametrize(
+    "option", [["--width", "0.5"], ["--batch", "2"], ["--input-shape", "3,8,8"]]
+)
+def test_verify_of_the_kernels_takes_no_sizes(option, capsys):
+    assert cli.main(["verify", *option]) == 2
+    said = "mnv2 verify: --width, --batch, --resolution and --input-shape need a --model\n"
+    assert capsys.readouterr().err == said

@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 
 import mnv2_kernels as mk
+from mnv2_kernels.ops.extension import missing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,3 +152,12 @@ def test_report_is_data():
     again = pickle.loads(pickle.dumps(report))
     assert again == report
     assert again.bytes_saved == report.bytes_saved > 0
+
+
+@pytest.mark.skipif(missing is not None, reason="without the extension a plan runs its steps")
+def test_a_dtype_that_no_plan_has_on_a_cpu():
+    model = mobilenet().double()
+    reason = mk.explain(model).why_no_plan
+    with pytest.raises(TypeError) as error:
+        mk.plan(model, (3, 64, 64))
+    assert reason is not None and reason in str(error.value)

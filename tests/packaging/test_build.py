@@ -128,6 +128,15 @@ def test_a_build_without_torch_says_what_to_type(kind, source, tmp_path):
     assert wheel, printed
 
 
+def test_a_torch_that_is_too_old_is_told_before_anything_is_compiled(source, tmp_path):
+    """pip would bring another one after the build, which the extension does not fit."""
+    (source / "torch/utils").mkdir(parents=True)
+    (source / "torch/__init__.py").write_text("__version__ = '2.10.1+cpu'")
+    (source / "torch/utils/cpp_extension.py").write_text("BuildExtension = object")
+    wheel, printed = build("wheel", source, tmp_path / "out", site=source)
+    assert wheel is None and "2.11 or later: got 2.10.1+cpu. Type" in printed
+
+
 # What pip runs in every process of an isolated build: the environment's packages are hidden.
 ISOLATED = """
 import site, sys
