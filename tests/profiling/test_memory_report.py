@@ -335,7 +335,7 @@ def test_figure_of_a_report(tmp_path):
 def test_figure_of_a_plan(tmp_path):
     _, plan, _ = report("mobilenet_v2", 1.0, 224, 1, 1)
     plan.figure(tmp_path / "plan.PNG")
-    colours = colours_of(tmp_path / "plan.png")
+    colours = colours_of(tmp_path / "plan.PNG")
     assert {(127, 127, 127), (44, 160, 44), (0, 0, 0)} <= colours
     assert (255, 127, 14) not in colours
 
