@@ -7,8 +7,18 @@ this module needs neither torch nor a compiler.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
+from typing import Literal, get_args
 
 Clip = tuple[float, float]
+# x * relu6(x + 3) / 6; x * sigmoid(x); x * the normal distribution's integral up to x, and the
+# same by tanh, as PyTorch computes it.
+Curve = Literal["hardswish", "silu", "gelu", "gelu_tanh"]
+CURVES: tuple[Curve, ...] = get_args(Curve)
+# What follows a layer.
+Activation = Clip | Curve
+# What a squeeze-excite multiplies by: of a number x, 1 / (1 + exp(-x)), or relu6(x + 3) / 6.
+Scale = Literal["sigmoid", "hardsigmoid"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
 Padding = tuple[int, int, int, int]
 
 NO_PADDING: Padding = (0, 0, 0, 0)

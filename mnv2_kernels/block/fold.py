@@ -15,18 +15,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import NO_CLIP, NO_PADDING, BlockConfig, Clip, Padding
+from .config import NO_CLIP, NO_PADDING, RELU, Activation, BlockConfig, Padding, Scale
+
+
+@dataclass(frozen=True)
+class FoldedGate:
+    """The weights of a squeeze-excite (arXiv 1709.01507): channel c of the depthwise result times
+
+        scale(w_excite[:, c] . squeeze(w_squeeze^T . m + b_squeeze) + b_excite[c])
+
+    where m are the means of all channels over the pixels of an image. w_squeeze (C_hidden, R),
+    b_squeeze (R,), w_excite (R, C_hidden), b_excite (C_hidden,).
+    """
+
+    w_squeeze: Tensor
+    b_squeeze: Tensor | None
+    w_excite: Tensor
+    b_excite: Tensor | None
+    squeeze: Activation = RELU
+    scale: Scale = "sigmoid"
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The four tensors in the order of the op's arguments."""
+        return self.w_squeeze, self.b_squeeze, self.w_excite, self.b_excite
 
 
 @dataclass(frozen=True, repr=False)
 class FoldedWeights:
-    """The weights of one block with batch norm folded in, and the clips between its layers.
+    """The weights of one block with batch norm folded in, and what is between its layers.
 
     w_expand (C_in, C_hidden) and b_expand (C_hidden,) are None for a block without expansion
     (t = 1). w_dw (k, k, C_hidden), b_dw (C_hidden,), w_project (C_hidden, C_out), b_project
-    (C_out,). A clip is (lower, upper): (0, 6) is ReLU6, (0, inf) ReLU, (-inf, inf) none.
-    `clip_project` is applied before the residual is added. Weights have the dtype of x, biases that
-    dtype or float32.
+    (C_out,). A clip is (lower, upper): (0, 6) is ReLU6, (0, inf) ReLU, (-inf, inf) none. In its
+    place may be the name of a curve: "hardswish", "silu", "gelu" or "gelu_tanh". `clip_project` is
+    applied before the residual is added. `gate` is the squeeze-excite before the projection, if
+    there is one. Weights have the dtype of x, biases that dtype or float32.
 
     Example:
         >>> mk.fold(mk.InvertedResidual(16, 24)).to(torch.bfloat16).w_dw.dtype
@@ -39,9 +62,10 @@ class FoldedWeights:
     b_dw: Tensor | None
     w_project: Tensor
     b_project: Tensor | None
-    clip_expand: Clip = (0.0, 6.0)
-    clip_dw: Clip = (0.0, 6.0)
-    clip_project: Clip = NO_CLIP
+    clip_expand: Activation = (0.0, 6.0)
+    clip_dw: Activation = (0.0, 6.0)
+    clip_project: Activation = NO_CLIP
+    gate: FoldedGate | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The six tensors in the order of the op's arguments."""
@@ -54,8 +78,8 @@ class FoldedWeights:
             self.b_project,
         )
 
-    def clips(self) -> tuple[Clip, Clip, Clip]:
-        """The three clips in the order of the op's arguments."""
+    def clips(self) -> tuple[Activation, Activation, Activation]:
+        """What follows the three layers, in the order of the op's arguments."""
         return self.clip_expand, self.clip_dw, self.clip_project
 
     def __repr__(self) -> str:
@@ -63,19 +87,27 @@ class FoldedWeights:
         shown = {"dtype": self.w_dw.dtype}
         for field in fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, FoldedGate):
+                value = f"{value.w_squeeze.shape[1]} channels, {value.squeeze}, {value.scale}"
             shown[field.name] = tuple(value.shape) if isinstance(value, Tensor) else value
         return f"FoldedWeights({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
     def to(self, *args: Any, **kwargs: Any) -> "FoldedWeights":
         """A copy whose tensors went through `Tensor.to(*args, **kwargs)`."""
-        names = ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
-        moved = {n: t.to(*args, **kwargs) for n in names if (t := getattr(self, n)) is not None}
-        return replace(self, **moved)
+        gate = None if self.gate is None else _moved(self.gate, *args, **kwargs)
+        return replace(_moved(self, *args, **kwargs), gate=gate)
+
+
+def _moved(weights: Any, *args: Any, **kwargs: Any) -> Any:
+    """A dataclass whose tensors went through `Tensor.to`."""
+    values = {field.name: getattr(weights, field.name) for field in fields(weights)}
+    tensors = {name: t for name, t in values.items() if isinstance(t, Tensor)}
+    return replace(weights, **{name: t.to(*args, **kwargs) for name, t in tensors.items()})
 
 
 @dataclass(frozen=True)
 class ConvNorm:
-    """A convolution, the batch norm after it (or None), and the clip after that.
+    """A convolution, the batch norm after it (or None), and the clip or curve after that.
 
     `conv` is any module with weight and bias, `norm` any with running_mean, running_var, eps,
     weight and bias; a bias and the norm's weight may be None.
@@ -83,7 +115,7 @@ class ConvNorm:
 
     conv: nn.Module
     norm: nn.Module | None
-    clip: Clip = NO_CLIP
+    clip: Activation = NO_CLIP
 
     def tensors(self) -> list[Tensor]:
         """What weight and bias are folded from."""
@@ -93,13 +125,24 @@ class ConvNorm:
 
 
 @dataclass(frozen=True, eq=False)
+class GateLayers:
+    """A squeeze-excite: two fully connected layers or 1x1 convolutions, of the means over all
+    pixels, and what the second one's result goes through before it multiplies the channels.
+    """
+
+    squeeze: ConvNorm
+    excite: ConvNorm
+    scale: Scale
+
+
+@dataclass(frozen=True, eq=False)
 class BlockLayers:
     """The layers of one block in the order they run, and the sizes that its forward gives them.
 
     `config.padding` is what the depthwise really sees, whatever applies it, and `config.residual`
     what the forward does. Where the input is padded before the expansion, `config` describes the
     block of the padded input, without a residual: `pads` are these zeros, and `adds` says whether
-    the input as it came is added to the result.
+    the input as it came is added to the result. `gate` comes between depthwise and projection.
     """
 
     expand: ConvNorm | None
@@ -108,15 +151,17 @@ class BlockLayers:
     config: BlockConfig
     pads: Padding = NO_PADDING
     adds: bool = False
+    gate: GateLayers | None = None
 
     @property
     def stages(self) -> tuple[ConvNorm, ...]:
-        """Those that there are."""
+        """Those that there are; those of the gate last."""
         found = (self.expand, self.depthwise, self.project)
-        return tuple(stage for stage in found if stage is not None)
+        gate = () if self.gate is None else (self.gate.squeeze, self.gate.excite)
+        return (*(stage for stage in found if stage is not None), *gate)
 
     @property
-    def clips(self) -> tuple[Clip, Clip, Clip]:
+    def clips(self) -> tuple[Activation, Activation, Activation]:
         """After expansion, depthwise and projection."""
         expand = NO_CLIP if self.expand is None else self.expand.clip
         return expand, self.depthwise.clip, self.project.clip
@@ -127,7 +172,7 @@ def fold_layers(layers: BlockLayers) -> FoldedWeights:
 
     Differentiable in every parameter, so that gradients of the folded weights reach the layers.
     """
-    weights: dict[str, Tensor | Clip | None] = {}
+    weights: dict[str, Any] = {}
     expand, depthwise, project = layers.expand, layers.depthwise, layers.project
     if expand is not None:
         weight, bias = fold_conv_norm(expand)
@@ -139,7 +184,17 @@ def fold_layers(layers: BlockLayers) -> FoldedWeights:
     weights |= {"w_dw": weight[:, 0].permute(1, 2, 0).contiguous(), "b_dw": bias}
     weight, bias = fold_conv_norm(project)
     weights |= {"w_project": weight[:, :, 0, 0].t().contiguous(), "b_project": bias}
-    return FoldedWeights(**weights, clip_dw=depthwise.clip, clip_project=project.clip)
+    gate = None if layers.gate is None else fold_gate(layers.gate)
+    return FoldedWeights(**weights, clip_dw=depthwise.clip, clip_project=project.clip, gate=gate)
+
+
+def fold_gate(layers: GateLayers) -> FoldedGate:
+    """The weights of a squeeze-excite in the one layout, differentiable like `fold_layers`."""
+    tensors: list[Tensor] = []
+    for stage in (layers.squeeze, layers.excite):
+        weight, bias = fold_conv_norm(stage)
+        tensors += [weight.flatten(1).t().contiguous(), bias]
+    return FoldedGate(*tensors, layers.squeeze.clip, layers.scale)
 
 
 def fold_conv_norm(stage: ConvNorm) -> tuple[Tensor, Tensor]:
@@ -155,7 +210,7 @@ def fold_conv_norm(stage: ConvNorm) -> tuple[Tensor, Tensor]:
         scale = torch.rsqrt(norm.running_var.double() + norm.eps)
         if norm.weight is not None:
             scale = scale * norm.weight.double()
-        weight = weight * scale[:, None, None, None]
+        weight = weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
         bias = (bias - norm.running_mean.double()) * scale
         if norm.bias is not None:
             bias = bias + norm.bias.double()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..block.config import NO_CLIP
-from ..block.fold import BlockLayers, ConvNorm, FoldedWeights, fold_layers
+from ..block.fold import BlockLayers, ConvNorm, FoldedWeights, fold_gate, fold_layers
 from ..ops.extension import module as _C
 from ..ops.inverted_residual import cast_for_autocast, run
 
@@ -94,7 +94,8 @@ def fold_without_graph(layers: BlockLayers) -> FoldedWeights:
         op = torch.ops.mnv2.fold_layers_cpu.default
         with torch._C._AutoDispatchBelowAutograd():
             folded = op(tensors, [stage.eps for stage in present])
-    return FoldedWeights(*(None,) * (6 - len(folded)), *folded, *layers.clips)
+        gate = None if layers.gate is None else fold_gate(layers.gate)
+    return FoldedWeights(*(None,) * (6 - len(folded)), *folded, *layers.clips, gate)
 
 
 def _are_plain(tensors: Sequence[Tensor | None]) -> bool:

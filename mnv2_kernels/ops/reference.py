@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..block.config import NO_CLIP, Clip, Padding
-from ..block.fold import FoldedWeights
+from ..block.config import NO_CLIP, Activation, Padding
+from ..block.fold import FoldedGate, FoldedWeights
 
 
 def inverted_residual(
@@ -20,22 +20,25 @@ def inverted_residual(
     dilation: int,
     residual: bool,
 ) -> Tensor:
-    """y = clip(project(clip(depthwise(pad(clip(expand(x))))))) (+ x), paper section 3.3.
+    """y = clip(project(gate * clip(depthwise(pad(clip(expand(x))))))) (+ x), paper section 3.3.
 
     x (N, C_in, H, W) in any layout -> y (N, C_out, H_out, W_out) channels_last, dtype of x.
-    Zero padding belongs to the clipped expansion, not to x.
+    Zero padding belongs to the clipped expansion, not to x. The gate is that of `FoldedGate`, one
+    where there is none.
     """
     h = x
     if weights.w_expand is not None:
         h = _conv1x1(h, weights.w_expand, weights.b_expand)
-        h = _clip(h, weights.clip_expand)
+        h = activate(h, weights.clip_expand)
     top, left, bottom, right = padding
     h = F.pad(h, (left, right, top, bottom))
     w_dw = weights.w_dw.permute(2, 0, 1)[:, None]
     h = F.conv2d(h, w_dw, _bias(weights.b_dw, h), stride, 0, dilation, groups=w_dw.shape[0])
-    h = _clip(h, weights.clip_dw)
+    h = activate(h, weights.clip_dw)
+    if weights.gate is not None:
+        h = h * _gate(h, weights.gate)
     y = _conv1x1(h, weights.w_project, weights.b_project)
-    y = _clip(y, weights.clip_project)
+    y = activate(y, weights.clip_project)
     if residual:
         y = y + x
     return y.contiguous(memory_format=torch.channels_last)
@@ -49,6 +52,23 @@ def _bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(x.dtype)
 
 
-def _clip(x: Tensor, clip: Clip) -> Tensor:
+def _gate(h: Tensor, gate: FoldedGate) -> Tensor:
+    """(N, C_hidden, 1, 1) of h (N, C_hidden, H_out, W_out)."""
+    z = _conv1x1(h.mean((2, 3), keepdim=True), gate.w_squeeze, gate.b_squeeze)
+    z = _conv1x1(activate(z, gate.squeeze), gate.w_excite, gate.b_excite)
+    return torch.sigmoid(z) if gate.scale == "sigmoid" else F.hardsigmoid(z)
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """A clip or a curve, as PyTorch's layers compute it."""
+    match activation:
+        case "hardswish":
+            return F.hardswish(x)
+        case "silu":
+            return F.silu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
     # hardtanh, not clamp: its gradient is 0 at the clip points, as in ReLU and ReLU6.
-    return x if clip == NO_CLIP else F.hardtanh(x, *clip)
+    return x if activation == NO_CLIP else F.hardtanh(x, *activation)
