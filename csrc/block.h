@@ -11,6 +11,14 @@ struct Clip {
     float lower, upper;
 };
 
+// What follows a layer: a clip, or a curve (mnv2_kernels/block/config.py).
+enum class Curve { clip, hardswish, silu, gelu, gelu_tanh };
+
+struct Activation {
+    Curve curve;
+    Clip clip;  // (-inf, inf) where it is a curve
+};
+
 // What activations and weights are stored as; biases are float32.
 enum class Element { half, bfloat16, single };
 
@@ -30,10 +38,26 @@ struct BlockSizes {
     bool expansion, residual;
 };
 
+// A squeeze-excite: channel c of the depthwise result is multiplied by
+// scale(w_excite[:, c] . squeeze(w_squeeze^T . means + b_squeeze) + b_excite[c]), the means being
+// those over all pixels of an image. A bias that is nullptr counts as zeros.
+struct GateArgs {
+    int64_t width;          // 0: there is none
+    Activation squeeze;     // after the first layer
+    bool hard;              // scale(x) is clip(x + 3, 0, 6) / 6, otherwise 1 / (1 + exp(-x))
+    const void* w_squeeze;  // (hidden_channels, width)
+    const float* b_squeeze;
+    const void* w_excite;  // (width, hidden_channels)
+    const float* b_excite;
+};
+
 // A block with its weights on the CPU. w_expand is nullptr where there is no expansion; a bias that
 // is nullptr counts as zeros.
 struct BlockArgs : BlockSizes {
     Element element;
+    // In place of the clips of BlockSizes.
+    Curve curve_expand, curve_dw, curve_project;
+    GateArgs gate;
     // bfloat16 numbers are multiplied two at a time (AVX512-BF16): in_channels, where there is an
     // expansion, and hidden_channels are even then.
     bool pairs;
@@ -43,6 +67,14 @@ struct BlockArgs : BlockSizes {
     const float* b_dw;
     const void* w_project;
     const float* b_project;
+
+    Activation after_expand() const { return {curve_expand, clip_expand}; }
+    Activation after_dw() const { return {curve_dw, clip_dw}; }
+    Activation after_project() const { return {curve_project, clip_project}; }
+    bool only_clips() const {
+        return curve_expand == Curve::clip && curve_dw == Curve::clip &&
+               curve_project == Curve::clip;
+    }
 };
 
 }  // namespace mnv2

@@ -59,6 +59,11 @@ struct Tile {
     float* sums;
     bool starts_with_bias;  // of the first hidden group
     bool finishes;          // clip and residual: there is one hidden group only
+    // Of a block with a gate, which is computed in two parts: the depthwise result of the image,
+    // chunk after chunk, each (H_out, W_out, channels of the chunk); its sums over the pixels of
+    // each step, (steps, hidden channels in whole vectors); and the gate (hidden channels).
+    float *kept, *step_sums;
+    const float* gate;
 };
 
 // The block over one tile. scratch: scratch_layout().total floats, 64-byte aligned.
@@ -69,12 +74,22 @@ using TileFn = void (*)(const BlockArgs&, const Schedule&, const Tile&, float* s
 using StepFn = void (*)(const BlockArgs&, const Schedule&, const Tile&, float* scratch,
                         int64_t out_row);
 
+// The two layers of a gate, for the units [begin, end) of each. `means` are those of the hidden
+// channels, `squeezed` what the first gives, (width,).
+using SqueezeFn = void (*)(const BlockArgs&, const float* means, float* squeezed, int64_t begin,
+                           int64_t end);
+using ExciteFn = void (*)(const BlockArgs&, const float* squeezed, float* gate, int64_t begin,
+                          int64_t end);
+// Means over the pixels of an image, of the sums over each of its steps.
+using MeansFn = void (*)(const BlockArgs&, const float* step_sums, int64_t steps, float* means);
+
 // y = clip(first + second) + residual over one image; the sums have the layout of y, which `first`
 // may be.
 using CombineFn = void (*)(const BlockArgs&, const void* x, const float* first, const float* second,
                            void* y);
 
-// The first convolution of a network: 3x3, stride 2, and a clip. x may lie in memory in any way.
+// The first convolution of a network: 3x3, stride 2, and an activation. x may lie in memory in any
+// way.
 struct StemArgs {
     int64_t H, W, H_out, W_out, in_channels, out_channels;
     int64_t pad_top, pad_left;
@@ -82,10 +97,11 @@ struct StemArgs {
     Element element;
     const void* weight;  // (column, row, in_channels, out_channels) of the 3x3 window
     const float* bias;   // nullptr: zeros
-    Clip clip;
+    Activation activation;
 };
 
-// A 1x1 convolution and a clip. With `averages` the result is the mean over all pixels of an image.
+// A 1x1 convolution and an activation. With `averages` the result is the mean over all pixels of an
+// image.
 struct PointwiseArgs {
     int64_t H, W, in_channels, out_channels;
     bool averages;
@@ -93,7 +109,7 @@ struct PointwiseArgs {
     bool pairs;          // as of BlockArgs; in_channels are even then
     const void* weight;  // (in_channels, out_channels)
     const float* bias;   // nullptr: zeros
-    Clip clip;
+    Activation activation;
 };
 
 // The mean over all pixels of an image.
@@ -115,6 +131,7 @@ struct LinearArgs {
     Element element;
     const void* weight;  // (out_features, in_features), as torch.nn.Linear has it
     const float* bias;   // nullptr: zeros
+    Activation activation;
 };
 
 // One input of an output pixel of the stem: floats from the first input to it, and its weights.
@@ -154,6 +171,10 @@ using PeakFn = double (*)(int64_t rounds);
 struct Layers {
     TileFn run_tile, begin_tile;
     StepFn step_tile;
+    TileFn keep_depthwise, project_kept;  // the two parts of a block with a gate
+    MeansFn means;
+    SqueezeFn squeeze;
+    ExciteFn excite;
     CombineFn combine;
     StemFn stem_rows;
     PointwiseFn pointwise;

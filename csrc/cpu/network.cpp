@@ -152,6 +152,7 @@ int64_t reach_of(const Step& step) {
 struct NetworkRun {
     const Kernel& kernel;
     Scratch lines;
+    float* kept;
     const Threads& threads;
 
     // Steps that go row by row, each streaming into the next. Where y is x, the rows that bands
@@ -241,7 +242,7 @@ void run_steps(const NetworkRun& run, const std::vector<Step>& steps, size_t cou
         if (is_row_by_row(step))
             run.stream(&step, last - first + 1, input, output);
         else if (const auto* block = block_of(step))
-            run_block(run.kernel, *block, input, output, run.lines, run.threads);
+            run_block(run.kernel, *block, input, output, run.lines, run.kept, run.threads);
         else if (const auto* pointwise = std::get_if<PointwiseArgs>(&step.layer))
             run.pointwise(*pointwise, input, output);
         else if (const auto* average = std::get_if<AverageArgs>(&step.layer))
@@ -274,6 +275,28 @@ int64_t copies_of_band(const std::vector<Step>& steps) {
     return aligned_floats(most);
 }
 
+// Floats that are kept of an image between the two parts of a block with a gate.
+int64_t most_kept(const std::vector<Step>& steps, int64_t lanes) {
+    int64_t most = 0;
+    for (const Step& step : steps)
+        if (const auto* block = block_of(step))
+            most = std::max(most, kept_floats(*block, lanes, 1));
+    return most;
+}
+
+// Floats before those.
+int64_t floats_before_kept(const std::vector<Step>& steps, int64_t lanes, int64_t threads) {
+    return threads * lines_of_thread(steps, lanes) + (threads - 1) * copies_of_band(steps);
+}
+
+NetworkRun network_run(const Kernel& kernel, const std::vector<Step>& steps, float* lines,
+                       const Threads& threads) {
+    return {kernel,
+            {lines, lines_of_thread(steps, kernel.lanes)},
+            lines + floats_before_kept(steps, kernel.lanes, threads.count),
+            threads};
+}
+
 }  // namespace
 
 bool is_row_by_row(const Step& step) {
@@ -283,7 +306,7 @@ bool is_row_by_row(const Step& step) {
 }
 
 int64_t line_floats(const std::vector<Step>& steps, int64_t lanes, int64_t threads) {
-    return threads * lines_of_thread(steps, lanes) + (threads - 1) * copies_of_band(steps);
+    return floats_before_kept(steps, lanes, threads) + most_kept(steps, lanes);
 }
 
 int64_t rows_in_memory(const std::vector<Step>& steps, size_t number) {
@@ -297,8 +320,7 @@ int64_t rows_in_memory(const std::vector<Step>& steps, size_t number) {
 
 void run_network(const Kernel& kernel, const std::vector<Step>& steps, const void* x, void* y,
                  void* arena, float* lines, const Threads& threads) {
-    const NetworkRun run{kernel, {lines, lines_of_thread(steps, kernel.lanes)}, threads};
-    run_steps(run, steps, steps.size(), x, y, arena);
+    run_steps(network_run(kernel, steps, lines, threads), steps, steps.size(), x, y, arena);
 }
 
 int64_t classified_features(const std::vector<Step>& steps) {
@@ -309,7 +331,7 @@ int64_t classified_features(const std::vector<Step>& steps) {
 void run_images(const Kernel& kernel, const std::vector<Step>& steps, int64_t images, const void* x,
                 int64_t x_size, void* y, void* features, void* arena, float* lines,
                 const Threads& threads) {
-    const NetworkRun run{kernel, {lines, lines_of_thread(steps, kernel.lanes)}, threads};
+    const NetworkRun run = network_run(kernel, steps, lines, threads);
     const auto& linear = std::get<LinearArgs>(steps.back().layer);
     const int64_t size = size_of(linear.element) * linear.in_features;
     for (int64_t i = 0; i < images; i++)

@@ -23,18 +23,29 @@ struct BlockRun {
     const char* x;
     char* y;
     const Scratch& scratch;
+    float* kept;
     const Threads& threads;
 
     const Layers& layers() const { return kernel.of(args.element); }
     const void* x_of(int64_t image) const { return x + image * args.H * x_row_bytes(args); }
     void* y_of(int64_t image) const { return y + image * args.H_out * y_row_bytes(args); }
 
+    // All rows, columns and hidden channels of an image.
+    Tile whole_image(int64_t image) const {
+        Tile tile{};
+        tile.x = {x_of(image), args.H, x_row_bytes(args)};
+        tile.y = {y_of(image), args.H_out, y_row_bytes(args)};
+        tile.row_end = args.H_out, tile.col_end = args.W_out;
+        tile.hidden_end = args.hidden_channels;
+        tile.starts_with_bias = tile.finishes = true;
+        return tile;
+    }
+
     // `result` is laid out as one image of y, of floats where there are two hidden groups.
     void run_part(const Part& part, void* result, float* own) const {
-        Tile tile{};
+        Tile tile = whole_image(part.image);
         tile.finishes = schedule.hidden_groups == 1;
         tile.starts_with_bias = part.group == 0;
-        tile.x = {x_of(part.image), args.H, x_row_bytes(args)};
         tile.y = {result, args.H_out,
                   tile.finishes ? y_row_bytes(args) : 4 * args.W_out * args.out_channels};
         tile.row_begin = part.row_begin, tile.row_end = part.row_end;
@@ -95,16 +106,103 @@ struct BlockRun {
             combine(image, sums);
         }
     }
+
+    // With a gate: one image by one thread while there are enough for all threads, then the rest
+    // one after the other.
+    void run_gated() const {
+        const GateLayout layout = gate_layout(args, schedule, kernel.lanes);
+        const int64_t whole = args.N < threads.count ? 0 : args.N - args.N % threads.count;
+        const Threads alone{1, [](int64_t tasks, const Threads::Task& task) {
+                                for (int64_t i = 0; i < tasks; i++) task(i, 0);
+                            }};
+        threads.run(whole, [&](int64_t image, int64_t thread) {
+            gated_image(image, layout, kept + thread * layout.total, scratch.of(thread), alone);
+        });
+        for (int64_t image = whole; image < args.N; image++)
+            gated_image(image, layout, kept, scratch.begin, threads);
+    }
+
+    // own: the scratch of each of these threads, one after the other.
+    void gated_image(int64_t image, const GateLayout& layout, float* kept_of_image, float* own,
+                     const Threads& these) const {
+        const auto scratch_of = [&](int64_t thread) { return own + thread * scratch.floats; };
+        Tile tile = whole_image(image);
+        tile.kept = kept_of_image;
+        tile.step_sums = kept_of_image + layout.sums;
+        const int64_t steps = ceil_div(args.H_out, schedule.rows_per_step);
+        const int64_t chunks = ceil_div(args.hidden_channels, schedule.hidden_chunk);
+        const int64_t bands = std::min(ceil_div(these.count, chunks), steps);
+        these.run(chunks * bands, [&](int64_t number, int64_t thread) {
+            const int64_t chunk = number / bands, band = number % bands;
+            Tile part = tile;
+            part.hidden_begin = chunk * schedule.hidden_chunk;
+            part.hidden_end =
+                std::min(part.hidden_begin + schedule.hidden_chunk, args.hidden_channels);
+            part.row_begin = band * steps / bands * schedule.rows_per_step;
+            part.row_end =
+                std::min((band + 1) * steps / bands * schedule.rows_per_step, args.H_out);
+            layers().keep_depthwise(args, schedule, part, scratch_of(thread));
+        });
+        run_gate(steps, layout, kept_of_image, these);
+        tile.gate = kept_of_image + layout.gate;
+        const int64_t parts = std::min(these.count, args.H_out);
+        const bool sums = args.element == Element::single && args.residual;
+        these.run(parts, [&](int64_t number, int64_t thread) {
+            Tile part = tile;
+            part.row_begin = number * args.H_out / parts;
+            part.row_end = (number + 1) * args.H_out / parts;
+            float* const mine = scratch_of(thread);
+            if (sums) part.sums = mine + scratch_layout(args, schedule, kernel.lanes).sums;
+            layers().project_kept(args, schedule, part, mine);
+        });
+    }
+
+    // The gate from the sums. Small ones are not worth waking threads for.
+    void run_gate(int64_t steps, const GateLayout& layout, float* kept_of_image,
+                  const Threads& these) const {
+        constexpr int64_t kOfOneThread = 32 * 1024;  // weights of a layer
+        constexpr int64_t kUnits = 64;
+        float* const means = kept_of_image + layout.means;
+        float* const squeezed = kept_of_image + layout.squeezed;
+        float* const gate = kept_of_image + layout.gate;
+        layers().means(args, kept_of_image + layout.sums, steps, means);
+        const bool together = args.hidden_channels * args.gate.width > kOfOneThread;
+        const auto in_panels = [&](int64_t units, const auto& run) {
+            const int64_t panels = ceil_div(units, kUnits);
+            const int64_t parts = together ? std::min(these.count, panels) : 1;
+            const auto unit = [&](int64_t part) {
+                return std::min(part * panels / parts * kUnits, units);
+            };
+            if (parts == 1) return run(0, units);
+            these.run(parts, [&](int64_t part, int64_t) { run(unit(part), unit(part + 1)); });
+        };
+        in_panels(args.gate.width, [&](int64_t begin, int64_t end) {
+            layers().squeeze(args, means, squeezed, begin, end);
+        });
+        in_panels(args.hidden_channels, [&](int64_t begin, int64_t end) {
+            layers().excite(args, squeezed, gate, begin, end);
+        });
+    }
 };
 
 }  // namespace
 
+int64_t kept_floats(const BlockStep& block, int64_t lanes, int64_t threads) {
+    const int64_t at_a_time = block.args.N < threads ? 1 : threads;
+    return at_a_time * gate_layout(block.args, block.schedule, lanes).total;
+}
+
 void run_block(const Kernel& kernel, const BlockStep& block, const void* x, void* y,
-               const Scratch& scratch, const Threads& threads) {
+               const Scratch& scratch, float* kept, const Threads& threads) {
     const BlockRun run{
         kernel,  block.args, block.schedule, static_cast<const char*>(x), static_cast<char*>(y),
-        scratch, threads};
-    block.schedule.hidden_groups == 1 ? run.run_bands() : run.run_two_groups();
+        scratch, kept,       threads};
+    if (block.args.gate.width > 0)
+        run.run_gated();
+    else if (block.schedule.hidden_groups == 1)
+        run.run_bands();
+    else
+        run.run_two_groups();
 }
 
 }  // namespace mnv2::cpu

@@ -11,9 +11,13 @@ struct BlockStep {
     Schedule schedule;
 };
 
-// x and y are dense and apart, args.N images each. A thread needs scratch_layout().total floats.
-// The same bits at any number of threads.
+// x and y are dense, args.N images each, and apart; a block with a gate may write its only image
+// over x, where y is x or there is no residual. A thread needs scratch_layout().total floats,
+// `kept` is kept_floats() of them. The same bits at any number of threads.
 void run_block(const Kernel& kernel, const BlockStep& block, const void* x, void* y,
-               const Scratch& scratch, const Threads& threads);
+               const Scratch& scratch, float* kept, const Threads& threads);
+
+// What is kept of all images that are in work at a time.
+int64_t kept_floats(const BlockStep& block, int64_t lanes, int64_t threads);
 
 }  // namespace mnv2::cpu

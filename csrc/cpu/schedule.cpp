@@ -22,6 +22,11 @@ int64_t input_cols(const BlockArgs& args, int64_t strip_cols) {
     return std::min(args.W, (strip_cols - 1) * args.stride + extent(args) + 1);
 }
 
+// Whether sums are kept in scratch until y is made of them.
+bool sums_apart(const BlockArgs& args) {
+    return args.element != Element::single || (args.gate.width > 0 && args.residual);
+}
+
 }  // namespace
 
 Ring ring_of(const BlockArgs& args, int64_t rows_per_step) {
@@ -43,6 +48,18 @@ bool reads_x_in_place(const BlockArgs& args, int64_t lanes) {
     return !args.expansion && args.in_channels % lanes == 0;
 }
 
+GateLayout gate_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes) {
+    if (args.gate.width == 0) return {};
+    const int64_t width = round_up(args.hidden_channels, lanes);
+    GateLayout layout{};
+    layout.sums = aligned(args.H_out * args.W_out * width);
+    layout.means = layout.sums + aligned(ceil_div(args.H_out, schedule.rows_per_step) * width);
+    layout.squeezed = layout.means + aligned(width);
+    layout.gate = layout.squeezed + aligned(args.gate.width);
+    layout.total = layout.gate + aligned(width);
+    return layout;
+}
+
 ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes) {
     const int64_t chunk = round_up(schedule.hidden_chunk, lanes);
     const int64_t vectors = ceil_div(args.hidden_channels, lanes);
@@ -62,11 +79,12 @@ ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, in
         reads_x_in_place(args, lanes) ? 0 : slots * input_cols(args, schedule.strip_cols) * chunk;
     layout.ring_stride = aligned(ring);
     layout.ring = piece(copies * layout.ring_stride);
-    layout.depthwise = piece(schedule.rows_per_step * schedule.strip_cols * chunk);
+    const bool gated = args.gate.width > 0;
+    layout.depthwise = piece(gated ? 0 : schedule.rows_per_step * schedule.strip_cols * chunk);
     const bool narrow = args.element != Element::single;
     const int64_t in_memory = args.pairs ? 2 : 1;  // numbers in the place of a float
     const int64_t expand = narrow && args.expansion ? args.in_channels / in_memory * chunk : 0;
-    const int64_t project = narrow ? chunk / in_memory * args.out_channels : 0;
+    const int64_t project = narrow || gated ? chunk / in_memory * args.out_channels : 0;
     layout.expand_panel = piece(expand);
     layout.project_panel = piece(project);
     layout.panels_stride = end - layout.expand_panel;
@@ -76,7 +94,7 @@ ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, in
     const int64_t window = window_rows(args, schedule.rows_per_step);
     layout.x_rows = piece(converts ? window * cols * args.in_channels : 0);
     const int64_t sum_rows = schedule.rows_outside ? schedule.rows_per_step : schedule.band_rows;
-    const bool sums = narrow && schedule.hidden_groups == 1;
+    const bool sums = sums_apart(args) && schedule.hidden_groups == 1;
     layout.sums = piece(sums ? sum_rows * schedule.strip_cols * args.out_channels : 0);
     const int64_t groups = schedule.hidden_groups;
     layout.partial = piece(groups > 1 ? (narrow ? groups : groups - 1) * y_numbers(args) : 0);
@@ -99,7 +117,9 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     // hidden channels cost one more pass over y.
     const int64_t pixels_out = args.H_out * args.W_out;
     const bool small = pixels_out <= 64 && pixels_out * args.out_channels <= kPartialFloats;
-    schedule.hidden_groups = small && args.hidden_channels >= 256 ? 2 : 1;
+    // The two parts of a block with a gate are cut by chunks and by rows instead.
+    const bool gated = args.gate.width > 0;
+    schedule.hidden_groups = small && args.hidden_channels >= 256 && !gated ? 2 : 1;
 
     const auto scratch = [&] { return 4 * scratch_layout(args, schedule, lanes).total; };
     const auto set_chunks = [&](int64_t count) {
@@ -127,7 +147,7 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     const int64_t image_bytes =
         4 * (args.H * args.W * args.in_channels + pixels_out * args.out_channels);
     const int64_t weight_bytes = 4 * args.hidden_channels * (args.in_channels + args.out_channels);
-    if (image_bytes > kImageBytes && weight_bytes <= kWeightBytes) {
+    if (image_bytes > kImageBytes && weight_bytes <= kWeightBytes && !gated) {
         for (; schedule.strip_cols >= kMinStripCols;
              schedule.strip_cols = ceil_div(schedule.strip_cols, 2)) {
             choose_chunks(INT64_MAX);
@@ -141,7 +161,7 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     // Otherwise chunk by chunk; extreme widths with fewer rows at a time, then in strips. What is
     // not float32 needs room for sums and for panels of weights too: first that for a second group
     // of hidden channels is given up, then sums of many rows.
-    const bool narrow = args.element != Element::single;
+    const bool narrow = sums_apart(args);
     const auto over = [&] { return scratch() > kScratchBytes; };
     const int64_t rows_of_sums =
         round_up(ceil_div(kSumBytes, 4 * args.W_out * args.out_channels), schedule.rows_per_step);
@@ -159,7 +179,7 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
         halve(schedule.rows_per_step, 1);
         if (narrow) schedule.band_rows = std::min(schedule.band_rows, schedule.rows_per_step);
     }
-    while (over() && schedule.strip_cols > 1) halve(schedule.strip_cols, 1);
+    while (over() && schedule.strip_cols > 1 && !gated) halve(schedule.strip_cols, 1);
     return schedule;
 }
 
@@ -167,7 +187,8 @@ Schedule choose_network_schedule(const BlockArgs& args, int64_t lanes) {
     const Schedule alone = choose_schedule(args, lanes);
     const int64_t weight_bytes = 4 * args.hidden_channels * (args.in_channels + args.out_channels);
     const bool whole_rows = alone.rows_outside && alone.strip_cols == args.W_out;
-    if (whole_rows || alone.hidden_groups > 1 || weight_bytes > kWeightBytes) return alone;
+    if (whole_rows || alone.hidden_groups > 1 || weight_bytes > kWeightBytes || args.gate.width > 0)
+        return alone;
     Schedule schedule = alone;
     schedule.rows_outside = true;
     schedule.strip_cols = args.W_out;

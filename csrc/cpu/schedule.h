@@ -27,7 +27,7 @@ struct Schedule {
     // fit the scratch.
     int64_t strip_cols;
     // Output rows that are summed up in scratch at a time where chunks are outside and y is not
-    // float32; otherwise all, since y holds the sums.
+    // float32, or may be x behind a gate; otherwise all, since y holds the sums.
     int64_t band_rows;
     // Parts of the hidden channels whose sums are kept apart and added at the end, so that threads
     // can share one small image. Depends on the block alone: the result is the same bits at any
@@ -71,6 +71,14 @@ std::pair<int64_t, int64_t> hidden_range(const BlockArgs& args, const Schedule& 
 
 // The block has no expansion, and its depthwise reads x itself.
 bool reads_x_in_place(const BlockArgs& args, int64_t lanes);
+
+// What is kept of an image between the two parts of a block with a gate, in floats: the depthwise
+// result from 0 on, its sums by steps, their means, and the results of the gate's two layers.
+struct GateLayout {
+    int64_t sums, means, squeezed, gate;
+    int64_t total;  // 0 without a gate
+};
+GateLayout gate_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes);
 
 ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes);
 Schedule choose_schedule(const BlockArgs& args, int64_t lanes);

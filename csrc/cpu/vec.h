@@ -2,6 +2,8 @@
 // Included inside a target region (see isa/avx512.cpp); everything has internal linkage.
 //
 // load(p, n), store(p, n, v): the first n lanes only, memory after them is not touched.
+// at_least keeps NaN. fraction(u) is u - floor(u), times_power(p, u) p * 2^floor(u) for u in
+// [-126, 127] and p near [1, 2), reciprocal(d) about 1 / d for finite d >= 1; all keep NaN.
 // clip keeps NaN: x86 min and max return their second operand where one is NaN, NEON's return NaN.
 #pragma once
 
@@ -31,8 +33,20 @@ inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(float* p, int64_t n, Vec a) { _mm512_mask_storeu_ps(p, lanes_below(n), a.v); }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec clip(Vec x, Vec lower, Vec upper) {
     return {_mm512_min_ps(upper.v, _mm512_max_ps(lower.v, x.v))};
+}
+inline Vec at_least(Vec x, Vec lower) { return {_mm512_max_ps(lower.v, x.v)}; }
+constexpr bool kPowersOfAll = true;  // times_power takes any u
+inline Vec fraction(Vec u) {
+    return {_mm512_reduce_ps(u.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
+inline Vec times_power(Vec p, Vec u) { return {_mm512_scalef_ps(p.v, u.v)}; }
+// One step of Newton for 1 / d, whose product with an infinite numerator is what it should be.
+inline Vec reciprocal(Vec d) {
+    const __m512 r = _mm512_rcp14_ps(d.v);
+    return {_mm512_mul_ps(r, _mm512_fnmadd_ps(d.v, r, _mm512_set1_ps(2)))};
 }
 
 // A register that two rows share, for column counts that end in half as many lanes.
@@ -72,9 +86,18 @@ inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store(float* p, int64_t n, Vec a) { _mm256_maskstore_ps(p, lanes_below(n), a.v); }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec clip(Vec x, Vec lower, Vec upper) {
     return {_mm256_min_ps(upper.v, _mm256_max_ps(lower.v, x.v))};
 }
+inline Vec at_least(Vec x, Vec lower) { return {_mm256_max_ps(lower.v, x.v)}; }
+constexpr bool kPowersOfAll = false;
+inline Vec fraction(Vec u) { return {_mm256_sub_ps(u.v, _mm256_floor_ps(u.v))}; }
+inline Vec times_power(Vec p, Vec u) {
+    const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(u.v)), 23);
+    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), power))};
+}
+inline Vec reciprocal(Vec d) { return {_mm256_div_ps(_mm256_set1_ps(1), d.v)}; }
 inline void keep_in_register(Vec& a) { asm("" : "+x"(a.v)); }
 
 #elif defined(__aarch64__)
@@ -105,9 +128,18 @@ inline void store(float* p, int64_t n, Vec a) {
 }
 inline Vec add(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+inline Vec mul(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
 inline Vec clip(Vec x, Vec lower, Vec upper) {
     return {vminq_f32(upper.v, vmaxq_f32(lower.v, x.v))};
 }
+inline Vec at_least(Vec x, Vec lower) { return {vmaxq_f32(lower.v, x.v)}; }
+constexpr bool kPowersOfAll = false;
+inline Vec fraction(Vec u) { return {vsubq_f32(u.v, vrndmq_f32(u.v))}; }
+inline Vec times_power(Vec p, Vec u) {
+    const int32x4_t power = vshlq_n_s32(vcvtmq_s32_f32(u.v), 23);
+    return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p.v), power))};
+}
+inline Vec reciprocal(Vec d) { return {vdivq_f32(vdupq_n_f32(1), d.v)}; }
 inline void keep_in_register(Vec& a) { asm("" : "+w"(a.v)); }
 
 #else  // GNU vectors: SSE2 on x86-64, whatever 16 bytes there are elsewhere
@@ -141,6 +173,30 @@ inline Vec clip(Vec x, Vec lower, Vec upper) {
     const Vec::Floats above = x.v < lower.v ? lower.v : x.v;
     return {above > upper.v ? upper.v : above};
 }
+inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec at_least(Vec x, Vec lower) { return {x.v < lower.v ? lower.v : x.v}; }
+constexpr bool kPowersOfAll = false;
+// Of every lane: SSE2 has no rounding downwards. NaN stays NaN in `fraction` and counts as 0 here.
+inline Vec floor_of(Vec u) {
+    Vec floor;
+    for (int64_t i = 0; i < kLanes; i++) {
+        const float lane = u.v[i] == u.v[i] ? u.v[i] : 0;
+        const auto towards_zero = static_cast<float>(static_cast<int32_t>(lane));
+        floor.v[i] = towards_zero > lane ? towards_zero - 1 : towards_zero;
+    }
+    return floor;
+}
+inline Vec fraction(Vec u) { return {u.v - floor_of(u).v}; }
+inline Vec times_power(Vec p, Vec u) {
+    typedef int32_t Integers __attribute__((vector_size(16)));
+    const Integers power = __builtin_convertvector(floor_of(u).v, Integers) << 23;
+    Integers bits;
+    std::memcpy(&bits, &p.v, sizeof bits);
+    bits += power;
+    std::memcpy(&p.v, &bits, sizeof bits);
+    return p;
+}
+inline Vec reciprocal(Vec d) { return {1 / d.v}; }
 inline void keep_in_register(Vec&) {}
 
 #endif

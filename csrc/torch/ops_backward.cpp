@@ -46,8 +46,9 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor&
                                      std::array<bool, kTensors> needs_grad) {
     constexpr double kUnbounded[] = {-INFINITY, INFINITY};
     const OptionalTensor no_bias;
-    Call call = make_call({x, w_expand, b_expand, w_dw, b_dw, w_project, no_bias, stride, padding,
-                           dilation, false, clip_expand, clip_dw, kUnbounded});
+    Call call =
+        make_call({"inverted_residual", x, w_expand, b_expand, w_dw, b_dw, w_project, no_bias,
+                   stride, padding, dilation, false, clip_expand, clip_dw, kUnbounded});
     TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat && grad_y.scalar_type() == at::kFloat,
                      "inverted_residual: x and grad_y must be float32 for the CPU kernel, got ",
                      x.scalar_type(), " and ", grad_y.scalar_type());

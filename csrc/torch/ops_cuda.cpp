@@ -66,7 +66,7 @@ at::Tensor run_op(const OpArguments& arguments) {
     mnv2::Call host = make_call(arguments);
     Call call{};
     static_cast<BlockSizes&>(call) = host.sizes;
-    call.element = checked_element(x, "CUDA kernels");
+    call.element = checked_element(arguments.op, x, "CUDA kernels");
     if (call.N == 0) return host.y;
     const c10::DeviceIndex index = host.y.device().index();
     const Device& device = checked_device(index);

@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <string>
 
@@ -54,6 +55,16 @@ class Program {
         TORCH_CHECK_VALUE(value >= 1 && value < int64_t{1} << 31,
                           "run_plan: sizes in program must be from 1 to 2**31 - 1, got ", value);
         return value;
+    }
+    Activation activation() {
+        constexpr auto kLast = static_cast<int64_t>(Curve::gelu_tanh);
+        const int64_t curve = integer();
+        TORCH_CHECK_VALUE(curve >= 0 && curve <= kLast,
+                          "run_plan: what follows a layer in program must be from 0 to ", kLast,
+                          ", got ", curve);
+        constexpr Clip kNone{-INFINITY, INFINITY};
+        const Clip bounds = clip();
+        return {static_cast<Curve>(curve), curve == 0 ? bounds : kNone};
     }
     Clip clip() {
         TORCH_CHECK_VALUE(next_bound_ + 2 <= bounds_.size(),
@@ -118,8 +129,20 @@ StemArgs read_stem(Program& p) {
     stem.pad_top = p.integer(), stem.pad_left = p.integer();
     stem.weight = p.weight({3, 3, stem.in_channels, stem.out_channels});
     stem.bias = p.bias(stem.out_channels);
-    stem.clip = p.clip();
+    stem.activation = p.activation();
     return stem;
+}
+
+GateArgs read_gate(Program& p, int64_t hidden) {
+    GateArgs gate{};
+    gate.width = p.size();
+    gate.hard = p.integer() != 0;
+    gate.w_squeeze = p.weight({hidden, gate.width});
+    gate.b_squeeze = p.bias(gate.width);
+    gate.w_excite = p.weight({gate.width, hidden});
+    gate.b_excite = p.bias(hidden);
+    gate.squeeze = p.activation();
+    return gate;
 }
 
 // The schedule is chosen once the sizes are known to be right.
@@ -142,7 +165,10 @@ BlockStep read_block(Program& p) {
     args.b_dw = p.bias(hidden);
     args.w_project = p.weight({hidden, args.out_channels});
     args.b_project = p.bias(args.out_channels);
-    args.clip_expand = p.clip(), args.clip_dw = p.clip(), args.clip_project = p.clip();
+    const Activation expand = p.activation(), dw = p.activation(), project = p.activation();
+    args.clip_expand = expand.clip, args.clip_dw = dw.clip, args.clip_project = project.clip;
+    args.curve_expand = expand.curve, args.curve_dw = dw.curve, args.curve_project = project.curve;
+    if (p.integer() != 0) args.gate = read_gate(p, hidden);
     return {args, {}};
 }
 
@@ -159,12 +185,12 @@ Layer read_pointwise(Program& p, Kind kind, const Kernel& kernel) {
         TORCH_CHECK_VALUE(args.in_channels == args.out_channels,
                           "run_plan: a mean alone in program must keep the number of channels, ",
                           args.in_channels, ", got ", args.out_channels);
-        p.clip();  // of the convolution that is not there
+        p.activation();  // of the convolution that is not there
         return AverageArgs{args.H, args.W, args.in_channels, args.element};
     }
     args.weight = p.weight({args.in_channels, args.out_channels});
     args.bias = p.bias(args.out_channels);
-    args.clip = p.clip();
+    args.activation = p.activation();
     args.pairs = kernel.multiplies_pairs(args);
     return args;
 }
@@ -175,6 +201,7 @@ LinearArgs read_linear(Program& p) {
     linear.in_features = p.size(), linear.out_features = p.size();
     linear.weight = p.weight({linear.in_features, linear.out_features});
     linear.bias = p.bias(linear.out_features);
+    linear.activation = p.activation();
     return linear;
 }
 
@@ -271,9 +298,18 @@ void check_sizes(const Step& step, int64_t number, const Between& x) {
     count_of({y.channels, y.H, y.W});
 }
 
+// Whether a step may write its result over its input, in the same place.
 bool may_overwrite_input(const Step& step) {
     const auto* block = std::get_if<BlockStep>(&step.layer);
-    return block && is_row_by_row(step) && block->args.residual && block->args.expansion;
+    if (!block) return false;
+    const bool row_by_row = is_row_by_row(step) && block->args.residual && block->args.expansion;
+    return row_by_row || block->args.gate.width > 0;
+}
+
+// Whether its input is not read any more when the first result is written.
+bool is_done_with_input(const Step& step) {
+    const auto* block = std::get_if<BlockStep>(&step.layer);
+    return block && block->args.gate.width > 0 && !block->args.residual;
 }
 
 // Everything that a kernel takes for granted of where results are. shapes[0] is x's, and
@@ -298,7 +334,9 @@ void check_places(const Network& network, const std::vector<Between>& shapes) {
                                in_memory.offset + in_memory.size() <= x.offset ||
                                x.offset + x.size() <= in_memory.offset;
             const bool same = in_memory.offset == x.offset && !comes_streaming;
-            MNV2_CHECK_STEP(apart || (same && may_overwrite_input(step)), "overwrites its input");
+            const bool over = same && may_overwrite_input(step);
+            MNV2_CHECK_STEP(apart || over || (!comes_streaming && is_done_with_input(step)),
+                            "overwrites its input");
         }
         if (!step.streams) in_memory = x;
         comes_streaming = step.streams;

@@ -45,9 +45,9 @@ def arrange(named: Sequence[tuple[str, Layer]], shape: Shape) -> tuple[list[Step
         if row_by_row[i] and row_by_row[i + 1] and sizes[i] > sizes[i + 1]:
             steps[i] = replace(steps[i], streams=True)
     kept = [i for i, step in enumerate(steps[:-1]) if not step.streams]
-    in_place = {i for i in kept if row_by_row[i] and _overwrites(steps, i)}
-    # Every step finds its input at one end of the arena and leaves its result at the other, or in
-    # the place of its input.
+    in_place = {i for i in kept if _overwrites(steps, results, i, row_by_row[i])}
+    # Every step finds its input at one end of the arena and leaves its result at the other, or at
+    # the end where its input is.
     arena = max((sizes[i] for i in kept), default=0)
     for before, i in pairwise(kept):
         if i not in in_place:
@@ -59,13 +59,15 @@ def arrange(named: Sequence[tuple[str, Layer]], shape: Shape) -> tuple[list[Step
     return steps, arena
 
 
-def _overwrites(steps: Sequence[Step], i: int) -> bool:
+def _overwrites(steps: Sequence[Step], results: Sequence[Shape], i: int, row_by_row: bool) -> bool:
     """Whether a step can write its result over its input, which is in the arena."""
     layer = steps[i].layer
-    from_arena = i > 0 and not steps[i - 1].streams
-    return (
-        from_arena and isinstance(layer, Block) and layer.config.residual and layer.config.expansion
-    )
+    if i == 0 or steps[i - 1].streams or not isinstance(layer, Block):
+        return False
+    if layer.weights.gate is not None:
+        # What the gate multiplies is kept elsewhere; a larger result would need more room.
+        return math.prod(results[i]) <= math.prod(results[i - 1])
+    return row_by_row and layer.config.residual and layer.config.expansion
 
 
 def _row_by_row(steps: Sequence[Step], shape: Shape) -> list[bool]:

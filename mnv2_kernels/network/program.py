@@ -10,7 +10,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from ..block.config import BlockConfig, Clip, Padding, output_size
+from ..block.config import CURVES, NO_CLIP, SCALES, Activation, BlockConfig, Padding, output_size
 from ..block.fold import FoldedWeights
 
 Shape = tuple[int, ...]
@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Stem:
-    """The first convolution: 3x3, stride 2, then a clip.
+    """The first convolution: 3x3, stride 2, then a clip or a curve.
 
     weight (3, 3, C_in, C_out), the columns of the window first; bias (C_out,).
     """
@@ -28,7 +28,7 @@ class Stem:
     padding: Padding
     weight: Tensor | None
     bias: Tensor | None
-    clip: Clip
+    clip: Activation
 
     def output_shape(self, shape: Shape) -> Shape:
         top, left, bottom, right = self.padding
@@ -49,7 +49,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Pool:
-    """A 1x1 convolution, a clip, and the mean over all pixels.
+    """A 1x1 convolution, a clip or a curve, and the mean over all pixels.
 
     weight (C_in, C_out), None for the mean alone; bias (C_out,).
     """
@@ -58,7 +58,7 @@ class Pool:
     out_channels: int
     weight: Tensor | None
     bias: Tensor | None
-    clip: Clip
+    clip: Activation
 
     def output_shape(self, shape: Shape) -> Shape:
         return (self.out_channels,)
@@ -66,13 +66,13 @@ class Pool:
 
 @dataclass(frozen=True)
 class Pointwise:
-    """A 1x1 convolution and a clip. weight (C_in, C_out), bias (C_out,)."""
+    """A 1x1 convolution, and a clip or a curve. weight (C_in, C_out), bias (C_out,)."""
 
     in_channels: int
     out_channels: int
     weight: Tensor | None
     bias: Tensor | None
-    clip: Clip
+    clip: Activation
 
     def output_shape(self, shape: Shape) -> Shape:
         return (self.out_channels, *shape[1:])
@@ -80,12 +80,13 @@ class Pointwise:
 
 @dataclass(frozen=True)
 class Linear:
-    """The classifier. weight (out, in), bias (out,)."""
+    """A fully connected layer, and a clip or a curve. weight (out, in), bias (out,)."""
 
     in_features: int
     out_features: int
     weight: Tensor | None
     bias: Tensor | None
+    clip: Activation = NO_CLIP
 
     def output_shape(self, shape: Shape) -> Shape:
         return (self.out_features,)
@@ -159,6 +160,13 @@ def encode(steps: Sequence[Step], shape: Shape, arena: int) -> Program:
     results = shapes(steps, shape)
     integers = [*shape, len(results[-1]), *results[-1], arena, len(steps)]
     bounds: list[float] = []
+
+    def follow(*activations: Activation) -> None:
+        for activation in activations:
+            is_curve = isinstance(activation, str)
+            integers.append(1 + CURVES.index(activation) if is_curve else 0)
+            bounds.extend(NO_CLIP if is_curve else activation)
+
     for step, result in zip(steps, results, strict=True):
         layer = step.layer
         integers += [int(_KINDS[type(layer)]), step.offset, int(step.streams)]
@@ -167,7 +175,7 @@ def encode(steps: Sequence[Step], shape: Shape, arena: int) -> Program:
                 integers += [*shape[1:], *result[1:], layer.in_channels, layer.out_channels]
                 integers += layer.padding[:2]
                 weights += [layer.weight, layer.bias]
-                bounds += layer.clip
+                follow(layer.clip)
             case Block():
                 c = layer.config
                 integers += [*shape[1:], *result[1:]]
@@ -176,18 +184,25 @@ def encode(steps: Sequence[Step], shape: Shape, arena: int) -> Program:
                 integers += [int(c.residual), int(c.expansion)]
                 tensors = layer.weights.tensors()
                 weights += tensors if c.expansion else tensors[2:]
-                bounds += [bound for clip in layer.weights.clips() for bound in clip]
+                follow(*layer.weights.clips())
+                gate = layer.weights.gate
+                integers.append(int(gate is not None))
+                if gate is not None:
+                    integers += [gate.w_squeeze.shape[1], SCALES.index(gate.scale)]
+                    weights += gate.tensors()
+                    follow(gate.squeeze)
             case Pool():
                 integers += [*shape[1:], layer.in_channels, layer.out_channels]
                 integers.append(int(layer.weight is not None))
                 weights += [] if layer.weight is None else [layer.weight, layer.bias]
-                bounds += layer.clip
+                follow(layer.clip)
             case Pointwise():
                 integers += [*shape[1:], layer.in_channels, layer.out_channels]
                 weights += [layer.weight, layer.bias]
-                bounds += layer.clip
+                follow(layer.clip)
             case Linear():
                 integers += [layer.in_features, layer.out_features]
                 weights += [layer.weight, layer.bias]
+                follow(layer.clip)
         shape = result
     return Program(weights, integers, bounds)

@@ -58,7 +58,7 @@ inline void check_backward(std::mt19937& engine, const BlockSizes& s, const Bloc
                          Numbers(hidden * s.out_channels)};
     Numbers right_x;
     for (int64_t i = 0; i < s.N; i++) {
-        add_gradients(s, in.weights, in.images[i], in.grads_y[i], right);
+        add_gradients(in.args, in.weights, in.images[i], in.grads_y[i], right);
         right_x.insert(right_x.end(), right.x.begin(), right.x.end());
     }
     const auto place = [&](const Numbers& numbers, bool wanted) -> float* {

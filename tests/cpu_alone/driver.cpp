@@ -62,10 +62,11 @@ BlockCase numbered_case(int number, const Channels& c, int64_t H, int64_t W, int
     s.clip_expand = s.clip_dw = kClips[number % 5 == 4 ? 2 : number % 5 == 3];
     s.clip_project = kClips[number % 2 == 0 ? 2 : 0];
     const bool b = number % 6 != 5;
-    return {s,
-            {element, {b, b, b}, number % 8 >= 4, number % 7 == 5 ? 3 : 0},
-            number % 7 == 6,
-            number % 2 == 0};
+    BlockOptions options{element, {b, b, b}, number % 8 >= 4, number % 7 == 5 ? 3 : 0};
+    if (number % 3 == 1)
+        for (int i = 0; i < 4; i++) options.curves[i] = (number / 3 + i) % 5;
+    if (number % 9 > 4) options.gate_width = 1 + number % 11 * 3, options.hard = number % 2;
+    return {s, options, number % 7 == 6, number % 2 == 0};
 }
 
 constexpr Channels kSmall[] = {{8, 48, 8}, {3, 7, 5},    {17, 33, 9}, {16, 16, 24},
@@ -166,6 +167,9 @@ BlockCase random_case(std::mt19937& engine) {
                      {to(4) > 1, to(4) > 1, to(4) > 1},
                      to(2) == 1,
                      to(8) == 1 ? static_cast<int>(to(3)) : 0};
+        if (to(3) == 1)
+            for (int64_t& curve : c.options.curves) curve = to(5) - 1;
+        if (to(3) == 1) c.options.gate_width = to(70), c.options.hard = to(2) == 1;
         c.nan_in_x = to(8) == 1, c.at_end = to(2) == 1;
         return c;
     }
@@ -176,7 +180,7 @@ void check_random(std::mt19937& engine, int64_t count) {
         BlockCase c = random_case(engine);
         check_block(engine, c);
         if (i % 2 == 1) continue;
-        c.options.element = Element::single;
+        c.options = {Element::single, {true, true, true}, false, 0};
         check_backward(engine, c.sizes, c.options, c.at_end, static_cast<int>(i / 2 % 3));
     }
 }
@@ -190,8 +194,10 @@ struct NetworkCase {
 void add_layers(Network& network, const NetworkCase& c) {
     const auto& [number, H, W, element] = c;
     std::printf("network %d %ldx%ld element %d\n", number, long(H), long(W), int(element));
-    network.add_stem(number % 3 == 0 ? 13 : 8, number % 3);
-    const auto add = [&](int64_t ratio, int64_t channels, int64_t k, int64_t stride) {
+    const int64_t curve = number % 5;
+    network.add_stem(number % 3 == 0 ? 13 : 8, number % 3, curve);
+    const auto add = [&](int64_t ratio, int64_t channels, int64_t k, int64_t stride,
+                         int64_t gate_width = 0) {
         const Image& y = network.result;
         BlockSizes s{};
         s.N = 1, s.H = y.H, s.W = y.W, s.kernel_size = k, s.stride = stride, s.dilation = 1;
@@ -201,20 +207,28 @@ void add_layers(Network& network, const NetworkCase& c) {
         s.out_channels = channels, s.expansion = ratio > 1;
         s.residual = stride == 1 && channels == y.channels;
         s.clip_expand = s.clip_dw = kClips[0], s.clip_project = kClips[2];
-        network.add_block(s, {network.element, {true, true, true}, true, 0});
+        const int64_t between = gate_width > 0 ? curve : 0;
+        network.add_block(s, {network.element,
+                              {true, true, true},
+                              true,
+                              0,
+                              {between, between, 0, between},
+                              gate_width,
+                              number % 2 == 0});
     };
-    add(1, 8, 3, 1);
+    add(1, 8, 3, 1, number % 4 == 1 ? 3 : 0);
     add(6, 12, 3, 2);
     add(6, 12, 5, 1);
-    if (number % 2 == 1) network.add_pointwise(12, false);
-    add(3, 12, 3, 1);
-    add(6, 21, 3, 2);
+    if (number % 2 == 1) network.add_pointwise(12, false, curve);
+    add(3, 12, 3, 1, 5);
+    add(6, 21, 3, 2, number % 3 == 2 ? 17 : 0);
     add(4, 21, 3, 1);
     if (number % 4 == 3)
         network.add_average();
     else
-        network.add_pointwise(70, true);
-    network.add_linear(11);
+        network.add_pointwise(70, true, curve);
+    if (number % 2 == 0) network.add_linear(33, curve);
+    network.add_linear(11, 0);
 }
 
 // Calls function(network, x, tolerance) for networks of all elements; `step` leaves out others.
@@ -322,8 +336,8 @@ int main(int count, char** arguments) {
     const Counts& c = counts();
     std::printf(
         "%s: calls %ld low %ld high %ld streams %ld in-place %ld groups %ld chunks %ld"
-        " strips %ld\n",
+        " strips %ld gates %ld curves %ld\n",
         kernel().name, long(c.calls), long(c.low), long(c.high), long(c.streams), long(c.in_place),
-        long(c.groups), long(c.chunks), long(c.strips));
+        long(c.groups), long(c.chunks), long(c.strips), long(c.gates), long(c.curves));
     return faults().empty() ? 0 : 1;
 }

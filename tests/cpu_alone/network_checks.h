@@ -5,14 +5,21 @@
 #include "reference.h"
 
 using namespace mnv2::cpu;
+using mnv2::Activation;
 using mnv2::BlockArgs;
 using mnv2::BlockSizes;
 using mnv2::Clip;
+using mnv2::Curve;
 
 constexpr Clip kClips[] = {{0, 6}, {0, INFINITY}, {-INFINITY, INFINITY}};
 
+// A clip, or one of the curves by its number from 1 on.
+inline Activation activation_of(int64_t curve, const Clip& clip) {
+    return {static_cast<Curve>(curve), curve == 0 ? clip : kClips[2]};
+}
+
 struct Counts {
-    int64_t calls, low, high, streams, in_place, groups, chunks, strips;
+    int64_t calls, low, high, streams, in_place, groups, chunks, strips, gates, curves;
 };
 
 // What the whole process uses.
@@ -46,6 +53,10 @@ struct BlockOptions {
     bool biases[3];
     bool for_network;
     int nan_in;  // 0: in no bias; 1, 2, 3: in that of the expansion, depthwise, projection
+    // After expansion, depthwise, projection and squeeze, where they are not 0 in place of a clip.
+    int64_t curves[4];
+    int64_t gate_width;
+    bool hard;
 };
 
 // A network, its weights, and what it must give.
@@ -77,7 +88,15 @@ struct Network {
         args.element = element;
         Weights w;
         const int64_t hidden = args.hidden_channels, taps = args.kernel_size * args.kernel_size;
-        const auto& [e, biases, for_network, nan_in] = options;
+        const auto& [e, biases, for_network, nan_in, curves, gate_width, hard] = options;
+        const auto set = [](Curve& curve, Clip& clip, int64_t number) {
+            const Activation made = activation_of(number, clip);
+            curve = made.curve, clip = made.clip;
+        };
+        set(args.curve_expand, args.clip_expand, curves[0]);
+        set(args.curve_dw, args.clip_dw, curves[1]);
+        set(args.curve_project, args.clip_project, curves[2]);
+        counts().curves += !args.only_clips();
         if (args.expansion) {
             args.w_expand = weight(args.in_channels * hidden, args.in_channels, w.expand);
             args.b_expand = bias(hidden, w.b_expand, biases[0], nan_in == 1);
@@ -86,24 +105,33 @@ struct Network {
         args.b_dw = bias(hidden, w.b_dw, biases[1], nan_in == 2);
         args.w_project = weight(hidden * args.out_channels, 4 * hidden, w.project);
         args.b_project = bias(args.out_channels, w.b_project, biases[2], nan_in == 3);
+        if (gate_width > 0) {
+            auto& g = args.gate;
+            g.width = gate_width, g.hard = hard, g.squeeze = activation_of(curves[3], kClips[1]);
+            g.w_squeeze = weight(hidden * gate_width, hidden, w.squeeze);
+            g.b_squeeze = bias(gate_width, w.b_squeeze, biases[0]);
+            g.w_excite = weight(gate_width * hidden, gate_width, w.excite);
+            g.b_excite = bias(hidden, w.b_excite, biases[1]);
+            counts().gates++;
+        }
         args.pairs = kernel().multiplies_pairs(args);
         const auto choose = for_network ? choose_network_schedule : choose_schedule;
         const Schedule schedule = choose(args, kernel().lanes);
         counts().groups += schedule.hidden_groups > 1;
         counts().chunks += !schedule.rows_outside;
         counts().strips += schedule.strip_cols < args.W_out;
-        result = block(sizes, w, result, args.pairs);
+        result = block(args, w, result);
         add(BlockStep{args, schedule});
     }
 
-    void add_stem(int64_t channels, int64_t pad) {
+    void add_stem(int64_t channels, int64_t pad, int64_t curve) {
         StemArgs args{};
         args.H = result.H, args.W = result.W, args.in_channels = result.channels;
         args.H_out = (args.H + 2 * pad - 3) / 2 + 1, args.W_out = (args.W + 2 * pad - 3) / 2 + 1;
         args.out_channels = channels, args.pad_top = pad, args.pad_left = pad;
         args.row_stride = args.W * args.in_channels, args.col_stride = args.in_channels;
         args.channel_stride = 1;
-        args.element = element, args.clip = kClips[0];
+        args.element = element, args.activation = activation_of(curve, kClips[0]);
         Numbers w, b;
         args.weight = weight(9 * args.in_channels * channels, 9 * args.in_channels, w);
         args.bias = bias(channels, b, true);
@@ -111,17 +139,17 @@ struct Network {
         add(args);
     }
 
-    void add_pointwise(int64_t channels, bool averages) {
+    void add_pointwise(int64_t channels, bool averages, int64_t curve) {
         PointwiseArgs args{};
         args.H = result.H, args.W = result.W, args.in_channels = result.channels;
         args.averages = averages;
         args.out_channels = channels;
-        args.element = element, args.clip = kClips[0];
+        args.element = element, args.activation = activation_of(curve, kClips[0]);
         Numbers w, b;
         args.weight = weight(args.in_channels * channels, args.in_channels, w);
         args.bias = bias(channels, b, true);
         args.pairs = kernel().multiplies_pairs(args);
-        result = pointwise(result, w, b, channels, args.clip);
+        result = pointwise(result, w, b, channels, args.activation);
         if (averages) result = mean(result);
         add(args);
     }
@@ -131,12 +159,13 @@ struct Network {
         result = mean(result);
     }
 
-    void add_linear(int64_t features) {
-        LinearArgs args{result.channels, features, element, nullptr, nullptr};
+    void add_linear(int64_t features, int64_t curve) {
+        LinearArgs args{result.channels, features, element, nullptr, nullptr, {}};
+        args.activation = activation_of(curve, kClips[2]);
         Numbers w, b;
         args.weight = weight(result.channels * features, result.channels, w);
         args.bias = bias(features, b, true);
-        result = linear(result, w, b, features);
+        result = linear(result, w, b, features, args.activation);
         add(args);
     }
 };
@@ -162,8 +191,11 @@ inline int64_t arrange(std::vector<Step>& steps, bool stream) {
         counts().streams += step.streams;
         if (step.streams) continue;
         const auto* block = std::get_if<BlockStep>(&step.layer);
-        const bool in_place = input >= 0 && !(i > 0 && steps[i - 1].streams) && block &&
-                              is_row_by_row(step) && block->args.residual && block->args.expansion;
+        const bool may =
+            block && (block->args.gate.width > 0
+                          ? result_size(step) <= result_size(steps[i - 1])
+                          : is_row_by_row(step) && block->args.residual && block->args.expansion);
+        const bool in_place = input >= 0 && !(i > 0 && steps[i - 1].streams) && may;
         counts().in_place += in_place;
         step.output = in_place ? input : end;
         if (!in_place) end += (result_size(step) + 15) / 16 * 16;

@@ -18,6 +18,7 @@ struct Image {
 // Weights as float64; a bias that is not there is empty.
 struct Weights {
     Numbers expand, b_expand, dw, b_dw, project, b_project;
+    Numbers squeeze, b_squeeze, excite, b_excite;
 };
 
 inline double clipped(double value, mnv2::Clip clip) {
@@ -25,27 +26,45 @@ inline double clipped(double value, mnv2::Clip clip) {
     return std::fmin(std::fmax(value, clip.lower), clip.upper);
 }
 
+inline double activated(double value, const mnv2::Activation& activation) {
+    switch (activation.curve) {
+        case mnv2::Curve::clip:
+            return clipped(value, activation.clip);
+        case mnv2::Curve::hardswish:
+            return value * clipped(value + 3, {0, 6}) / 6;
+        case mnv2::Curve::silu:
+            return value / (1 + std::exp(-value));
+        case mnv2::Curve::gelu:
+            return value * std::erfc(-value / std::sqrt(2.0)) / 2;
+        case mnv2::Curve::gelu_tanh:
+            break;
+    }
+    const double inner = std::sqrt(2 / M_PI) * (value + 0.044715 * value * value * value);
+    return value * (1 + std::tanh(inner)) / 2;
+}
+
 inline double bias_of(const Numbers& bias, int64_t i) { return bias.empty() ? 0.0 : bias[i]; }
 
 // A convolution of each pixel: weight (C_in, C_out).
 inline Image pointwise(const Image& x, const Numbers& weight, const Numbers& bias, int64_t channels,
-                       mnv2::Clip clip) {
+                       const mnv2::Activation& activation) {
     Image y{x.H, x.W, channels, Numbers(x.H * x.W * channels)};
     for (int64_t p = 0; p < x.H * x.W; p++)
         for (int64_t n = 0; n < channels; n++) {
             double sum = bias_of(bias, n);
             for (int64_t k = 0; k < x.channels; k++)
                 sum += x.at[p * x.channels + k] * weight[k * channels + n];
-            y.at[p * channels + n] = clipped(sum, clip);
+            y.at[p * channels + n] = activated(sum, activation);
         }
     return y;
 }
 
-inline Image expansion(const mnv2::BlockSizes& s, const Weights& w, const Image& x) {
-    return s.expansion ? pointwise(x, w.expand, w.b_expand, s.hidden_channels, s.clip_expand) : x;
+inline Image expansion(const mnv2::BlockArgs& s, const Weights& w, const Image& x) {
+    if (!s.expansion) return x;
+    return pointwise(x, w.expand, w.b_expand, s.hidden_channels, s.after_expand());
 }
 
-inline Image depthwise(const mnv2::BlockSizes& s, const Weights& w, const Image& h) {
+inline Image depthwise(const mnv2::BlockArgs& s, const Weights& w, const Image& h) {
     Image d{s.H_out, s.W_out, s.hidden_channels, Numbers(s.H_out * s.W_out * s.hidden_channels)};
     for (int64_t y = 0; y < s.H_out; y++)
         for (int64_t x_out = 0; x_out < s.W_out; x_out++)
@@ -57,7 +76,7 @@ inline Image depthwise(const mnv2::BlockSizes& s, const Weights& w, const Image&
                         x_out * s.stride + i % s.kernel_size * s.dilation - s.pad_left;
                     sum += h.get(row, col, c) * w.dw[i * s.hidden_channels + c];
                 }
-                d.at[(y * s.W_out + x_out) * s.hidden_channels + c] = clipped(sum, s.clip_dw);
+                d.at[(y * s.W_out + x_out) * s.hidden_channels + c] = activated(sum, s.after_dw());
             }
     return d;
 }
@@ -70,12 +89,36 @@ inline double rounded_to_bfloat16(double value) {
     return std::ldexp(std::nearbyint(std::ldexp(mantissa, 8)), exponent - 8);
 }
 
-// `pairs`: the projection multiplies bfloat16 numbers, to which the depthwise's are rounded.
-inline Image block(const mnv2::BlockSizes& s, const Weights& w, const Image& x, bool pairs) {
+inline Image mean(const Image& x) {
+    Image y{1, 1, x.channels, Numbers(x.channels)};
+    for (int64_t c = 0; c < x.channels; c++) {
+        for (int64_t p = 0; p < x.H * x.W; p++) y.at[c] += x.at[p * x.channels + c];
+        y.at[c] /= static_cast<double>(x.H * x.W);
+    }
+    return y;
+}
+
+// Of every channel of d.
+inline Image gate(const mnv2::GateArgs& g, const Weights& w, const Image& d) {
+    constexpr mnv2::Activation kNone{mnv2::Curve::clip, {-INFINITY, INFINITY}};
+    const Image squeezed = pointwise(mean(d), w.squeeze, w.b_squeeze, g.width, g.squeeze);
+    Image y = pointwise(squeezed, w.excite, w.b_excite, d.channels, kNone);
+    for (double& value : y.at)
+        value = g.hard ? clipped(value + 3, {0, 6}) / 6 : 1 / (1 + std::exp(-value));
+    return y;
+}
+
+// With s.pairs the projection multiplies bfloat16 numbers, to which the depthwise's are
+// rounded.
+inline Image block(const mnv2::BlockArgs& s, const Weights& w, const Image& x) {
     Image d = depthwise(s, w, expansion(s, w, x));
     for (double& value : d.at)
-        if (pairs) value = rounded_to_bfloat16(value);
-    Image y = pointwise(d, w.project, w.b_project, s.out_channels, s.clip_project);
+        if (s.pairs) value = rounded_to_bfloat16(value);
+    if (s.gate.width > 0) {
+        const Image factors = gate(s.gate, w, d);
+        for (size_t i = 0; i < d.at.size(); i++) d.at[i] *= factors.at[i % d.channels];
+    }
+    Image y = pointwise(d, w.project, w.b_project, s.out_channels, s.after_project());
     for (size_t i = 0; s.residual && i < y.at.size(); i++) y.at[i] += x.at[i];
     return y;
 }
@@ -90,7 +133,7 @@ inline double through(mnv2::Clip clip, double value, double gradient) {
 struct BlockGradients {
     Numbers x, expand, b_expand, dw, b_dw, project;
 };
-inline void add_gradients(const mnv2::BlockSizes& s, const Weights& w, const Image& x,
+inline void add_gradients(const mnv2::BlockArgs& s, const Weights& w, const Image& x,
                           const Numbers& grad_y, BlockGradients& sums) {
     const int64_t hidden = s.hidden_channels, out = s.out_channels, in = s.in_channels;
     const Image h = expansion(s, w, x), d = depthwise(s, w, h);
@@ -144,26 +187,19 @@ inline Image stem(const mnv2::cpu::StemArgs& s, const Numbers& weight, const Num
                     sum += x.get(i / s.W_out * 2 + tap % 3 - s.pad_top,
                                  i % s.W_out * 2 + tap / 3 - s.pad_left, c) *
                            weight[(tap * s.in_channels + c) * s.out_channels + n];
-            y.at[i * s.out_channels + n] = clipped(sum, s.clip);
+            y.at[i * s.out_channels + n] = activated(sum, s.activation);
         }
     return y;
 }
 
-inline Image mean(const Image& x) {
-    Image y{1, 1, x.channels, Numbers(x.channels)};
-    for (int64_t c = 0; c < x.channels; c++) {
-        for (int64_t p = 0; p < x.H * x.W; p++) y.at[c] += x.at[p * x.channels + c];
-        y.at[c] /= static_cast<double>(x.H * x.W);
-    }
-    return y;
-}
-
 // weight (C_out, C_in).
-inline Image linear(const Image& x, const Numbers& weight, const Numbers& bias, int64_t features) {
+inline Image linear(const Image& x, const Numbers& weight, const Numbers& bias, int64_t features,
+                    const mnv2::Activation& activation) {
     Image y{1, 1, features, Numbers(features)};
     for (int64_t n = 0; n < features; n++) {
         y.at[n] = bias_of(bias, n);
         for (int64_t k = 0; k < x.channels; k++) y.at[n] += x.at[k] * weight[n * x.channels + k];
+        y.at[n] = activated(y.at[n], activation);
     }
     return y;
 }
