@@ -1,6 +1,7 @@
 #include "network.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "sizes.h"
 
@@ -253,6 +254,19 @@ void run_steps(const NetworkRun& run, const std::vector<Step>& steps, size_t cou
     }
 }
 
+// The first of the fully connected layers that the network ends with; its size where there is none.
+size_t first_of_tail(const std::vector<Step>& steps) {
+    size_t first = steps.size();
+    while (first > 0 && std::holds_alternative<LinearArgs>(steps[first - 1].layer)) first--;
+    return first;
+}
+int64_t widest_of_tail(const std::vector<Step>& steps) {
+    int64_t widest = 0;
+    for (size_t i = first_of_tail(steps); i < steps.size(); i++)
+        widest = std::max(widest, std::get<LinearArgs>(steps[i].layer).in_features);
+    return widest;
+}
+
 // Floats of line buffers and scratch of one thread.
 int64_t lines_of_thread(const std::vector<Step>& steps, int64_t lanes) {
     int64_t most = 0, streamed = 0;
@@ -324,20 +338,29 @@ void run_network(const Kernel& kernel, const std::vector<Step>& steps, const voi
 }
 
 int64_t classified_features(const std::vector<Step>& steps) {
-    const auto* const linear = std::get_if<LinearArgs>(&steps.back().layer);
-    return linear && steps.size() > 1 ? linear->in_features : 0;
+    const size_t first = first_of_tail(steps);
+    if (first == 0 || first == steps.size()) return 0;
+    // A layer's input and its result, which the next one reads.
+    return (first + 1 < steps.size() ? 2 : 1) * widest_of_tail(steps);
 }
 
 void run_images(const Kernel& kernel, const std::vector<Step>& steps, int64_t images, const void* x,
                 int64_t x_size, void* y, void* features, void* arena, float* lines,
                 const Threads& threads) {
     const NetworkRun run = network_run(kernel, steps, lines, threads);
-    const auto& linear = std::get<LinearArgs>(steps.back().layer);
-    const int64_t size = size_of(linear.element) * linear.in_features;
+    const size_t first = first_of_tail(steps);
+    const auto linear = [&](size_t i) { return std::get<LinearArgs>(steps[i].layer); };
+    const int64_t element = size_of(linear(first).element);
+    auto* input = static_cast<char*>(features);
+    auto* result = input + images * element * widest_of_tail(steps);
     for (int64_t i = 0; i < images; i++)
-        run_steps(run, steps, steps.size() - 1, static_cast<const char*>(x) + i * x_size,
-                  static_cast<char*>(features) + i * size, arena);
-    run.linear(linear, images, features, y);
+        run_steps(run, steps, first, static_cast<const char*>(x) + i * x_size,
+                  input + i * element * linear(first).in_features, arena);
+    for (size_t i = first; i + 1 < steps.size(); i++) {
+        run.linear(linear(i), images, input, result);
+        std::swap(input, result);
+    }
+    run.linear(linear(steps.size() - 1), images, input, y);
 }
 
 }  // namespace mnv2::cpu

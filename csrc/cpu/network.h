@@ -30,8 +30,8 @@ bool is_row_by_row(const Step& step);
 // Rows of a step's result that are in memory at a time.
 int64_t rows_in_memory(const std::vector<Step>& steps, size_t number);
 
-// Elements of an image's input of the classifier; 0 where the network does not end with one, or has
-// no other step.
+// Elements that `run_images` keeps of an image for the fully connected layers at the end; 0 where
+// the network does not end with one, or has no other step.
 int64_t classified_features(const std::vector<Step>& steps);
 
 // x: one image; y: the result of the last step; arena: as large as the steps' outputs need it;
@@ -39,9 +39,9 @@ int64_t classified_features(const std::vector<Step>& steps);
 void run_network(const Kernel& kernel, const std::vector<Step>& steps, const void* x, void* y,
                  void* arena, float* lines, const Threads& threads);
 
-// The same for several images, x_size bytes apart: image by image up to the classifier, which then
-// runs once for all of them, since its weights take longer to read than to use. features:
-// classified_features() elements an image. The same bits as image by image.
+// The same for several images, x_size bytes apart: image by image up to the fully connected layers
+// at the end, which then run once for all of them, since their weights take longer to read than to
+// use. features: classified_features() elements an image. The same bits as image by image.
 void run_images(const Kernel& kernel, const std::vector<Step>& steps, int64_t images, const void* x,
                 int64_t x_size, void* y, void* features, void* arena, float* lines,
                 const Threads& threads);
