@@ -51,7 +51,8 @@ def computed(trace: Trace, base: Node, formula: Formula, parts: tuple[Node, ...]
 
 
 def _scale(trace: Trace, base: Node, name: str, parts: tuple[Node, ...] = ()) -> Scale:
-    reason = trace.declined(f"a {name} must multiply what it is computed from, got it alone")
+    curve = {"sigmoid": "SiLU", "hardsigmoid": "hard swish"}[name]
+    reason = trace.declined(f"a {name} must be a part of a gate or of {curve}, got it alone")
     return Scale(name, (base,), trace.call, reason, name, parts=parts)
 
 

@@ -1,7 +1,8 @@
 """What a forward computes of a number by adding and multiplying numbers, and clips in between.
 
 Hard sigmoid and hard swish have many spellings: x * relu6(x + 3) / 6, x * clamp(x / 6 + 0.5, 0, 1).
-Their formulas are the same to the last bit of each number.
+Their formulas are the same to the last bit of each number. A formula multiplies once and adds once,
+so that it is computed as exactly as those.
 """
 
 from dataclasses import dataclass, replace
@@ -20,14 +21,16 @@ class Formula:
 
     def scaled(self, number: float) -> "Formula | None":
         """Times a number; None where that is no formula."""
-        if not 0 < number < inf:
+        if number == 1:
+            return self
+        if self.factor != 1 or not 0 < number < inf:
             return None
         values = (self.factor, self.shift, self.lower, self.upper)
         return Formula(*(number * value for value in values), self.times_t)
 
     def shifted(self, number: float) -> "Formula | None":
         """Plus a number; None where that is no formula."""
-        if self.times_t or isinf(number):
+        if self.times_t or self.shift != 0 or isinf(number):
             return None
         values = (self.shift, self.lower, self.upper)
         return Formula(self.factor, *(value + number for value in values))
@@ -41,9 +44,10 @@ class Formula:
     def times(self, other: "Formula") -> "Formula | None":
         """The product of both, of the same number; None where that is no formula."""
         first, second = (other, self) if self.is_multiple else (self, other)
-        if not second.is_multiple or first.times_t:
+        scaled = first.scaled(second.factor)
+        if not second.is_multiple or first.times_t or scaled is None:
             return None
-        return replace(first.scaled(second.factor), times_t=True)
+        return replace(scaled, times_t=True)
 
     @property
     def is_clipped(self) -> bool:
