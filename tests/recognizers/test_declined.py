@@ -183,7 +183,11 @@ PARTLY = {
         "conv[3:8]",
         "instance_norm is not supported",
     ),
-    "subclassed norm": (lambda: flat_with(1, OddNorm(24)), "conv[3:8]", r"it computes clamp\(2 \* x, 0, 6\)"),
+    "subclassed norm": (
+        lambda: flat_with(1, OddNorm(24)),
+        "conv[3:8]",
+        r"clamp\(2 \* x, 0, 6\), which",
+    ),
     "two norms": (
         lambda: Flat([*flow()[:2], nn.BatchNorm2d(24), *flow()[2:]], True),
         "conv[4:9]",
