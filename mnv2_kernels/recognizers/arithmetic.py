@@ -11,7 +11,7 @@ from .trace import Node, Norm, Recorded, Trace, is_known
 
 
 def _add(trace, x, other, *, alpha=1, out=None, in_place=False) -> Recorded:
-    if isinstance(x, Recorded) and (alpha, out) == (1, None):
+    if isinstance(x, Recorded) and alpha == 1 and out is None:
         if x.node.kind == "scaled" and is_known(other):
             return _shifted(trace, x, other, in_place)
         if isinstance(other, Number):

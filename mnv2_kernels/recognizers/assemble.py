@@ -78,7 +78,7 @@ def _single(layer: Layer, before: Layer | None) -> Layer:
     if not isinstance(layer, ConvLayer):
         return layer
     if layer.gate is not None:
-        raise Declined(f"{_GATE}, got it after a depthwise without one")
+        raise Declined(f"{_GATE}, got no projection after it")
     is_head = layer.is_pointwise and isinstance(before, AverageLayer | LinearLayer)
     return LinearLayer(layer.stage) if is_head else layer
 

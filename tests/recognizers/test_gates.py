@@ -276,7 +276,7 @@ DECLINED = {
     ),
     "without projection": (
         lambda: nn.Sequential(*flow()[:-2], SELayer(24)),
-        PLACE + "after a depthwise without one",
+        "a gate must come between the depthwise and the projection, got no projection after it",
     ),
     "after a 3x3 convolution": (
         lambda: nn.Sequential(*conv_norm_act(8, 24, 3), SELayer(24), nn.Conv2d(24, 8, 1)),
