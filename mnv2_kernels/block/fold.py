@@ -124,7 +124,7 @@ class ConvNorm:
         return [t for t in found if isinstance(t, Tensor)]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class GateLayers:
     """A squeeze-excite: two fully connected layers or 1x1 convolutions, of the means over all
     pixels, and what the second one's result goes through before it multiplies the channels.

@@ -99,6 +99,8 @@ def check_steps(layers: Sequence[Layer]) -> None:
         match layer:
             case LinearLayer() if not averaged:
                 raise Declined("a fully connected layer must follow an average over all pixels")
+            case LinearLayer() if not layer.is_plain:
+                raise Declined("a fully connected layer has an activation, or is a convolution")
             case LinearLayer():
                 averaged = False
                 if i + 1 < len(layers):
@@ -145,7 +147,7 @@ def _step(layer: Layer) -> Step:
             return Stem(in_channels, out_channels, layer.padding, weight, bias, clip)
         case AverageLayer():
             return Pool(0, 0, None, None, NO_CLIP)
-    return _classifier(layer.linear)
+    return _classifier(layer.stage.conv)
 
 
 def _classifier(linear: nn.Module) -> Linear:
@@ -188,10 +190,8 @@ def _name_of(layer: Layer, names: dict[nn.Module, str], model: nn.Module) -> str
     match layer:
         case BlockLayers():
             paths = [names[stage.conv].split(".") for stage in layer.stages]
-        case ConvLayer():
+        case ConvLayer() | LinearLayer():
             return names[layer.stage.conv]
-        case LinearLayer():
-            return names[layer.linear]
         case _:
             return "average"
     common = []

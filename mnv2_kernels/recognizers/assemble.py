@@ -7,7 +7,21 @@ from ..block.config import NO_CLIP, NO_PADDING, BlockConfig, Padding
 from ..block.fold import BlockLayers, ConvNorm
 from .declined import Declined
 from .layers import AverageLayer, ConvLayer, Layer, LinearLayer, describe_layers
-from .trace import Clamp, Convolution, Linear, Node, Norm, Pad, Trace
+from .trace import (
+    Average,
+    Clamp,
+    Convolution,
+    Curve,
+    Gate,
+    Linear,
+    Node,
+    Norm,
+    Pad,
+    Trace,
+    Unfinished,
+)
+
+_GATE = "a gate must come between the depthwise and the projection"
 
 
 @dataclass
@@ -41,79 +55,122 @@ def layers_of(trace: Trace, calls: int) -> list[Layer]:
 def spans_of(trace: Trace, calls: int) -> list[Span]:
     """As `layers_of`, with the calls that each layer is in."""
     made = [node for node in trace.made if node.call < calls]
+    parts = {part for node in made for part in node.parts}
     result = trace.outputs[calls - 1]
-    stages, sums = _stages(made, result)
-    if stages and isinstance(stages[-1].layer, AverageLayer):
-        stages[-1].layer = AverageLayer(is_flat=len(trace.shapes[result]) == 2)
+    stages, sums = _stages([node for node in made if node not in parts], result)
     spans: list[Span] = []
     at = 0
     while at < len(stages):
         length, residual = _length_of_block(stages, at, sums)
         inside = stages[at : at + length]
         layers = [stage.layer for stage in inside]
-        layer = layers[0] if length == 1 else _block(layers, residual)
+        if length > 1:
+            layer = _block(layers, residual)
+        else:
+            layer = _single(layers[0], spans[-1].layer if spans else None)
         spans.append(Span(layer, inside[0].first_call, inside[-1].last_call))
         at += length
+    return _with_flatness(spans, len(trace.shapes[result]) == 2)
+
+
+def _single(layer: Layer, before: Layer | None) -> Layer:
+    """A layer outside of blocks; a 1x1 convolution of one pixel is a fully connected layer."""
+    if not isinstance(layer, ConvLayer):
+        return layer
+    if layer.gate is not None:
+        raise Declined(f"{_GATE}, got no projection after it")
+    is_head = layer.is_pointwise and isinstance(before, AverageLayer | LinearLayer)
+    return LinearLayer(layer.stage) if is_head else layer
+
+
+def _with_flatness(spans: list[Span], is_flat: bool) -> list[Span]:
+    """With what is known of the last average, if only fully connected layers follow it."""
+    for i in reversed(range(len(spans))):
+        if isinstance(spans[i].layer, AverageLayer):
+            spans[i] = spans[i]._replace(layer=AverageLayer(is_flat))
+        if not isinstance(spans[i].layer, LinearLayer):
+            break
     return spans
 
 
-def _stages(made: list[Node], result: Node) -> tuple[list[_Stage], dict[int, int]]:
-    """Convolutions with their norms and clips, and the sums: after which stage, from where on."""
-    stages: list[_Stage] = []
-    sums: list[tuple[int, Node]] = []
-    value = made[0]
-    starts = {value}
-    padding: Padding | None = None
-    padded_in = 0
-    for node in made[1:]:
-        if node.kind == "scaled":
-            continue
-        if value not in node.inputs:
+class _Chain:
+    """Layers that run one after the other, and the sums: after which stage, from where on."""
+
+    def __init__(self, start: Node):
+        self.stages: list[_Stage] = []
+        self.sums: list[tuple[int, Node]] = []
+        self.value = start
+        self.starts = {start}
+        self.padding: Padding | None = None
+        self.padded_in = 0
+
+    def append(self, node: Node) -> None:
+        """Go on by one operation."""
+        if isinstance(node, Unfinished):
+            raise node.reason
+        if self.value not in node.inputs:
             raise Declined("its forward is no chain: a result is used twice, or not at all")
+        if isinstance(node, Pad):
+            self.padded_in = node.call if self.padding is None else self.padded_in
+            self.padding = _added(self.padding, node.padding)
+        else:
+            self._append_unpadded(node)
+        self.value = node
+
+    def _append_unpadded(self, node: Node) -> None:
+        if self.padding is not None and not (isinstance(node, Convolution) or node.kind == "same"):
+            raise Declined(f"a {node.kind} comes between zero padding and a convolution")
         match node:
-            case Pad():
-                padded_in = node.call if padding is None else padded_in
-                padding = _added(padding, node.padding)
             case Convolution():
-                first = node.call if padding is None else padded_in
-                stages.append(_Stage(_conv_layer(node, padding), set(), first, node.call))
-                padding = None
-            case _ if padding is not None and node.kind != "same":
-                raise Declined(f"a {node.kind} comes between zero padding and a convolution")
-            case Norm() | Clamp():
-                if not stages:
-                    raise Declined(f"a {node.kind} comes before the first convolution")
-                _append(stages[-1], node)
+                first = node.call if self.padding is None else self.padded_in
+                self._begin(_conv_layer(node, self.padding), first)
+                self.padding = None
             case Linear():
-                stages.append(_Stage(LinearLayer(node.linear), set(), node.call, node.call))
-            case Node(kind="average"):
-                stages.append(_Stage(AverageLayer(), set(), node.call, node.call))
+                self._begin(LinearLayer(ConvNorm(node.linear, None)), node.call)
+            case Average():
+                self._begin(AverageLayer(), node.call)
+            case Norm() | Clamp() | Curve() | Gate():
+                if not self.stages:
+                    raise Declined(f"a {node.kind} comes before the first convolution")
+                _append(self.stages[-1], node)
             case Node(kind="add"):
-                first, second = node.inputs
-                source = second if first is value else first
-                if not stages or source is value:
-                    raise Declined("it adds a result to itself")
-                sums.append((len(stages) - 1, source))
-                stages[-1].is_summed = True
-        ends = stages[-1].ends if stages else starts
-        if node.kind not in ("same", "pad"):
+                self._add(*node.inputs)
+        ends = self.stages[-1].ends if self.stages else self.starts
+        if node.kind != "same":
             ends.clear()
-        if node.kind != "pad":
-            ends.add(node)
-            if stages:
-                stages[-1].last_call = node.call
-        value = node
-    if padding is not None:
+        ends.add(node)
+        if self.stages:
+            self.stages[-1].last_call = node.call
+
+    def _begin(self, layer: Layer, first_call: int) -> None:
+        self.stages.append(_Stage(layer, set(), first_call, first_call))
+
+    def _add(self, first: Node, second: Node) -> None:
+        source = second if first is self.value else first
+        if not self.stages or source is self.value:
+            raise Declined("it adds a result to itself")
+        self.sums.append((len(self.stages) - 1, source))
+        self.stages[-1].is_summed = True
+
+
+def _stages(made: list[Node], result: Node) -> tuple[list[_Stage], dict[int, int]]:
+    """The layers of a forward, and which sums go around which of them: last stage -> first."""
+    chain = _Chain(made[0])
+    for node in made[1:]:
+        if node.kind != "scaled":
+            chain.append(node)
+    if chain.padding is not None:
         raise Declined("the zero padding after the last convolution cannot be fused")
-    if value is not result:
+    if chain.value is not result:
         raise Declined("its result is not the last value that it computes")
-    before = {end: i for i, ends in enumerate((starts, *(s.ends for s in stages))) for end in ends}
+    every = (chain.starts, *(stage.ends for stage in chain.stages))
+    before = {end: i for i, ends in enumerate(every) for end in ends}
     spans = {}
-    for last, source in sums:
+    for last, source in chain.sums:
         if source not in before or last in spans:
             raise Declined("it adds something else than the input of a block to its result")
         spans[last] = before[source]
-    return stages, spans
+    return chain.stages, spans
 
 
 def _conv_layer(node: Convolution, padding: Padding | None) -> ConvLayer:
@@ -127,21 +184,34 @@ def _conv_layer(node: Convolution, padding: Padding | None) -> ConvLayer:
     )
 
 
-def _append(stage: _Stage, node: Norm | Clamp) -> None:
-    """Add a norm or a clip to the convolution that it follows."""
+def _append(stage: _Stage, node: Norm | Clamp | Curve | Gate) -> None:
+    """Add what follows a layer to it: a norm, an activation or a gate."""
     layer = stage.layer
-    if not isinstance(layer, ConvLayer) or stage.is_summed:
+    if isinstance(layer, AverageLayer) or stage.is_summed:
         raise Declined(f"a {node.kind} follows something else than a convolution")
+    if isinstance(node, Gate):
+        stage.layer = _gated(layer, node)
+        return
     conv_norm = layer.stage
+    is_norm = isinstance(node, Norm)
+    if isinstance(layer, ConvLayer) and layer.gate is not None:
+        later = "norm" if is_norm else "activation"
+        raise Declined(f"{_GATE}, got it before the {later} of the depthwise")
     if conv_norm.clip != NO_CLIP:
-        raise Declined(f"a {node.kind} follows a clip")
-    if isinstance(node, Norm):
-        if conv_norm.norm is not None:
-            raise Declined("a batch norm follows another one")
-        conv_norm = ConvNorm(conv_norm.conv, node.norm)
-    else:
-        conv_norm = replace(conv_norm, clip=node.clip)
-    stage.layer = replace(layer, stage=conv_norm)
+        before = conv_norm.clip if isinstance(conv_norm.clip, str) else "clip"
+        raise Declined(f"a {node.kind} follows a {before}")
+    if is_norm and conv_norm.norm is not None:
+        raise Declined("a batch norm follows another one")
+    change = {"norm": node.norm} if is_norm else {"clip": node.clip}
+    stage.layer = replace(layer, stage=replace(conv_norm, **change))
+
+
+def _gated(layer: ConvLayer | LinearLayer, node: Gate) -> ConvLayer:
+    if not isinstance(layer, ConvLayer) or not layer.is_depthwise:
+        raise Declined(f"{_GATE}, got it after {describe_layers([layer])}")
+    if layer.gate is not None:
+        raise Declined("a gate follows another one")
+    return replace(layer, gate=node.gate)
 
 
 def _added(first: Padding | None, second: Padding) -> Padding:
@@ -213,4 +283,5 @@ def _block(layers: list[ConvLayer], residual: bool) -> BlockLayers:
         config=config,
         pads=expand[0].padding if pads else NO_PADDING,
         adds=residual and pads,
+        gate=depthwise.gate,
     )

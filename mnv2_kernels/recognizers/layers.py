@@ -3,16 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from ..block.config import NO_PADDING, Padding
-from ..block.fold import BlockLayers, ConvNorm
+from ..block.fold import BlockLayers, ConvNorm, GateLayers
 from .declined import Declined
 
 
 @dataclass(frozen=True, eq=False)
 class ConvLayer:
-    """A convolution with its norm and its clip, and the arguments that its forward gives it."""
+    """A convolution with its norm, activation and gate, and the arguments that it is given."""
 
     stage: ConvNorm
     kernel_size: tuple[int, int]
@@ -20,6 +18,7 @@ class ConvLayer:
     padding: Padding
     dilation: tuple[int, int]
     groups: int
+    gate: GateLayers | None = None
 
     @property
     def is_pointwise(self) -> bool:
@@ -35,16 +34,25 @@ class ConvLayer:
 
 @dataclass(frozen=True, eq=False)
 class AverageLayer:
-    """The mean over all pixels; `is_flat` where the result is (N, C) and not (N, C, 1, 1)."""
+    """The mean over all pixels.
+
+    `is_flat`: it, or what the fully connected layers make of it, is (N, C) and not (N, C, 1, 1).
+    """
 
     is_flat: bool = True
 
 
 @dataclass(frozen=True, eq=False)
 class LinearLayer:
-    """The classifier."""
+    """A fully connected layer, or a 1x1 convolution of the mean over all pixels."""
 
-    linear: nn.Module
+    stage: ConvNorm
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a fully connected layer that nothing follows."""
+        stage = self.stage
+        return stage == ConvNorm(stage.conv, None) and stage.conv.weight.dim() == 2
 
 
 Layer = ConvLayer | BlockLayers | AverageLayer | LinearLayer

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..block.config import Clip, Padding
+from ..block import config
+from ..block.config import NO_PADDING, Clip, Padding
+from ..block.fold import GateLayers
 from .declined import Declined, describe
 
 # PyTorch function -> what records it, called with the trace and the function's arguments. The
@@ -26,12 +28,14 @@ OPERATIONS: dict[Callable, Callable] = {}
 class Node:
     """A value of a forward: the operation that made it, and the values that it was made of.
 
-    `call` counts which of the functions given to `trace` was running.
+    `call` counts which of the functions given to `trace` was running. `parts` are values that it
+    stands for: x * sigmoid(x) is one value of x, and sigmoid(x) a part of it.
     """
 
     kind: str
     inputs: tuple["Node", ...] = ()
     call: int = 0
+    parts: tuple["Node", ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +45,14 @@ class Convolution(Node):
     conv: nn.Module = None
     kernel_size: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
-    padding: Padding = (0, 0, 0, 0)
+    padding: Padding = NO_PADDING
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+
+    @property
+    def is_pointwise(self) -> bool:
+        sizes = (self.kernel_size, self.stride, self.padding, self.groups)
+        return sizes == ((1, 1), (1, 1), NO_PADDING, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +70,43 @@ class Clamp(Node):
 
 
 @dataclass(frozen=True, eq=False)
+class Curve(Node):
+    """An activation that is no clip."""
+
+    clip: config.Curve = "silu"
+
+
+@dataclass(frozen=True, eq=False)
+class Gate(Node):
+    """A value times what a squeeze-excite makes of it."""
+
+    gate: GateLayers = None
+
+
+@dataclass(frozen=True, eq=False)
+class Unfinished(Node):
+    """A value that is understood as a part of another one only; otherwise `reason` says no."""
+
+    reason: Declined = None
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(Unfinished):
+    """What a squeeze-excite multiplies by."""
+
+    scale: config.Scale = "sigmoid"
+
+
+@dataclass(frozen=True, eq=False)
 class Pad(Node):
     """Zeros around the rows and columns."""
 
-    padding: Padding = (0, 0, 0, 0)
+    padding: Padding = NO_PADDING
+
+
+@dataclass(frozen=True, eq=False)
+class Average(Node):
+    """The mean over all pixels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +153,11 @@ class Recorded(Tensor):
             if trace is not None:
                 trace.reason = reason
         raise reason
+
+
+def is_known(value: Any) -> bool:
+    """Whether it is a tensor with values."""
+    return isinstance(value, Tensor) and not isinstance(value, Recorded)
 
 
 def _trace_of(value: Any) -> "Trace | None":
@@ -178,8 +225,7 @@ class Trace:
             return self._read(name, args[0])
         operation = OPERATIONS.get(function)
         if operation is None:
-            what = "squeeze-excite" if _is_gate(function, args) else _name_of(function)
-            raise self.declined(f"{what} is not supported")
+            raise self.declined(f"{_name_of(function)} is not supported")
         self._check_surroundings(args, kwargs)
         return operation(self, *args, **kwargs)
 
@@ -230,6 +276,14 @@ class Trace:
         return {module: name for name, module in self.module.named_modules()}
 
 
+def pair(value: Any) -> tuple[int, int]:
+    """An argument that is a number or two, for rows and columns."""
+    if isinstance(value, int):
+        return value, value
+    values = tuple(value)
+    return values * 2 if len(values) == 1 else values
+
+
 def _owners(module: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for inside in module.modules():
@@ -250,16 +304,6 @@ def _name_of(function: Any) -> str:
     owner = getattr(function, "__self__", None)
     name = getattr(function, "__name__", str(function))
     return getattr(owner, "__name__", name) if name == "__get__" else name
-
-
-def _is_gate(function: Callable, args: tuple) -> bool:
-    """Whether it is the sigmoid of something that was computed from a mean over all pixels."""
-    if _name_of(function).rstrip("_") not in ("sigmoid", "hardsigmoid"):
-        return False
-    node = next((arg.node for arg in args if isinstance(arg, Recorded)), None)
-    while node is not None and node.kind != "average":
-        node = next(iter(node.inputs), None)
-    return node is not None
 
 
 def _attribute_of(function: Callable) -> str | None:

@@ -66,7 +66,7 @@ CONTAINERS = {
         [""],
     ),
     "only the pair where the expansion does something else": (
-        lambda: [nn.Conv2d(8, 24, 1), nn.SiLU(), *pair(24, 8)],
+        lambda: [nn.Conv2d(8, 24, 1), nn.Mish(), *pair(24, 8)],
         ["[2:8]"],
     ),
     "a zero padding": (
@@ -108,13 +108,21 @@ def test_what_is_fused_in_a_container(name):
 
 # Children of a Sequential, and why they stay as they are.
 DECLINED = {
-    "hard swish": (
-        lambda: pair(act=nn.Hardswish),
-        "hardswish is not supported, in 2",
+    "mish": (
+        lambda: pair(act=nn.Mish),
+        "mish is not supported, in 2",
     ),
-    "squeeze-excite": (
-        lambda: [*units(depthwise()), SqueezeExcitation(8, 4), nn.Conv2d(8, 8, 1)],
-        "squeeze-excite is not supported, in 1.scale_activation",
+    "squeeze-excite before the activation": (
+        lambda: [*depthwise()[:2], SqueezeExcitation(8, 4), nn.ReLU6(), nn.Conv2d(8, 8, 1)],
+        "a gate must come between the depthwise and the projection, got it before the activation",
+    ),
+    "squeeze-excite by tanh": (
+        lambda: [
+            *units(depthwise()),
+            SqueezeExcitation(8, 4, scale_activation=nn.Tanh),
+            nn.Conv2d(8, 8, 1),
+        ],
+        "tanh is not supported, in 1.scale_activation",
     ),
     "group norm": (
         lambda: [*depthwise()[:1], nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 1)],
@@ -159,7 +167,7 @@ def test_layers_with_a_hook_are_in_no_block():
 
 
 def test_children_of_a_declined_block_stay():
-    block = Flat([*flow()[:-4], nn.SiLU(), *conv_norm_act(24, 8)], True)
+    block = Flat([*flow()[:-4], nn.Mish(), *conv_norm_act(24, 8)], True)
     (row,) = mk.explain(nn.Sequential(block))
     assert (row.name, row.state) == ("0", "declined")
 

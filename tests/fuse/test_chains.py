@@ -95,7 +95,7 @@ def test_slice_of_a_slice():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda m: m.__setitem__(5, nn.SiLU()),
+        lambda m: m.__setitem__(5, nn.Mish()),
         lambda m: m.__setitem__(0, nn.Conv2d(3, 8, 1).double()),
         lambda m: m.append(nn.Sigmoid()),
         lambda m: m.insert(6, nn.Tanh()),
@@ -240,7 +240,7 @@ def test_folded_as_one_block():
 
 def random_layers(rng: random.Random, channels: int) -> tuple[list[nn.Module], int]:
     """One to three layers that may or may not be a part of a block, and their result's channels."""
-    act = rng.choice([nn.ReLU, nn.ReLU6, nn.SiLU, None])
+    act = rng.choice([nn.ReLU, nn.ReLU6, nn.Mish, None])
     kind = rng.choice(["depthwise", "depthwise", "1x1", "1x1", "3x3", "other"])
     if kind == "other":
         return [rng.choice([nn.Identity, nn.Tanh, nn.ReLU, lambda: nn.ZeroPad2d(1)])()], channels

@@ -78,7 +78,7 @@ def equal_child(model):
 
 def other_activation(model):
     name = next(n for n, m in model.named_modules() if isinstance(m, nn.ReLU6))
-    model.set_submodule(name, nn.SiLU())
+    model.set_submodule(name, nn.Mish())
 
 
 def relu_for_relu6(model):

@@ -27,7 +27,7 @@ def test_explain_states():
     model = nn.ModuleDict(
         {
             "fusable": TorchvisionBlock(8, 8, 1, 6),
-            "declined": Flat(flow(act=nn.SiLU), True),
+            "declined": Flat(flow(act=nn.Mish), True),
             "other": nn.Conv2d(8, 8, 1),
             "fused": mk.fuse(TorchvisionBlock(8, 16, 2, 6), backend="reference"),
             "plain": mk.InvertedResidual(8, 8, backend="reference"),
@@ -47,7 +47,7 @@ def test_explain_states():
     assert (rows["fused"].backend, rows["fused"].reason) == ("reference", None)
     assert rows["plain"].backend is None
     assert "training mode" in rows["plain"].reason
-    assert "(SiLU)" in rows["declined"].reason
+    assert "(Mish)" in rows["declined"].reason
     assert list(dict(model.named_modules())) == list(before)
     lines = str(report).splitlines()
     assert lines[1].startswith("fusable   fusable   8x48x8-s1-k3 residual")
@@ -85,22 +85,22 @@ def test_explain_of_a_model_without_blocks():
 
 
 def test_explain_says_an_equal_reason_once():
-    model = nn.Sequential(*(Flat(flow(act=nn.SiLU), True) for _ in range(3))).eval()
+    model = nn.Sequential(*(Flat(flow(act=nn.Mish), True) for _ in range(3))).eval()
     *table, note, summary = str(mk.explain(model)).splitlines()
     assert [line.endswith(" [1]") for line in table] == [False, True, True, True]
-    assert note == "[1] 3 blocks: silu is not supported, in conv.2 (SiLU)"
+    assert note == "[1] 3 blocks: mish is not supported, in conv.2 (Mish)"
     assert summary == "0 of 3 blocks can run fused, so `fuse` changes nothing."
 
 
 def test_explain_in_a_notebook():
     """The cells are those of the text."""
-    report = mk.explain(nn.Sequential(mk.InvertedResidual(8, 8), Flat(flow(act=nn.SiLU), True)))
+    report = mk.explain(nn.Sequential(mk.InvertedResidual(8, 8), Flat(flow(act=nn.Mish), True)))
     page = report._repr_html_()
     rows = re.findall("<tr>(.*?)</tr>", page)
     assert len(rows) == 1 + len(report)
     for row, line in zip(rows, str(report).splitlines(), strict=False):
         assert re.findall("<t[hd]>([^<]+)</t[hd]>", row) == re.split(" {2,}", line)
-    assert html.escape(report.summary) in page and "silu is not supported" in page
+    assert html.escape(report.summary) in page and "mish is not supported" in page
 
 
 def test_explain_says_what_plan_would_say():

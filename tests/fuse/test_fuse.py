@@ -314,8 +314,8 @@ def test_fold():
 
 
 def test_fold_says_what_cannot_be_folded():
-    with pytest.raises(ValueError, match="fold: Flat cannot be folded: silu is not supported"):
-        mk.fold(Flat(flow(act=nn.SiLU), True))
+    with pytest.raises(ValueError, match="fold: Flat cannot be folded: mish is not supported"):
+        mk.fold(Flat(flow(act=nn.Mish), True))
     with pytest.raises(ValueError, match="fold: Conv2d cannot be folded: expected one inverted"):
         mk.fold(nn.Conv2d(1, 1, 1))
 

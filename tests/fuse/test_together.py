@@ -188,7 +188,7 @@ CHANGES: dict[str, Callable[[nn.Module], None]] = {
     "eps of a norm": lambda m: setattr(nth(m, nn.BatchNorm2d, 1), "eps", 3.0),
     "bound of a clip": of_clip(0, "max_val", 0.5),
     "bound of a clip in a block": of_clip(5, "max_val", 0.5),
-    "class of a clip": of_clip(-1, "__class__", nn.SiLU),
+    "class of a clip": of_clip(-1, "__class__", nn.Mish),
 }
 
 

@@ -140,7 +140,7 @@ def lukemelas(
     return MBConvBlock(arguments, settings, image_size=image_size)
 
 
-def smp_block(expand_ratio=3, stride=1, image_size=None, act=None, id_skip=True):
+def smp_block(expand_ratio=3, stride=1, image_size=None, act=None, id_skip=True, se_ratio=None):
     """MBConvBlock of segmentation_models_pytorch, whose activation is SiLU unless replaced."""
     arguments = smp_efficientnet.BlockArgs(
         num_repeat=1,
@@ -149,7 +149,7 @@ def smp_block(expand_ratio=3, stride=1, image_size=None, act=None, id_skip=True)
         expand_ratio=expand_ratio,
         input_filters=8,
         output_filters=8,
-        se_ratio=None,
+        se_ratio=se_ratio,
         id_skip=id_skip,
     )
     settings = smp_efficientnet.GlobalParams(batch_norm_momentum=0.99, batch_norm_epsilon=1e-3)

@@ -123,7 +123,7 @@ def activation_exchanged(models: Models, which: int) -> Models:
     for model in models:
         names = _named(model, (nn.ReLU, nn.Hardtanh))
         if names:
-            _exchange(model, _nth(names, which), nn.SiLU().train(model.training))
+            _exchange(model, _nth(names, which), nn.Mish().train(model.training))
     return models
 
 

@@ -21,6 +21,7 @@ from foreign_blocks import (
     timm_block,
     universal_block,
 )
+from timm.layers import EffectiveSEModule
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, SqueezeExcite
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -96,8 +97,8 @@ def _units(make: Callable, channels: int, piece: Piece) -> nn.Module:
     return block
 
 
-def _v3(channels: int, piece: Piece, se: bool = False) -> nn.Module:
-    config = InvertedResidualConfig(8, 3, 8, 8, se, "RE", piece.stride, piece.dilation, 1.0)
+def _v3(channels: int, piece: Piece) -> nn.Module:
+    config = InvertedResidualConfig(8, 3, 8, 8, False, "RE", piece.stride, piece.dilation, 1.0)
     # The constructor rounds channels to multiples of 8.
     config.input_channels, config.out_channels = channels, piece.channels
     config.expanded_channels, config.kernel = piece.ratio * channels, piece.kernel
@@ -131,9 +132,9 @@ def _universal(channels: int, piece: Piece) -> nn.Module:
     )
 
 
-def _lukemelas(channels: int, piece: Piece, **changes) -> nn.Module:
+def _lukemelas(channels: int, piece: Piece) -> nn.Module:
     sizes = piece.ratio, piece.stride, piece.kernel
-    return lukemelas(channels, piece.channels, *sizes, None if piece.kernel == 3 else 16, **changes)
+    return lukemelas(channels, piece.channels, *sizes, None if piece.kernel == 3 else 16)
 
 
 def _transformers(channels: int, piece: Piece) -> nn.Module:
@@ -184,9 +185,8 @@ BLOCKS: dict[str, Callable[[int, Piece], nn.Module]] = {
 }
 # Modules that look like a block and cannot be fused.
 RELATIVES: dict[str, Callable[[int, Piece], nn.Module]] = {
-    "v3-squeeze-excite": partial(_v3, se=True),
-    "timm-squeeze-excite": partial(_timm, se_layer=SqueezeExcite),
-    "lukemelas-squeeze-excite": partial(_lukemelas, se_ratio=0.25),
+    "timm-gate-by-tanh": partial(_timm, se_layer=partial(SqueezeExcite, gate_layer=nn.Tanh)),
+    "timm-gate-of-one-layer": partial(_timm, se_layer=EffectiveSEModule),
     "kuangliu": _kuangliu,
 }
 # Blocks without a module of their own: layers among others.
@@ -202,7 +202,7 @@ CHAINS: dict[str, Callable[[int, Piece], list[nn.Module]]] = {
 BESIDE: dict[str, Callable[[int, Piece], list[nn.Module]]] = {
     "pointwise": lambda c, p: conv_norm_act(c, p.channels),
     "pointwise-linear": lambda c, p: conv_norm_act(c, p.channels, act=None),
-    "pointwise-swish": lambda c, p: conv_norm_act(c, p.channels, act=nn.Hardswish),
+    "pointwise-mish": lambda c, p: conv_norm_act(c, p.channels, act=nn.Mish),
     "pointwise-bias": lambda c, p: [nn.Conv2d(c, p.channels, 1), nn.ReLU6()],
     "stem": lambda c, p: conv_norm_act(c, p.channels, 3, 2),
     "dense": lambda c, p: conv_norm_act(c, p.channels, 3, padding="same"),
@@ -256,8 +256,7 @@ SPOILING: dict[str, dict[str, Callable]] = {
         "odd": OddNorm,
     },
     "act": {
-        "swish": nn.SiLU,
-        "hard swish": nn.Hardswish,
+        "mish": nn.Mish,
         "leaky": nn.LeakyReLU,
         "odd": OddReLU,
     },

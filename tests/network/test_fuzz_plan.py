@@ -35,7 +35,7 @@ REFUSED = (
     "max-pool",
     "average-pool",
     "upsample",
-    "pointwise-swish",
+    "pointwise-mish",
 )
 CHANGES = [(kind, into) for kind in HARMLESS for into in HARMLESS[kind]] * 4 + [
     (kind, into) for kind in SPOILING for into in SPOILING[kind]

@@ -150,13 +150,16 @@ DECLINED = {
         lambda: Changed(around_the_network),
         "its mean is not over all pixels",
     ),
-    "a tensor twice": (lambda: Changed(a_tensor_twice), "it multiplies by something"),
+    "a tensor twice": (
+        lambda: Changed(a_tensor_twice),
+        "it computes x * x, which is no activation",
+    ),
     "two results": (lambda: Changed(two_results), "its result is a tuple that was not"),
     "a list": (lambda: Changed(a_list), "its result is a list that was not"),
     "by values": (lambda: Changed(by_values), "sum is not supported"),
     "an operation": (
         lambda: Changed(an_operation),
-        "sigmoid is not supported",
+        "a sigmoid must be a part of a gate or of SiLU, got it alone",
     ),
     "pooled by half": (
         lambda: Changed(pooled_by_half),
@@ -245,15 +248,15 @@ DECLINED = {
         lambda: behind(nn.MaxPool2d(2)),
         "max_pool2d is not supported, in 2 (MaxPool2d)",
     ),
-    "activation in between": (lambda: behind(nn.Sigmoid()), "sigmoid is not supported"),
+    "activation in between": (lambda: behind(nn.Tanh()), "tanh is not supported"),
     "norm in between": (lambda: behind(nn.BatchNorm2d(8)), "a batch norm follows another one"),
     "activation of a block": (
-        lambda: edited(torchvision.models.mobilenet_v2(), "features.3.conv.0.2", nn.SiLU()),
-        "silu is not supported, in features.3.conv.0.2 (SiLU)",
+        lambda: edited(torchvision.models.mobilenet_v2(), "features.3.conv.0.2", nn.Mish()),
+        "mish is not supported, in features.3.conv.0.2 (Mish)",
     ),
     "activation of a block after fusing": (
-        lambda: edited(ours(), "features.3.conv.0.2", nn.SiLU()),
-        "silu is not supported, in features.3.conv.0.2 (SiLU)",
+        lambda: edited(ours(), "features.3.conv.0.2", nn.Mish()),
+        "mish is not supported, in features.3.conv.0.2 (Mish)",
     ),
     "no layers": (nn.Sequential, "Sequential cannot be run as a plan: it has no parameters"),
     "linear without average": (

@@ -33,16 +33,13 @@ from foreign_blocks import (
     cvnets_block,
     flow,
     largest_difference,
-    lukemelas,
-    mobile_vit_block,
     old_timm_same,
-    smp_block,
     timm_block,
     transformers_block,
     universal_block,
-    v3,
 )
 from same_answers import randomise
+from timm.layers import EffectiveSEModule
 from timm.models._efficientnet_blocks import (
     CondConvResidual,
     EdgeResidual,
@@ -50,7 +47,7 @@ from timm.models._efficientnet_blocks import (
 )
 from torch import nn
 from torchvision.models.efficientnet import FusedMBConv as TorchvisionFusedMBConv
-from torchvision.models.efficientnet import FusedMBConvConfig, MBConv, MBConvConfig
+from torchvision.models.efficientnet import FusedMBConvConfig
 from torchvision.models.resnet import BasicBlock
 
 import mnv2_kernels as mk
@@ -88,25 +85,20 @@ class DependsOnValues(Flat):
 
 # Blocks of which no part runs in one pass, and the reason.
 DECLINED = {
-    "v3 squeeze-excite": (
-        lambda: v3(se=True),
-        r"squeeze-excite is not supported, in .* \(Hardsigmoid\)",
+    "timm gate by tanh": (
+        lambda: timm_block(se_layer=partial(SqueezeExcite, gate_layer=nn.Tanh)),
+        r"tanh is not supported, in se.gate \(Tanh\)",
     ),
-    "v3 hard swish": (lambda: v3(act="HS"), r"hardswish is not .* in block.0.2 \(Hardswish\)"),
-    "torchvision MBConv": (
-        lambda: MBConv(MBConvConfig(3, 3, 1, 8, 8, 1), 0.1, nn.BatchNorm2d),
-        r"silu is not supported, in block.0.2 \(SiLU\)",
-    ),
-    "timm squeeze-excite": (
-        lambda: timm_block(se_layer=SqueezeExcite),
-        r"squeeze-excite is not supported, in se.gate \(Sigmoid\)",
+    "timm gate of one layer": (
+        lambda: timm_block(se_layer=EffectiveSEModule),
+        r"fully connected layers or 1x1 convolutions, got one, in se \(EffectiveSEModule\)",
     ),
     "timm anti-aliasing": (
         lambda: timm_block(stride=2, aa_layer=partial(nn.AvgPool2d, 2)),
         r"its average pool is not over all pixels, in aa \(AvgPool2d\)",
     ),
     "timm space to depth": (lambda: timm_block(s2d=1), "two results of one shape"),
-    "timm SiLU": (lambda: timm_block(act_layer=nn.SiLU), r"silu is not .* in bn1.act \(SiLU\)"),
+    "timm Mish": (lambda: timm_block(act_layer=nn.Mish), r"mish is not .* in bn1.act \(Mish\)"),
     "timm SAME at stride 2 with a residual": (
         lambda: old_timm_same(stride=2),
         "it adds something else than two results of one shape",
@@ -131,23 +123,16 @@ DECLINED = {
         lambda: universal_block(8, 16, stride=2, aa_layer=nn.AvgPool2d),
         "its average pool is not over all pixels",
     ),
-    "transformers MobileViT": (mobile_vit_block, "silu is not supported"),
     "transformers padded twice": (
         lambda: edited_padding(transformers_block()),
         "it adds something else than two results of one shape",
     ),
-    "cvnets, swish": (lambda: cvnets_block(act=nn.SiLU), "silu is not supported"),
-    "smp": (smp_block, "silu is not supported"),
-    "lukemelas squeeze-excite": (
-        lambda: lukemelas(se_ratio=0.25),
-        "squeeze-excite is not supported",
-    ),
-    "lukemelas swish": (lambda: lukemelas(relu_fn="swish"), "sigmoid is not supported"),
+    "cvnets, mish": (lambda: cvnets_block(act=nn.Mish), "mish is not supported"),
     "kuangliu convolution shortcut": (
         lambda: Kuangliu(8, 24, 16, 1),
         "its forward is no chain: a result is used twice, or not at all",
     ),
-    "SiLU": (lambda: Flat(flow(act=nn.SiLU), True), r"silu is not .* in conv.2 \(SiLU\)"),
+    "Mish": (lambda: Flat(flow(act=nn.Mish), True), r"mish is not .* in conv.2 \(Mish\)"),
     "forward hook": (lambda: with_hook("register_forward_hook"), "conv.3 .* has hooks"),
     "forward pre-hook": (lambda: with_hook("register_forward_pre_hook"), "conv.3 .* has hooks"),
     "backward hook": (lambda: with_hook("register_full_backward_hook"), "conv.3 .* has hooks"),
@@ -178,7 +163,11 @@ DECLINED = {
 
 # Declined blocks with a part that is one, which part, and the reason.
 PARTLY = {
-    "subclassed ReLU6": (lambda: flat_with(2, OddReLU()), "conv[3:8]", "something else than two"),
+    "subclassed ReLU6": (
+        lambda: flat_with(2, OddReLU()),
+        "conv[3:8]",
+        r"it computes x \+ 1, which is",
+    ),
     "two activations": (
         lambda: Flat([*flow()[:3], nn.ReLU(), *flow()[3:]], True),
         "conv[4:9]",
@@ -194,7 +183,11 @@ PARTLY = {
         "conv[3:8]",
         "instance_norm is not supported",
     ),
-    "subclassed norm": (lambda: flat_with(1, OddNorm(24)), "conv[3:8]", "multiplies by something"),
+    "subclassed norm": (
+        lambda: flat_with(1, OddNorm(24)),
+        "conv[3:8]",
+        r"clamp\(2 \* x, 0, 6\), which",
+    ),
     "two norms": (
         lambda: Flat([*flow()[:2], nn.BatchNorm2d(24), *flow()[2:]], True),
         "conv[4:9]",
@@ -224,7 +217,7 @@ PARTLY = {
     "subclassed dropout": (
         lambda: Flat([*flow(), OddDropout(0.1)], True),
         "conv[0:8]",
-        r"it multiplies by something, in conv.8 \(OddDropout\)",
+        r"it computes 2 \* x, .* in conv.8 \(OddDropout\)",
     ),
     "parametrized": (weight_normed, "conv[3:8]", "conv.0 .* is parametrized"),
     "old weight norm": (old_weight_normed, "conv[3:8]", "conv.0 .* has hooks"),
@@ -237,12 +230,12 @@ PARTLY = {
     "subclassed convolution": (
         lambda: flat_with(0, Scale(8, 24, 1)),
         "conv[3:8]",
-        r"it multiplies by something, in conv.0 \(Scale\)",
+        r"it computes 2 \* x, .* in conv.0 \(Scale\)",
     ),
     "subclassed _conv_forward": (
         lambda: flat_with(0, ScaledConvolution(8, 24, 1)),
         "conv[3:8]",
-        r"it multiplies by something, in conv.0 \(ScaledConvolution\)",
+        r"it computes 2 \* x, .* in conv.0 \(ScaledConvolution\)",
     ),
     "flag against stride": (lambda: Flat(flow(stride=2), True), "conv", "results of one shape"),
     "flag against channels": (
