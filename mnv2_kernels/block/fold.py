@@ -82,6 +82,11 @@ class FoldedWeights:
         """What follows the three layers, in the order of the op's arguments."""
         return self.clip_expand, self.clip_dw, self.clip_project
 
+    @property
+    def only_clips(self) -> bool:
+        """Whether nothing but clips is between the layers: no curve and no squeeze-excite."""
+        return _only_clips(self.clips(), self.gate)
+
     def __repr__(self) -> str:
         """Shapes instead of values."""
         shown = {"dtype": self.w_dw.dtype}
@@ -124,7 +129,7 @@ class ConvNorm:
         return [t for t in found if isinstance(t, Tensor)]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class GateLayers:
     """A squeeze-excite: two fully connected layers or 1x1 convolutions, of the means over all
     pixels, and what the second one's result goes through before it multiplies the channels.
@@ -165,6 +170,15 @@ class BlockLayers:
         """After expansion, depthwise and projection."""
         expand = NO_CLIP if self.expand is None else self.expand.clip
         return expand, self.depthwise.clip, self.project.clip
+
+    @property
+    def only_clips(self) -> bool:
+        """Whether nothing but clips is between the layers: no curve and no squeeze-excite."""
+        return _only_clips(self.clips, self.gate)
+
+
+def _only_clips(between: tuple[Activation, ...], gate: object) -> bool:
+    return gate is None and not any(isinstance(activation, str) for activation in between)
 
 
 def fold_layers(layers: BlockLayers) -> FoldedWeights:

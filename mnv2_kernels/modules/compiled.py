@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..block.config import NO_PADDING
 from ..block.fold import BlockLayers, flatten_layers, fold_flat
 from ..ops.contract import check
-from ..ops.inverted_residual import SETTINGS, multiply_adds
+from ..ops.inverted_residual import SETTINGS
+from ..ops.registration import multiply_adds
 from .guard import Change, Guard
 
 _library = torch.library.Library("mnv2", "FRAGMENT")
@@ -33,9 +35,12 @@ _op = torch.ops.mnv2.inverted_residual_layers.default
 def folds_when_run(x: Tensor, block: BlockLayers) -> bool:
     """Whether a program that is being compiled should call this op on a CPU.
 
-    Not for gradients, which go through the folding, not under autocast, which would have to cast
-    the folded weights, and not where inductor folds constants itself.
+    Not for a block whose input is padded or which has more than clips between its layers: the op
+    has neither. Not for gradients, which go through the folding, not under autocast, which would
+    have to cast the folded weights, and not where inductor folds constants itself.
     """
+    if block.pads != NO_PADDING or not block.only_clips:
+        return False
     if not torch.compiler.is_dynamo_compiling() or torch.is_autocast_enabled("cpu") or _freezes():
         return False
     if not torch.is_grad_enabled():
@@ -110,7 +115,7 @@ def _flops(x_shape, layers, present, *args, out_shape, **kwargs) -> int:
     convs = [shape for shape in layers if len(shape) == 4]
     hidden, kernel = convs[-2][0], convs[-2][2]
     w_expand = (convs[0][1], hidden) if len(convs) == 3 else None
-    return 2 * sum(multiply_adds(x_shape, w_expand, (kernel, kernel, hidden), out_shape))
+    return 2 * sum(multiply_adds((x_shape, w_expand, None, (kernel, kernel, hidden)), out_shape))
 
 
 _name = "mnv2::inverted_residual_layers"
