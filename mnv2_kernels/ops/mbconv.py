@@ -21,8 +21,8 @@ _TENSORS = (
     " Tensor w_project, Tensor? b_project,"
     " Tensor? w_squeeze, Tensor? b_squeeze, Tensor? w_excite, Tensor? b_excite"
 )
-# What follows expansion, depthwise, projection and squeeze: `curves` are 0 for a clip, otherwise one
-# more than the place in CURVES; `bounds` are lower and upper of each, infinite where a curve stands.
+# `curves` say what follows expansion, depthwise, projection and squeeze: 0 a clip, else one more
+# than the place in CURVES. `bounds` are lower and upper of each, infinite where a curve stands.
 # `scale` is the place in SCALES, 0 without a gate.
 _SETTINGS = (
     "int stride, int[4] padding, int dilation, bool residual, int[4] curves, float[8] bounds,"
