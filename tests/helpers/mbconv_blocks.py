@@ -23,6 +23,9 @@ from mnv2_kernels.block.config import (
     Scale,
 )
 from mnv2_kernels.block.fold import BlockLayers, ConvNorm, GateLayers, fold_layers
+from mnv2_kernels.modules import fused_module
+from mnv2_kernels.modules.fused_module import FusedModule
+from mnv2_kernels.recognizers import Reading
 
 ACTIVATIONS = {
     NO_CLIP: nn.Identity,
@@ -174,3 +177,24 @@ def mbconv_cases() -> Iterator[MBConvCase]:
         if not row["expansion"]:
             between = (NO_CLIP, *between[1:])
         yield MBConvCase(config, 9 + i % 3, 12 - i % 4, 1 + i % 3, between, squeeze, scale)
+
+
+class FusedMBConv(FusedModule):
+    """Such layers as a fused block that need not be recognised: `reads_as_written` says so."""
+
+    def __init__(self, case: MBConvCase, backend: str | None = None):
+        super().__init__()
+        self.layers, self.backend = case.layers(), backend
+        self._take_over(self.reading())
+
+    def reading(self) -> Reading:
+        return Reading((self.layers.block_layers(),), False)
+
+    def plain_forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def reads_as_written(monkeypatch) -> None:
+    """Take the word of a `FusedMBConv` for what it computes."""
+    for name in ("read", "read_unknown"):
+        monkeypatch.setattr(fused_module, name, lambda block, *args: block.reading())
