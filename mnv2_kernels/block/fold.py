@@ -265,7 +265,7 @@ def flatten_layers(layers: BlockLayers) -> tuple[list[Tensor], list[int], list[f
 def fold_flat(
     tensors: list[Tensor], present: list[int], eps: list[float]
 ) -> tuple[Tensor | None, ...]:
-    """The six folded tensors of what `flatten_layers` gives for a block."""
+    """The ten folded tensors of what `flatten_layers` gives for a block, None for what it lacks."""
     rest = iter(tensors)
     stages: list[ConvNorm] = []
     for bits, norm_eps in zip(present, eps, strict=True):
@@ -274,5 +274,10 @@ def fold_flat(
             owner = conv if module == "conv" else norm
             setattr(owner, name, next(rest) if bits >> bit & 1 else None)
         stages.append(ConvNorm(conv, None if norm.running_var is None else norm))
-    expand = stages.pop(0) if len(stages) == 3 else None
-    return fold_layers(BlockLayers(expand, *stages, config=None)).tensors()
+    # Of three stages or fewer none is of a gate; more are all but perhaps the expansion.
+    gate = GateLayers(*stages[-2:], "sigmoid") if len(stages) > 3 else None
+    *expand, depthwise, project = stages if gate is None else stages[:-2]
+    layers = BlockLayers(*(expand or [None]), depthwise, project, config=None, gate=gate)
+    weights = fold_layers(layers)
+    of_gate = (None,) * 4 if weights.gate is None else weights.gate.tensors()
+    return *weights.tensors(), *of_gate

@@ -15,7 +15,11 @@ from . import reference
 
 
 def _layers_decomposed(x: Tensor, layers, present, eps, *settings) -> Tensor:
-    return reference.inverted_residual_op(x, *fold_flat(layers, present, eps), *settings)
+    return reference.inverted_residual_op(x, *fold_flat(layers, present, eps)[:6], *settings)
+
+
+def _mbconv_layers_decomposed(x: Tensor, layers, present, eps, *settings) -> Tensor:
+    return reference.mbconv_op(x, *fold_flat(layers, present, eps), *settings)
 
 
 DECOMPOSITIONS = {
@@ -23,4 +27,5 @@ DECOMPOSITIONS = {
     torch.ops.mnv2.inverted_residual_triton.default: reference.inverted_residual_op,
     torch.ops.mnv2.inverted_residual_layers.default: _layers_decomposed,
     torch.ops.mnv2.mbconv.default: reference.mbconv_op,
+    torch.ops.mnv2.mbconv_layers.default: _mbconv_layers_decomposed,
 }

@@ -35,18 +35,18 @@ _TENSORS = (
     "Tensor x, Tensor? w_expand, Tensor? b_expand, Tensor w_dw, Tensor? b_dw,"
     " Tensor w_project, Tensor? b_project"
 )
-SETTINGS = (
+_SETTINGS = (
     "int stride, int[4] padding, int dilation, bool residual,"
     " float[2] clip_expand, float[2] clip_dw, float[2] clip_project"
 )
 
 _library = torch.library.Library("mnv2", "DEF")
 _library.define(
-    f"inverted_residual({_TENSORS}, {SETTINGS}) -> Tensor",
+    f"inverted_residual({_TENSORS}, {_SETTINGS}) -> Tensor",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 _library.define(
-    f"inverted_residual_backward(Tensor grad_y, {_TENSORS}, {SETTINGS}, bool[7] needs_grad)"
+    f"inverted_residual_backward(Tensor grad_y, {_TENSORS}, {_SETTINGS}, bool[7] needs_grad)"
     " -> Tensor[]",
     tags=[torch.Tag.pt2_compliant_tag],
 )
@@ -59,12 +59,12 @@ _library.define(
 )
 # What the Triton op runs on CPU tensors; tracing stops there.
 _library.define(
-    f"inverted_residual_interpreted({_TENSORS}, {SETTINGS}) -> Tensor",
+    f"inverted_residual_interpreted({_TENSORS}, {_SETTINGS}) -> Tensor",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 _library.impl("inverted_residual_interpreted", lambda *args: triton.inverted_residual(*args), "CPU")
 _op = torch.ops.mnv2.inverted_residual.default
-INVERTED_RESIDUAL = Op("inverted_residual", 7, check, gradients.gradients)
+INVERTED_RESIDUAL = Op("inverted_residual", 7, _SETTINGS, check, gradients.gradients)
 
 
 def inverted_residual_triton(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..block.config import CURVES, NO_CLIP, SCALES, Padding
+from ..block.config import CURVES, NO_CLIP, SCALES, Activation, Padding, Scale
 from ..block.fold import FoldedWeights
 from . import gradients, reference
 from .contract import check_mbconv
@@ -35,7 +35,7 @@ _library.define(
     f"mbconv_backward(Tensor grad_y, {_TENSORS}, {_SETTINGS}, bool[11] needs_grad) -> Tensor[]",
     tags=[torch.Tag.pt2_compliant_tag],
 )
-MBCONV = Op("mbconv", 11, check_mbconv, gradients.mbconv_gradients)
+MBCONV = Op("mbconv", 11, _SETTINGS, check_mbconv, gradients.mbconv_gradients)
 
 
 class MBConvArguments(NamedTuple):
@@ -65,12 +65,21 @@ def mbconv_arguments(
 ) -> MBConvArguments:
     """The arguments for weights of any kind; settings are stride, padding, dilation, residual."""
     gate = weights.gate
-    tensors = (None,) * 4 if gate is None else gate.tensors()
-    between = (*weights.clips(), NO_CLIP if gate is None else gate.squeeze)
-    curves = tuple(1 + CURVES.index(a) if isinstance(a, str) else 0 for a in between)
-    bounds = tuple(bound for a in between for bound in (NO_CLIP if isinstance(a, str) else a))
-    scale = 0 if gate is None else SCALES.index(gate.scale)
-    return MBConvArguments(*weights.tensors(), *tensors, *settings, curves, bounds, scale)
+    if gate is None:
+        tensors, between = (None,) * 4, numbered(weights.clips())
+    else:
+        tensors, between = gate.tensors(), numbered(weights.clips(), gate.squeeze, gate.scale)
+    return MBConvArguments(*weights.tensors(), *tensors, *settings, *between)
+
+
+def numbered(
+    clips: tuple[Activation, ...], squeeze: Activation = NO_CLIP, scale: Scale = SCALES[0]
+) -> tuple[tuple[int, ...], tuple[float, ...], int]:
+    """What follows the layers, as the op's curves, bounds and scale."""
+    after = (*clips, squeeze)
+    curves = tuple(1 + CURVES.index(a) if isinstance(a, str) else 0 for a in after)
+    bounds = tuple(bound for a in after for bound in (NO_CLIP if isinstance(a, str) else a))
+    return curves, bounds, SCALES.index(scale)
 
 
 def _kernel(*arguments) -> Tensor:

@@ -18,7 +18,8 @@ _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Op(NamedTuple):
-    """An op, how many tensors it takes, its contract, and the function that gives its gradients.
+    """An op, how many tensors it takes, the schema of its other arguments, its contract, and the
+    function that gives its gradients.
 
     `check` of all arguments gives the shape of the result, `gradients` of grad_y, all arguments and
     needs_grad what `mnv2::{name}_backward` gives.
@@ -26,6 +27,7 @@ class Op(NamedTuple):
 
     name: str
     tensors: int
+    settings: str
     check: Callable[..., tuple[int, int, int, int]]
     gradients: Callable[..., list[Tensor]]
 

@@ -3,16 +3,23 @@
 import pickle
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import cases
 import pytest
 import torch
 from mbconv_blocks import FusedMBConv, MBConvCase, reads_as_written
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
+from mnv2_kernels.block.fold import flatten_layers, fold_layers
+from mnv2_kernels.modules import compiled as compiled_blocks
 from mnv2_kernels.ops import backends
 from mnv2_kernels.ops.decompositions import DECOMPOSITIONS
+from mnv2_kernels.ops.inverted_residual import op_arguments
 from mnv2_kernels.ops.mbconv import MBConvArguments
 from mnv2_kernels.recognizers.read import same_layers
 
@@ -21,6 +28,7 @@ compiled = pytest.mark.skipif(
     "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
 )
 
+LAYERS_OP = torch.ops.mnv2.mbconv_layers.default
 CONFIG = BlockConfig(8, 24, 8, residual=True, squeeze_channels=6)
 CASES = {
     "curves and gate": MBConvCase(CONFIG, 6, 7),
@@ -156,6 +164,44 @@ def test_compiled_whole(case, trains):
         for ours, theirs in zip(*grads, strict=True):
             bound = 1e-3 * max(1e-3, theirs.abs().max().item())
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=bound)
+
+
+@compiled
+@torch.no_grad()
+def test_the_op_that_folds_when_run(case, monkeypatch):
+    """What a compiled program calls: it folds again after a change, and only then."""
+    torch.compiler.reset()
+    times, fold = [], compiled_blocks.fold_flat
+    monkeypatch.setattr(compiled_blocks, "fold_flat", lambda *a: times.append(1) or fold(*a))
+    x, fused = case.inputs()[0], FusedMBConv(case)
+    programs = []
+    program = torch.compile(fused, fullgraph=True, backend=lambda g, _: programs.append(g) or g)
+    for change in (lambda: None, *(partial(p.mul_, 1.1) for p in fused.parameters())):
+        change()
+        program(x)
+        times.clear()
+        close(program(x), fused.layers(x))
+        assert times == []
+    (graph,) = programs
+    (node,) = (n for n in graph.graph.nodes if "mbconv" in str(n.target))
+    assert str(node.target) == "mnv2.mbconv_layers.default"
+    tensors, present, eps = flatten_layers(fused.block_layers)
+    settings = op_arguments(fold_layers(fused.block_layers), case.config)[10:]
+    for layers in (tensors, [t.detach() for t in tensors]):
+        arguments = (x, layers, present, eps, *settings)
+        assert torch.equal(LAYERS_OP(*arguments), fused(x))
+    for utility in ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"):
+        opcheck(LAYERS_OP, arguments, test_utils=utility)
+    counted = []
+    for call in (lambda: LAYERS_OP(*arguments), lambda: fused.layers(x)):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1]
+    decomposed = make_fx(lambda x: LAYERS_OP(x, *arguments[1:]), decomposition_table=DECOMPOSITIONS)
+    decomposed = decomposed(x)
+    assert not any("mnv2" in str(n.target) for n in decomposed.graph.nodes)
+    close(decomposed(x), fused(x))
 
 
 def test_two_readings_of_a_gate_are_the_same():
