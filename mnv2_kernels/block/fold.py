@@ -277,7 +277,7 @@ def fold_flat(
     # Of three stages or fewer none is of a gate; more are all but perhaps the expansion.
     gate = GateLayers(*stages[-2:], "sigmoid") if len(stages) > 3 else None
     *expand, depthwise, project = stages if gate is None else stages[:-2]
-    layers = BlockLayers(*(expand or [None]), depthwise, project, config=None, gate=gate)
-    weights = fold_layers(layers)
+    first = expand[0] if expand else None
+    weights = fold_layers(BlockLayers(first, depthwise, project, config=None, gate=gate))
     of_gate = (None,) * 4 if weights.gate is None else weights.gate.tensors()
     return *weights.tensors(), *of_gate

@@ -163,7 +163,7 @@ def _backward_flops(op: Op, grad_shape, *args, **kwargs) -> int:
     )
 
 
-def multiply_adds(shapes: Sequence, y_shape: Sequence[int]) -> tuple[int, int, int, int, int]:
+def multiply_adds(shapes: Sequence[Any], y_shape: Sequence[int]) -> tuple[int, int, int, int, int]:
     """Of expansion, depthwise, projection, squeeze and excite; `shapes` are those of the tensors
     that an op takes.
     """
