@@ -23,8 +23,6 @@ from ..ops.mbconv import MBCONV, numbered
 from ..ops.registration import Op, multiply_adds
 from .guard import Change, Guard
 
-_library = torch.library.Library("mnv2", "FRAGMENT")
-
 
 def folds_when_run(x: Tensor, block: BlockLayers) -> bool:
     """Whether a program that is being compiled should call such an op on a CPU.
