@@ -52,6 +52,28 @@ Example:
     >>> torch.ops.mnv2.inverted_residual(x, *w.tensors(), *settings, *w.clips()).shape
     torch.Size([1, 24, 28, 28])
 """,
+    "mbconv": """\
+The same for blocks with more than clips between their layers; `mk.inverted_residual` calls it for
+weights that have a curve or a gate. x and the first six weights, `stride`, `padding`, `dilation`
+and `residual` are those of `inverted_residual`.
+
+- `w_squeeze`: (C_hidden, R), `w_excite`: (R, C_hidden), or None without a squeeze-excite.
+- `b_squeeze`, `b_excite`: 1-D, in the dtype of x or float32, or None.
+- `curves`: what follows expansion, depthwise, projection and squeeze: 0 a clip, 1 hardswish,
+  2 silu, 3 gelu, 4 gelu_tanh.
+- `bounds`: lower and upper of each of the four clips, infinite in place of a curve.
+- `scale`: what the excitation goes through: 0 sigmoid, 1 hardsigmoid.
+
+Returns and raises the same; where there is no kernel for the device, it computes layer by layer.
+
+Example:
+    >>> w = mk.fold(mk.InvertedResidual(16, 24))
+    >>> x, no_gate = torch.randn(1, 16, 28, 28), (None,) * 4
+    >>> settings = 1, (1, 1, 1, 1), 1, False  # stride, padding, dilation, residual
+    >>> curves, bounds = (1, 1, 0, 0), (-torch.inf, torch.inf) * 4
+    >>> torch.ops.mnv2.mbconv(x, *w.tensors(), *no_gate, *settings, curves, bounds, 0).shape
+    torch.Size([1, 24, 28, 28])
+""",
     "run_plan": """\
 A whole network of fixed size as one op on a CPU; a `Plan` calls it. `weights`, `program` and
 `bounds` are internal to the plan, and are checked before they are used. A graph that holds a plan

@@ -64,7 +64,8 @@ class BlockConfig:
     """One inverted residual: expansion, depthwise, projection and, where it applies, a residual.
 
     `padding` is (top, left, bottom, right). `residual` is independent of the shapes because
-    models exist that leave it out; it needs stride 1 and equal input and output sizes.
+    models exist that leave it out; it needs stride 1 and equal input and output sizes. A block with
+    `squeeze_channels` has a squeeze-excite of that many channels before the projection.
     """
 
     in_channels: int
@@ -76,6 +77,7 @@ class BlockConfig:
     dilation: int = 1
     padding: Padding = (1, 1, 1, 1)
     residual: bool = False
+    squeeze_channels: int = 0
 
     def output_hw(self, height: int, width: int) -> tuple[int, int]:
         """(H_out, W_out) of an input of height x width."""
@@ -85,9 +87,10 @@ class BlockConfig:
 
     @property
     def name(self) -> str:
-        """A short readable id, for example `24x144x24-s1-k3`."""
+        """A short readable id, for example `24x144x24-s1-k3` or `24x72x40-s2-k5-se24`."""
         channels = f"{self.in_channels}x{self.hidden_channels}x{self.out_channels}"
-        return f"{channels}-s{self.stride}-k{self.kernel_size}"
+        gate = f"-se{self.squeeze_channels}" if self.squeeze_channels else ""
+        return f"{channels}-s{self.stride}-k{self.kernel_size}{gate}"
 
 
 def inverted_residual_config(

@@ -6,6 +6,8 @@ A block can run in three ways, and every function that depends on it takes `exec
     folded   layer by layer with batch norm in the convolutions, ReLU6 and residual in their
              epilogues: the best that can be done while the expanded tensor is in memory
     fused    one operator; expansion and depthwise output are its scratch
+
+Of a squeeze-excite, the numbers that are one a channel count as nothing.
 """
 
 from collections.abc import Iterable, Iterator
@@ -43,11 +45,15 @@ class Operator(NamedTuple):
 
 
 def multiply_adds(block: BlockConfig, height: int, width: int, *, batch: int = 1) -> int:
-    """Multiply-adds of the convolutions on an input of height x width, as the paper counts."""
+    """Multiply-adds of the convolutions on an input of height x width, as the paper counts.
+
+    Those of a squeeze-excite, on the means, are among them.
+    """
     height_out, width_out = block.output_hw(height, width)
     expansion = height * width * block.in_channels if block.expansion else 0
     per_output = block.kernel_size**2 + block.out_channels
-    return batch * block.hidden_channels * (expansion + height_out * width_out * per_output)
+    of_a_channel = expansion + height_out * width_out * per_output + 2 * block.squeeze_channels
+    return batch * block.hidden_channels * of_a_channel
 
 
 def flops(block: BlockConfig, height: int, width: int, *, batch: int = 1) -> int:
@@ -56,11 +62,15 @@ def flops(block: BlockConfig, height: int, width: int, *, batch: int = 1) -> int
 
 
 def parameters(block: BlockConfig) -> int:
-    """Trainable parameters with batch norm: no convolution has a bias, each norm has two rows."""
-    hidden = block.hidden_channels
+    """Trainable parameters with batch norm: no convolution has a bias, each norm has two rows.
+
+    The two layers of a squeeze-excite have biases and no norms.
+    """
+    hidden, squeezed = block.hidden_channels, block.squeeze_channels
     expansion = hidden * (block.in_channels + 2) if block.expansion else 0
     depthwise = hidden * (block.kernel_size**2 + 2)
-    return expansion + depthwise + block.out_channels * (hidden + 2)
+    gate = squeezed * (hidden + 1) + hidden * (squeezed + 1) if squeezed else 0
+    return expansion + depthwise + gate + block.out_channels * (hidden + 2)
 
 
 def tensor_bytes(
@@ -98,8 +108,10 @@ def operators(block: BlockConfig, *, execution: Execution, itemsize: int = 4) ->
         stages.insert(0, ("expanded", hidden, block.in_channels * hidden))
     vector = max(4, itemsize)
     folded_weights = [itemsize * n + vector * channels for _, channels, n in stages]
+    squeezed = block.squeeze_channels
+    gate_weights = itemsize * 2 * hidden * squeezed + vector * (squeezed + hidden)
     if execution == "fused":
-        yield Operator(("x",), "y", sum(folded_weights))
+        yield Operator(("x",), "y", sum(folded_weights) + (gate_weights if squeezed else 0))
         return
     source = "x"
     for (result, channels, n), folded in zip(stages, folded_weights, strict=True):
@@ -111,6 +123,9 @@ def operators(block: BlockConfig, *, execution: Execution, itemsize: int = 4) ->
             yield Operator((result,), result, 4 * vector * channels)
             if result != "y":
                 yield Operator((result,), result, in_place=True)
+        if result == "depthwise" and squeezed:
+            # Read for the means, then for the product, which is a tensor of its own.
+            yield Operator(("depthwise", "depthwise"), "depthwise", gate_weights)
         source = result
     if execution == "eager" and block.residual:
         yield Operator(("x", "y"), "y")
@@ -152,7 +167,7 @@ def peak_bytes(
     sizes = tensor_bytes(block, height, width, batch=batch, itemsize=itemsize)._asdict()
 
     def live(operator: Operator) -> int:
-        reads = sum(sizes[name] for name in operator.reads if name != "x")
+        reads = sum(sizes[name] for name in {*operator.reads} - {"x"})
         return sizes["x"] + reads + (0 if operator.in_place else sizes[operator.writes])
 
     passes = operators(block, execution=execution, itemsize=itemsize)

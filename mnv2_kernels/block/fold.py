@@ -82,6 +82,11 @@ class FoldedWeights:
         """What follows the three layers, in the order of the op's arguments."""
         return self.clip_expand, self.clip_dw, self.clip_project
 
+    @property
+    def only_clips(self) -> bool:
+        """Whether nothing but clips is between the layers: no curve and no squeeze-excite."""
+        return _only_clips(self.clips(), self.gate)
+
     def __repr__(self) -> str:
         """Shapes instead of values."""
         shown = {"dtype": self.w_dw.dtype}
@@ -165,6 +170,15 @@ class BlockLayers:
         """After expansion, depthwise and projection."""
         expand = NO_CLIP if self.expand is None else self.expand.clip
         return expand, self.depthwise.clip, self.project.clip
+
+    @property
+    def only_clips(self) -> bool:
+        """Whether nothing but clips is between the layers: no curve and no squeeze-excite."""
+        return _only_clips(self.clips, self.gate)
+
+
+def _only_clips(between: tuple[Activation, ...], gate: object) -> bool:
+    return gate is None and not any(isinstance(activation, str) for activation in between)
 
 
 def fold_layers(layers: BlockLayers) -> FoldedWeights:
@@ -251,7 +265,7 @@ def flatten_layers(layers: BlockLayers) -> tuple[list[Tensor], list[int], list[f
 def fold_flat(
     tensors: list[Tensor], present: list[int], eps: list[float]
 ) -> tuple[Tensor | None, ...]:
-    """The six folded tensors of what `flatten_layers` gives for a block."""
+    """The ten folded tensors of what `flatten_layers` gives for a block, None for what it lacks."""
     rest = iter(tensors)
     stages: list[ConvNorm] = []
     for bits, norm_eps in zip(present, eps, strict=True):
@@ -260,5 +274,10 @@ def fold_flat(
             owner = conv if module == "conv" else norm
             setattr(owner, name, next(rest) if bits >> bit & 1 else None)
         stages.append(ConvNorm(conv, None if norm.running_var is None else norm))
-    expand = stages.pop(0) if len(stages) == 3 else None
-    return fold_layers(BlockLayers(expand, *stages, config=None)).tensors()
+    # Of three stages or fewer none is of a gate; more are all but perhaps the expansion.
+    gate = GateLayers(*stages[-2:], "sigmoid") if len(stages) > 3 else None
+    *expand, depthwise, project = stages if gate is None else stages[:-2]
+    first = expand[0] if expand else None
+    weights = fold_layers(BlockLayers(first, depthwise, project, config=None, gate=gate))
+    of_gate = (None,) * 4 if weights.gate is None else weights.gate.tensors()
+    return *weights.tensors(), *of_gate

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..block.config import NO_CLIP
 from ..block.fold import BlockLayers, ConvNorm, FoldedWeights, fold_gate, fold_layers
 from ..ops.extension import module as _C
-from ..ops.inverted_residual import cast_for_autocast, run
+from ..ops.inverted_residual import INVERTED_RESIDUAL, run
+from ..ops.registration import cast_for_autocast
 
 
 class StageTensors(NamedTuple):
@@ -51,7 +52,7 @@ _library.define(
 def run_with_gradients(
     backend: str, x: Tensor, arguments: tuple, stages: Sequence[StageTensors | None]
 ) -> Tensor:
-    """The op, differentiable once in x and in every tensor of the stages.
+    """The op `inverted_residual`, differentiable once in x and in every tensor of the stages.
 
     Args:
         backend: any that `choose` names but the reference, which is differentiable by itself.
@@ -199,8 +200,9 @@ def _gradients(
     if autocast is None:
         return op(grad_y, x, *arguments, needs_grad)
     # Autocast is off in a backward pass, and the forward pass has run with its casts.
-    cast, adds = cast_for_autocast(x.device.type, (x, *arguments), autocast)
-    wanted = [t for t, needs in zip((x, *arguments[:6]), needs_grad, strict=True) if needs]
+    everything = (x, *arguments)
+    cast, adds = cast_for_autocast(INVERTED_RESIDUAL, x.device.type, everything, autocast)
+    wanted = [t for t, needs in zip(everything[:7], needs_grad, strict=True) if needs]
     found = op(grad_y.to(cast[0].dtype), *cast, needs_grad)
     grads = [g.to(t.dtype) for g, t in zip(found, wanted, strict=True)]
     if adds and needs_grad[0]:

@@ -17,6 +17,7 @@ from ..block.config import NO_PADDING, BlockConfig
 from ..block.fold import BlockLayers, fold_layers
 from ..ops.backends import Block, asked_once_a_graph, choose, is_for_layers, why_no_kernel
 from ..ops.inverted_residual import OpArguments, op_arguments, run
+from ..ops.mbconv import MBConvArguments
 from ..recognizers import (
     Declined,
     Reading,
@@ -118,7 +119,8 @@ class FusedModule(nn.Module):
             fits = layers is not None and _fits(layers, x)
         if not fits:
             return self.plain_forward(x, *args, **kwargs)
-        if x.is_cuda:
+        # The others run every block.
+        if backend in ("cuda", "triton"):
             backend = choose(self.backend, x, chosen_by)
             if backend == "reference" != self.backend:
                 return self.plain_forward(x, *args, **kwargs)
@@ -129,6 +131,9 @@ class FusedModule(nn.Module):
         trains = torch.is_grad_enabled() and state.requires_grad
         if trains and backend == "reference":
             return _run(layers, backend, x, _fold(layers))
+        # The op would compute its forward pass a second time for the gradients.
+        if trains and not layers.only_clips:
+            return self.plain_forward(x, *args, **kwargs)
         return _run(layers, backend, x, _folded(state, layers), trains)
 
     def _compiled_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -138,9 +143,9 @@ class FusedModule(nn.Module):
         if backend is None:
             return self.plain_forward(x, *args, **kwargs)
         layers = self.block_layers
-        if backend == "cpu" and layers.pads == NO_PADDING and folds_when_run(x, layers):
-            return run_layers(x, self.block_layers)
-        return _run(self.block_layers, backend, x, _fold(self.block_layers))
+        if backend == "cpu" and folds_when_run(x, layers):
+            return run_layers(x, layers)
+        return _run(layers, backend, x, _fold(layers))
 
     def _backend_when_compiled(self, x: Tensor) -> str | None:
         """What a compiled call runs on; the modes that the modules have now become a part of it."""
@@ -198,7 +203,7 @@ class FusedModule(nn.Module):
         """What a call with x comes to as far as the layers decide it; None is an x of any size."""
         return self._call_for(self._look(), x, (), {})
 
-    def folded_arguments(self) -> OpArguments:
+    def folded_arguments(self) -> OpArguments | MBConvArguments:
         """The op's arguments after x for the current parameters, without a graph to them.
 
         The same tensors until a weight, a module, a mode or a hook changes.
@@ -293,7 +298,11 @@ class FusedModule(nn.Module):
 
 
 def _run(
-    layers: BlockLayers, backend: str, x: Tensor, arguments: OpArguments, trains: bool = False
+    layers: BlockLayers,
+    backend: str,
+    x: Tensor,
+    arguments: OpArguments | MBConvArguments,
+    trains: bool = False,
 ) -> Tensor:
     """The op, and the padding of its input where that comes first."""
     padded = x
@@ -328,22 +337,23 @@ def _key_of(args: tuple, kwargs: dict) -> Hashable | None:
     return args, tuple(kwargs.items()), kinds
 
 
-def _folded(state: State, layers: BlockLayers) -> OpArguments:
+def _folded(state: State, layers: BlockLayers) -> OpArguments | MBConvArguments:
     """The op's arguments after x, kept until a weight changes."""
     kept = state.of_weights()
     arguments = kept.get(layers)
     if arguments is None:
         # Blocks of several shapes of x have the same weights.
-        weights = kept.get(layers.stages)
+        key = (layers.expand, layers.depthwise, layers.project, layers.gate)
+        weights = kept.get(key)
         if weights is None:
             weights = fold_without_graph(layers)
-            kept.keep(layers.stages, weights)
+            kept.keep(key, weights)
         arguments = op_arguments(weights, layers.config)
         kept.keep(layers, arguments)
     return arguments
 
 
-def _fold(layers: BlockLayers) -> OpArguments:
+def _fold(layers: BlockLayers) -> OpArguments | MBConvArguments:
     return op_arguments(fold_layers(layers), layers.config)
 
 

@@ -115,6 +115,8 @@ def check_steps(layers: Sequence[Layer]) -> None:
                 raise Declined("only a fully connected layer may follow an average over all pixels")
             case BlockLayers() if layer.pads != NO_PADDING:
                 raise Declined("a block pads its input before the expansion")
+            case BlockLayers() if not layer.only_clips:
+                raise Declined("a block has more than clips between its layers")
             case ConvLayer() if not layer.is_pointwise:
                 _check_stem(layer)
                 if i > 0:

@@ -1,6 +1,7 @@
 """Which implementation runs a call: an ordered list, and a sentence where one cannot.
 
-A backend is a kernel of `torch.ops.mnv2.inverted_residual` on one device, or the reference.
+A backend is the kernels of `torch.ops.mnv2.inverted_residual` and `torch.ops.mnv2.mbconv` on one
+device, or the reference.
 """
 
 import sys
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from ..block.config import BlockConfig, Clip, Padding
+from ..block.config import Activation, BlockConfig, Padding
 from . import triton
 from .extension import cuda_missing, missing
 from .extension import module as _C
@@ -38,14 +39,16 @@ class Block(NamedTuple):
     dilation: int
     padding: Padding
     residual: bool
-    clip_expand: Clip
-    clip_dw: Clip
-    clip_project: Clip
+    clip_expand: Activation
+    clip_dw: Activation
+    clip_project: Activation
+    gate: bool
 
     @classmethod
-    def of(cls, config: BlockConfig, clips: tuple[Clip, Clip, Clip]) -> "Block":
-        names = cls._fields[:-3]
-        return cls(*(getattr(config, name) for name in names), *clips)
+    def of(cls, config: BlockConfig, clips: tuple[Activation, Activation, Activation]) -> "Block":
+        names = cls._fields[:-4]
+        sizes = (getattr(config, name) for name in names)
+        return cls(*sizes, *clips, gate=config.squeeze_channels > 0)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def _why_not_cpu(x: Tensor | None, block: Block | None = None) -> str | None:
 
 
 def _why_not_cuda(x: Tensor | None, block: Block | None = None) -> str | None:
-    reason = _why_not_cuda_asked(x)
+    reason = _why_not_cuda_asked(x, block)
     if reason is not None or x is None:
         return reason
     if x.dtype == torch.float32:
@@ -97,7 +100,8 @@ def _why_not_cuda_asked(x: Tensor | None, block: Block | None = None) -> str | N
         return None
     if not x.is_cuda:
         return f"x must be on a GPU, got {x.device}"
-    return _why_not_gpu(x.device) or _why_no_code(x.device) or _why_not_dtype(x)
+    reason = _why_not_gpu(x.device) or _why_no_code(x.device) or _why_not_dtype(x)
+    return reason or _why_not_block(block)
 
 
 def _why_not_triton(x: Tensor | None, block: Block | None = None) -> str | None:
@@ -106,7 +110,7 @@ def _why_not_triton(x: Tensor | None, block: Block | None = None) -> str | None:
             "x must be on a GPU, got cpu; there Triton's slow interpreter runs the kernel if"
             " backend='triton' asks for it"
         )
-    reason = _why_not_triton_asked(x)
+    reason = _why_not_triton_asked(x, block)
     if reason is None and x is not None and x.dtype == torch.float32 and not _tf32_allowed():
         return (
             "x is float32, for which the kernel has no tensor cores until"
@@ -124,7 +128,18 @@ def _why_not_triton_asked(x: Tensor | None, block: Block | None = None) -> str |
         return f"x must be on a GPU, or on the CPU for Triton's interpreter, got {x.device}"
     if x.is_cuda and (reason := _why_not_gpu(x.device)) is not None:
         return reason
-    return _why_not_dtype(x)
+    return _why_not_dtype(x) or _why_not_block(block)
+
+
+def _why_not_block(block: Block | None) -> str | None:
+    """Why the kernels for GPUs do not run a block with more than clips between its layers."""
+    if block is None:
+        return None
+    clips = (block.clip_expand, block.clip_dw, block.clip_project)
+    names = [clip for clip in clips if isinstance(clip, str)]
+    if block.gate:
+        names.append("squeeze-excite")
+    return f"there is no kernel for {names[-1]} yet" if names else None
 
 
 def _why_not_dtype(x: Tensor) -> str | None:
@@ -138,9 +153,10 @@ def _why_not_dtype(x: Tensor) -> str | None:
 def cuda_kernel(x: Tensor, block: Block) -> str | None:
     """Name of the CUDA kernel that runs the block on x (N, C_in, H, W), whatever N and device.
 
-    None without the compiled extension, and where x has not four dimensions.
+    None without the compiled extension, where x has not four dimensions and where no kernel runs
+    such a block.
     """
-    if _C is None or x.dim() != 4:
+    if _C is None or x.dim() != 4 or _why_not_block(block) is not None:
         return None
     # Sizes may be symbols for the compiler, which asks about a common one.
     height, width = (56, 56) if torch.compiler.is_compiling() else x.shape[2:]
@@ -212,7 +228,7 @@ def _cuda_kernel(block: Block, height: int, width: int, dtype: torch.dtype) -> s
 
 @lru_cache(4096)
 def _known_cuda_kernel(block: Block, height: int, width: int, dtype: torch.dtype) -> str:
-    return _C.cuda_kernel(*block, height, width, str(dtype).removeprefix("torch."))
+    return _C.cuda_kernel(*block[:-1], height, width, str(dtype).removeprefix("torch."))
 
 
 BACKENDS = (

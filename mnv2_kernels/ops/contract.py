@@ -7,11 +7,17 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from ..block.config import Clip, Padding, output_size
-from ..block.fold import FoldedWeights
+from ..block.config import CURVES, SCALES, Clip, Padding, output_size
+from ..block.fold import FoldedGate, FoldedWeights
 
-TENSOR_NAMES = ("x", "w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
+# The tensors of both ops; those of `inverted_residual` are the first seven.
+TENSOR_NAMES = (
+    *("x", "w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project"),
+    *("w_squeeze", "b_squeeze", "w_excite", "b_excite"),
+)
+_NO_GATE = (None,) * 4
 _CLIP_NAMES = ("clip_expand", "clip_dw", "clip_project")
+_NEEDED = ("w_dw", "w_project", "w_squeeze", "w_excite")
 _TENSORS = frozenset((Tensor, nn.Parameter, type(None)))
 _NUMBERS = frozenset((int, float))
 _INTEGER = frozenset((int,))
@@ -53,12 +59,20 @@ def check_kinds(
         raise TypeError(f"inverted_residual: x must be a tensor, got {_kind(x)}")
     if not isinstance(weights, FoldedWeights):
         raise TypeError(f"inverted_residual: weights must be FoldedWeights, got {_kind(weights)}")
-    for name, tensor in zip(TENSOR_NAMES[1:], weights.tensors(), strict=True):
-        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("w_dw", "w_project")):
+    gate = weights.gate
+    if gate is not None and not isinstance(gate, FoldedGate):
+        raise TypeError(f"inverted_residual: gate must be a FoldedGate, got {_kind(gate)}")
+    tensors = (*weights.tensors(), *(() if gate is None else gate.tensors()))
+    for name, tensor in zip(TENSOR_NAMES[1:], tensors, strict=False):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in _NEEDED):
             raise TypeError(f"inverted_residual: {name} must be a tensor, got {_kind(tensor)}")
-    for name, clip in zip(_CLIP_NAMES, weights.clips(), strict=True):
-        if not isinstance(clip, tuple | list) or not all(isinstance(b, int | float) for b in clip):
-            raise TypeError(f"inverted_residual: {name} must be two numbers, got {clip!r}")
+    for name, activation in zip(_CLIP_NAMES, weights.clips(), strict=True):
+        _check_activation(name, activation)
+    if gate is not None:
+        _check_activation("squeeze", gate.squeeze)
+        if not isinstance(gate.scale, str) or gate.scale not in SCALES:
+            known = ", ".join(SCALES)
+            raise TypeError(f"inverted_residual: scale must be one of {known}, got {gate.scale!r}")
     if not isinstance(residual, bool):
         raise TypeError(f"inverted_residual: residual must be a bool, got {residual!r}")
     if padding is not None:
@@ -73,6 +87,8 @@ def _is_usual(weights: object, stride: object, padding: object, dilation: object
     """Fast path: whether all arguments already have their exact types."""
     if type(weights) is not FoldedWeights or weights.w_dw is None or weights.w_project is None:
         return False
+    if weights.gate is not None:
+        return False
     clips = weights.clips()
     return (
         type(stride) is type(dilation) is int
@@ -82,6 +98,22 @@ def _is_usual(weights: object, stride: object, padding: object, dilation: object
         and all(type(clip) is tuple for clip in clips)
         and _NUMBERS.issuperset(map(type, chain.from_iterable(clips)))
     )
+
+
+def _check_activation(name: str, activation: object) -> None:
+    """A name is that of a curve; what is no name is two numbers, of which `check` says more."""
+    if isinstance(activation, str):
+        known = activation in CURVES
+    else:
+        known = isinstance(activation, tuple | list)
+        known = known and all(isinstance(bound, int | float) for bound in activation)
+    if not known:
+        raise TypeError(
+            f"inverted_residual: {name} must be two numbers or one of {', '.join(CURVES)},"
+            f" got {activation!r}"
+        )
+    if not isinstance(activation, str):
+        _check_clip("inverted_residual", name, activation)
 
 
 def check(
@@ -104,18 +136,65 @@ def check(
 
     csrc/torch/host.cpp makes the same checks in the same sentences, before a kernel gets pointers.
     """
-    tensors = (x, w_expand, b_expand, w_dw, b_dw, w_project, b_project)
-    _check_dtypes(tensors)
-    _value(x.dim() == 4, lambda: f"x must have shape (N, C_in, H, W), got {_shape(x)}")
+    owner = "inverted_residual"
+    tensors = (x, w_expand, b_expand, w_dw, b_dw, w_project, b_project, *_NO_GATE)
+    shape = _check_block(owner, tensors, stride, padding, dilation, residual)
+    for name, clip in zip(_CLIP_NAMES, (clip_expand, clip_dw, clip_project), strict=True):
+        _check_clip(owner, name, clip)
+    return shape
+
+
+def check_mbconv(*arguments) -> tuple[int, int, int, int]:
+    """The same of the op `mbconv`: x, then what `MBConvArguments` names."""
+    owner, most = "mbconv", len(CURVES)
+    curves, bounds, scale = arguments[15:]
+    shape = _check_block(owner, arguments[:11], *arguments[11:15])
+    _value(
+        owner,
+        len(curves) == 4 and all(0 <= curve <= most for curve in curves),
+        lambda: f"curves must be 4 integers from 0 to {most}, got {list(curves)}",
+    )
+    pairs = zip(bounds[::2], bounds[1::2], strict=False)
+    _value(
+        owner,
+        len(bounds) == 8 and all(lower <= upper for lower, upper in pairs),
+        lambda: f"bounds must be 4 times lower, upper with lower <= upper, got {list(bounds)}",
+    )
+    _value(owner, scale in (0, 1), lambda: f"scale must be 0 or 1, got {scale}")
+    return shape
+
+
+def _check_clip(owner: str, name: str, clip: Clip) -> None:
+    _value(
+        owner,
+        len(clip) == 2 and bool(clip[0] <= clip[1]),
+        lambda: f"{name} must be (lower, upper) with lower <= upper, got {list(clip)}",
+    )
+
+
+def _check_block(
+    owner: str,
+    tensors: tuple[Tensor | None, ...],
+    stride: int,
+    padding: Padding,
+    dilation: int,
+    residual: bool,
+) -> tuple[int, int, int, int]:
+    """What the ops have in common: eleven tensors and the geometry."""
+    _check_dtypes(owner, tensors)
+    x, w_expand, b_expand, w_dw, b_dw, w_project, b_project = tensors[:7]
+    _value(owner, x.dim() == 4, lambda: f"x must have shape (N, C_in, H, W), got {_shape(x)}")
     batch, in_channels, height, width = x.shape
     _value(
+        owner,
         w_dw.dim() == 3 and w_dw.shape[0] == w_dw.shape[1] and w_dw.shape[0] in (3, 5),
         lambda: f"w_dw must have shape (k, k, C_hidden) with k 3 or 5, got {_shape(w_dw)}",
     )
     kernel, _, hidden = w_dw.shape
     if w_expand is None:
-        _value(b_expand is None, lambda: "b_expand must be None where w_expand is None")
+        _value(owner, b_expand is None, lambda: "b_expand must be None where w_expand is None")
         _value(
+            owner,
             hidden == in_channels,
             lambda: (
                 f"w_dw must have shape ({kernel}, {kernel}, C_in={in_channels}) where"
@@ -124,6 +203,7 @@ def check(
         )
     else:
         _value(
+            owner,
             w_expand.shape == (in_channels, hidden),
             lambda: (
                 f"w_expand must have shape (C_in={in_channels}, C_hidden={hidden}),"
@@ -131,33 +211,28 @@ def check(
             ),
         )
     _value(
+        owner,
         w_project.dim() == 2 and w_project.shape[0] == hidden,
         lambda: f"w_project must have shape (C_hidden={hidden}, C_out), got {_shape(w_project)}",
     )
     out_channels = w_project.shape[1]
     _value(
+        owner,
         in_channels > 0 and hidden > 0 and out_channels > 0,
         lambda: (
             f"every channel count must be at least 1, got C_in={in_channels},"
             f" C_hidden={hidden}, C_out={out_channels}"
         ),
     )
-    biases = (
-        ("b_expand", b_expand, "C_hidden", hidden),
-        ("b_dw", b_dw, "C_hidden", hidden),
-        ("b_project", b_project, "C_out", out_channels),
-    )
-    for name, bias, letter, channels in biases:
-        _value(
-            bias is None or bias.shape == (channels,),
-            lambda n=name, b=bias, a=letter, c=channels: (
-                f"{n} must have shape ({a}={c},), got {_shape(b)}"
-            ),
-        )
-    _value(stride in (1, 2), lambda: f"stride must be 1 or 2, got {stride}")
-    _value(dilation in (1, 2), lambda: f"dilation must be 1 or 2, got {dilation}")
+    _check_bias(owner, "b_expand", b_expand, "C_hidden", hidden)
+    _check_bias(owner, "b_dw", b_dw, "C_hidden", hidden)
+    _check_bias(owner, "b_project", b_project, "C_out", out_channels)
+    _check_gate(owner, tensors[7:], hidden)
+    _value(owner, stride in (1, 2), lambda: f"stride must be 1 or 2, got {stride}")
+    _value(owner, dilation in (1, 2), lambda: f"dilation must be 1 or 2, got {dilation}")
     extent = dilation * (kernel - 1)
     _value(
+        owner,
         len(padding) == 4 and all(0 <= p <= extent for p in padding),
         lambda: (
             f"padding must be 4 integers (top, left, bottom, right) from 0 to {extent},"
@@ -168,25 +243,59 @@ def check(
     height_out = output_size(height, kernel, stride, top, bottom, dilation)
     width_out = output_size(width, kernel, stride, left, right, dilation)
     _value(
+        owner,
         height >= 1 and width >= 1 and height_out >= 1 and width_out >= 1,
         lambda: (
             f"x must be large enough for one output row and column, got {height}x{width}"
             f" with padding {list(padding)}"
         ),
     )
-    for name, clip in zip(_CLIP_NAMES, (clip_expand, clip_dw, clip_project), strict=True):
-        _value(
-            len(clip) == 2 and bool(clip[0] <= clip[1]),
-            lambda n=name, c=clip: f"{n} must be (lower, upper) with lower <= upper, got {list(c)}",
-        )
     shape = (batch, out_channels, height_out, width_out)
     _value(
+        owner,
         not residual or shape == x.shape,
         lambda: (
             f"residual needs x and the result to have one shape, got {_shape(x)} and {tuple(shape)}"
         ),
     )
     return shape
+
+
+def _check_gate(owner: str, tensors: tuple[Tensor | None, ...], hidden: int) -> None:
+    w_squeeze, b_squeeze, w_excite, b_excite = tensors
+    if w_squeeze is None:
+        for name, tensor in zip(TENSOR_NAMES[8:], tensors[1:], strict=True):
+            _value(
+                owner, tensor is None, lambda n=name: f"{n} must be None where w_squeeze is None"
+            )
+        return
+    _value(
+        owner,
+        w_squeeze.dim() == 2 and w_squeeze.shape[0] == hidden and w_squeeze.shape[1] > 0,
+        lambda: (
+            f"w_squeeze must have shape (C_hidden={hidden}, R) with R at least 1,"
+            f" got {_shape(w_squeeze)}"
+        ),
+    )
+    squeezed = w_squeeze.shape[1]
+    _value(
+        owner,
+        w_excite is not None and w_excite.shape == (squeezed, hidden),
+        lambda: (
+            f"w_excite must have shape (R={squeezed}, C_hidden={hidden}),"
+            f" got {None if w_excite is None else _shape(w_excite)}"
+        ),
+    )
+    _check_bias(owner, "b_squeeze", b_squeeze, "R", squeezed)
+    _check_bias(owner, "b_excite", b_excite, "C_hidden", hidden)
+
+
+def _check_bias(owner: str, name: str, bias: Tensor | None, letter: str, channels: int) -> None:
+    _value(
+        owner,
+        bias is None or bias.shape == (channels,),
+        lambda: f"{name} must have shape ({letter}={channels},), got {_shape(bias)}",
+    )
 
 
 _passed: set[tuple] = set()
@@ -209,7 +318,7 @@ def check_once(*arguments) -> None:
         _passed.add(key)
 
 
-def _check_dtypes(tensors: tuple[Tensor | None, ...]) -> None:
+def _check_dtypes(owner: str, tensors: tuple[Tensor | None, ...]) -> None:
     x = tensors[0]
     for name, tensor in zip(TENSOR_NAMES, tensors, strict=True):
         if tensor is None:
@@ -217,25 +326,25 @@ def _check_dtypes(tensors: tuple[Tensor | None, ...]) -> None:
         torch._check_type(
             tensor.is_floating_point() and tensor.layout == torch.strided,
             lambda n=name, t=tensor: (
-                f"inverted_residual: {n} must be a dense floating-point"
-                f" tensor, got {t.dtype} {t.layout}"
+                f"{owner}: {n} must be a dense floating-point tensor, got {t.dtype} {t.layout}"
             ),
         )
         allowed = {x.dtype, torch.float32} if name.startswith("b_") else {x.dtype}
         torch._check_type(
             tensor.dtype in allowed,
             lambda n=name, t=tensor: (
-                f"inverted_residual: {n} must have the dtype of x, {x.dtype}, got {t.dtype}"
+                f"{owner}: {n} must have the dtype of x, {x.dtype}, got {t.dtype}"
             ),
         )
         _value(
+            owner,
             tensor.device == x.device,
             lambda n=name, t=tensor: f"{n} must be on the device of x, {x.device}, got {t.device}",
         )
 
 
-def _value(condition: bool, sentence) -> None:
-    torch._check_value(condition, lambda: f"inverted_residual: {sentence()}")
+def _value(owner: str, condition: bool, sentence) -> None:
+    torch._check_value(condition, lambda: f"{owner}: {sentence()}")
 
 
 def _kind(value: object) -> str:

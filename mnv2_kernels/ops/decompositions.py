@@ -10,29 +10,22 @@ The table holds our operators alone; to have the rest in core aten too, update
 import torch
 from torch import Tensor
 
-from ..block.fold import FoldedWeights, fold_flat
+from ..block.fold import fold_flat
 from . import reference
 
 
 def _layers_decomposed(x: Tensor, layers, present, eps, *settings) -> Tensor:
-    return _decomposed(x, *fold_flat(layers, present, eps), *settings)
+    return reference.inverted_residual_op(x, *fold_flat(layers, present, eps)[:6], *settings)
 
 
-def _decomposed(x: Tensor, *arguments) -> Tensor:
-    """The op's arguments -> (N, C_out, H_out, W_out), dense channels_last, as the op gives."""
-    *tensors, stride, padding, dilation, residual = arguments[:10]
-    return reference.inverted_residual(
-        x,
-        FoldedWeights(*tensors, *map(tuple, arguments[10:])),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        residual=residual,
-    )
+def _mbconv_layers_decomposed(x: Tensor, layers, present, eps, *settings) -> Tensor:
+    return reference.mbconv_op(x, *fold_flat(layers, present, eps), *settings)
 
 
 DECOMPOSITIONS = {
-    torch.ops.mnv2.inverted_residual.default: _decomposed,
-    torch.ops.mnv2.inverted_residual_triton.default: _decomposed,
+    torch.ops.mnv2.inverted_residual.default: reference.inverted_residual_op,
+    torch.ops.mnv2.inverted_residual_triton.default: reference.inverted_residual_op,
     torch.ops.mnv2.inverted_residual_layers.default: _layers_decomposed,
+    torch.ops.mnv2.mbconv.default: reference.mbconv_op,
+    torch.ops.mnv2.mbconv_layers.default: _mbconv_layers_decomposed,
 }

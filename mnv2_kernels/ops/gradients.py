@@ -6,16 +6,15 @@ On the CPU the float32 kernel does it, in bands of rows (csrc/cpu/backward.inc);
 and in float64, the reference under autograd, on a chunk of some images at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
 from ..block.config import NO_CLIP
-from ..block.fold import FoldedWeights
 from . import reference
-from .contract import TENSOR_NAMES, check
+from .contract import TENSOR_NAMES, check, check_mbconv
 from .extension import missing
 
 # Values of the expansion of a piece.
@@ -37,29 +36,7 @@ def gradients(grad_y: Tensor, *args) -> list[Tensor]:
     geometry, clips = (stride, padding, dilation), (clip_expand, clip_dw)
     x = tensors[0]
     wanted = [t for t, needed in zip(tensors, needs_grad, strict=True) if needed]
-    shape = check(*args[:14])
-    for name, tensor, needed in zip(TENSOR_NAMES, tensors, needs_grad, strict=True):
-        torch._check_value(
-            tensor is not None or not needed,
-            lambda n=name: f"inverted_residual: needs_grad must be False for {n}, which is None",
-        )
-    torch._check_type(
-        grad_y.is_floating_point() and grad_y.layout == torch.strided,
-        lambda: (
-            "inverted_residual: grad_y must be a dense floating-point tensor, got"
-            f" {grad_y.dtype} {grad_y.layout}"
-        ),
-    )
-    torch._check_value(
-        grad_y.device == x.device,
-        lambda: (
-            f"inverted_residual: grad_y must be on the device of x, {x.device}, got {grad_y.device}"
-        ),
-    )
-    torch._check_value(
-        grad_y.shape == shape,
-        lambda: f"inverted_residual: grad_y must have shape {shape}, got {tuple(grad_y.shape)}",
-    )
+    _check_call("inverted_residual", grad_y, tensors, needs_grad, check(*args[:14]))
     dtype = torch.promote_types(x.dtype, torch.float32)
     grad = grad_y.to(dtype)
     compiled = missing is None and x.device.type == "cpu" and dtype == torch.float32
@@ -82,12 +59,67 @@ def gradients(grad_y: Tensor, *args) -> list[Tensor]:
                 grad, *tensors[:6], *geometry, *clips, needs_grad[:6]
             )
         else:
-            found = _by_pieces(grad, tensors[:6], geometry, clips, needs_grad[:6])
+            found = _by_pieces(
+                grad,
+                tensors[:6],
+                _pieces(tensors),
+                lambda leaves: _run(leaves, geometry, clips),
+                needs_grad[:6],
+            )
     if residual and needs_grad[0]:
         found[0] += grad_y
     if needs_grad[6]:
         found.append(grad.sum((0, 2, 3)))
     return [g.to(t.dtype) for g, t in zip(found, wanted, strict=True)]
+
+
+def mbconv_gradients(grad_y: Tensor, *args) -> list[Tensor]:
+    """The same for the op `mbconv`: `args` are its arguments, then needs_grad: eleven bools.
+
+    The gate joins all hidden channels and pixels of an image, so that a piece is some images.
+    """
+    tensors, settings, needs_grad = args[:11], args[11:18], args[18]
+    _check_call("mbconv", grad_y, tensors, needs_grad, check_mbconv(*args[:18]))
+    if not any(needs_grad):
+        return []
+    x = tensors[0]
+    grad = grad_y.to(torch.promote_types(x.dtype, torch.float32))
+    with torch.autocast(x.device.type, enabled=False):
+        found = _by_pieces(
+            grad,
+            tensors,
+            _images(tensors),
+            lambda leaves: reference.mbconv_op(*leaves, *settings),
+            needs_grad,
+        )
+    wanted = [t for t, needed in zip(tensors, needs_grad, strict=True) if needed]
+    return [g.to(t.dtype) for g, t in zip(found, wanted, strict=True)]
+
+
+def _check_call(
+    owner: str, grad_y: Tensor, tensors: Tensors, needs_grad: Sequence[bool], shape: tuple
+) -> None:
+    x = tensors[0]
+    for name, tensor, needed in zip(TENSOR_NAMES, tensors, needs_grad, strict=False):
+        torch._check_value(
+            tensor is not None or not needed,
+            lambda n=name: f"{owner}: needs_grad must be False for {n}, which is None",
+        )
+    torch._check_type(
+        grad_y.is_floating_point() and grad_y.layout == torch.strided,
+        lambda: (
+            f"{owner}: grad_y must be a dense floating-point tensor, got"
+            f" {grad_y.dtype} {grad_y.layout}"
+        ),
+    )
+    torch._check_value(
+        grad_y.device == x.device,
+        lambda: f"{owner}: grad_y must be on the device of x, {x.device}, got {grad_y.device}",
+    )
+    torch._check_value(
+        grad_y.shape == shape,
+        lambda: f"{owner}: grad_y must have shape {shape}, got {tuple(grad_y.shape)}",
+    )
 
 
 def _projection(tensors: Tensors, geometry: tuple, clips: tuple) -> Tensor:
@@ -101,18 +133,23 @@ def _projection(tensors: Tensors, geometry: tuple, clips: tuple) -> Tensor:
 
 
 def _by_pieces(
-    grad: Tensor, tensors: Tensors, geometry: tuple, clips: tuple, needs_grad: Sequence[bool]
+    grad: Tensor,
+    tensors: Tensors,
+    parts: Iterable[tuple[slice, list[tuple]]],
+    run: Callable[[Tensors], Tensor],
+    needs_grad: Sequence[bool],
 ) -> list[Tensor]:
+    """Sums of the gradients of `run` on the parts, each some images and their pieces."""
     needed = [i for i, needs in enumerate(needs_grad) if needs]
     sums = [grad.new_zeros(tensors[i].shape) for i in needed]
     if needs_grad[0]:
         sums[0] = sums[0].to(memory_format=torch.channels_last)
-    for images, pieces in _pieces(tensors):
+    for images, pieces in parts:
         for piece in pieces:
             leaves = _cut(tensors, piece, grad.dtype)
             wanted = [leaves[i].requires_grad_() for i in needed]
             with torch.enable_grad(), _autograd_dispatch():
-                y = _run(leaves, geometry, clips)
+                y = run(leaves)
             terms = torch.autograd.grad(y, wanted, grad[images])
             for i, whole, term in zip(needed, sums, terms, strict=True):
                 whole[piece[i]] += term
@@ -146,6 +183,15 @@ def _pieces(tensors: Tensors) -> Iterator[tuple[slice, list[tuple]]]:
         )
 
 
+def _images(tensors: Tensors) -> Iterator[tuple[slice, list[tuple]]]:
+    """Some images with all weights."""
+    x, w_dw = tensors[0], tensors[3]
+    count = max(1, _PIECE // (x.shape[2] * x.shape[3] * w_dw.shape[2]))
+    for image in range(0, max(len(x), 1), count):
+        images = slice(image, image + count)
+        yield images, [((images,), *((...,),) * (len(tensors) - 1))]
+
+
 def _cut(tensors: Tensors, piece: tuple, dtype: torch.dtype) -> list[Tensor | None]:
     return [
         None if t is None else t.detach()[place].to(dtype)
@@ -154,16 +200,7 @@ def _cut(tensors: Tensors, piece: tuple, dtype: torch.dtype) -> list[Tensor | No
 
 
 def _run(piece: Tensors, geometry: tuple, clips: tuple) -> Tensor:
-    x, *weights = piece
-    stride, padding, dilation = geometry
-    return reference.inverted_residual(
-        x,
-        FoldedWeights(*weights, None, *map(tuple, clips)),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        residual=False,
-    )
+    return reference.inverted_residual_op(*piece, None, *geometry, False, *clips, NO_CLIP)
 
 
 @contextmanager

@@ -3,11 +3,13 @@
 The expanded tensor is materialised here; any floating dtype, any device, differentiable.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..block.config import NO_CLIP, Activation, Padding
+from ..block.config import CURVES, NO_CLIP, SCALES, Activation, Padding
 from ..block.fold import FoldedGate, FoldedWeights
 
 
@@ -42,6 +44,35 @@ def inverted_residual(
     if residual:
         y = y + x
     return y.contiguous(memory_format=torch.channels_last)
+
+
+def inverted_residual_op(x: Tensor, *arguments) -> Tensor:
+    """The same of the arguments of the op `inverted_residual`."""
+    weights = FoldedWeights(*arguments[:6], *map(tuple, arguments[10:]))
+    return _with_settings(x, weights, arguments[6:10])
+
+
+def mbconv_op(x: Tensor, *arguments) -> Tensor:
+    """The same of the arguments of the op `mbconv`."""
+    curves, bounds, scale = arguments[14:]
+    *clips, squeeze = activations(curves, bounds)
+    gate = None
+    if arguments[6] is not None:
+        gate = FoldedGate(*arguments[6:10], squeeze, SCALES[scale])
+    return _with_settings(x, FoldedWeights(*arguments[:6], *clips, gate), arguments[10:14])
+
+
+def _with_settings(x: Tensor, weights: FoldedWeights, settings: Sequence) -> Tensor:
+    stride, padding, dilation, residual = settings
+    return inverted_residual(
+        x, weights, stride=stride, padding=padding, dilation=dilation, residual=residual
+    )
+
+
+def activations(curves: Sequence[int], bounds: Sequence[float]) -> list[Activation]:
+    """What the op `mbconv` has after expansion, depthwise, projection and squeeze."""
+    pairs = zip(bounds[::2], bounds[1::2], strict=True)
+    return [CURVES[c - 1] if c else pair for c, pair in zip(curves, pairs, strict=True)]
 
 
 def _conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -48,7 +48,9 @@ def bad_calls():
     for name in ("clip_expand", "clip_dw", "clip_project"):
         for clip in (None, 6, 6.0, "06", ("0", "6"), (None, 6.0), (0j, 6.0), torch.ones(2)):
             changed = replace(weights(), **{name: clip})
-            yield f"{name} must be two numbers, got {clip!r}", {"weights": changed}
+            known = "hardswish, silu, gelu, gelu_tanh"
+            sentence = f"{name} must be two numbers or one of {known}, got {clip!r}"
+            yield sentence, {"weights": changed}
     for name in ("stride", "dilation"):
         for value in NOT_INTEGERS:
             yield f"{name} must be an integer, got {value!r}", {name: value}

@@ -1,8 +1,13 @@
 """The arithmetic against the paper's numbers and against PyTorch's own counter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.mobilenetv3 import InvertedResidual as TorchvisionBlock
+from torchvision.models.mobilenetv3 import InvertedResidualConfig
 
 from mnv2_kernels import InvertedResidual
 from mnv2_kernels.block import cost
@@ -131,6 +136,40 @@ def test_flops_are_those_of_torchs_counter(expand_ratio, stride, kernel_size):
         module.plain_forward(x)
     assert cost.flops(module.config, 13, 10, batch=2) == counter.get_total_flops()
     assert cost.parameters(module.config) == sum(p.numel() for p in module.parameters())
+
+
+def test_squeeze_excite_against_torchvision():
+    """A block of MobileNetV3: its third."""
+    settings = InvertedResidualConfig(24, 5, 72, 40, True, "RE", 2, 1, 1.0)
+    module = TorchvisionBlock(settings, nn.BatchNorm2d).eval()
+    block = BlockConfig(24, 72, 40, 2, kernel_size=5, padding=(2,) * 4, squeeze_channels=24)
+    assert block.name == "24x72x40-s2-k5-se24"
+    with FlopCounterMode(display=False) as counter:
+        module(torch.randn(2, 24, 13, 10))
+    assert cost.flops(block, 13, 10, batch=2) == counter.get_total_flops()
+    assert cost.parameters(block) == sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("execution", cost.EXECUTIONS)
+def test_what_squeeze_excite_adds(execution):
+    block = BlockConfig(8, 48, 16)
+    gated = replace(block, squeeze_channels=12)
+    depthwise = cost.tensor_bytes(block, 7, 9, itemsize=2).depthwise
+    moved = [cost.bytes_moved(b, 7, 9, execution=execution, itemsize=2) for b in (block, gated)]
+    weights = 2 * 2 * 48 * 12 + 4 * (12 + 48)
+    passes = 0 if execution == "fused" else 3 * depthwise
+    assert moved[1] - moved[0] == weights + passes
+    # Alone at t = 1 the largest operator is the one that multiplies.
+    block = BlockConfig(8, 8, 1, expansion=False)
+    peaks = [
+        cost.peak_bytes(b, 7, 9, execution=execution)
+        for b in (block, replace(block, squeeze_channels=4))
+    ]
+    x, _, depthwise, y = cost.tensor_bytes(block, 7, 9)
+    folded, fused = [x + depthwise + y, x + 2 * depthwise], [x + y] * 2
+    # Eager's batch norm holds as much.
+    eager = [x + 2 * depthwise] * 2
+    assert peaks == {"eager": eager, "folded": folded, "fused": fused}[execution]
 
 
 def test_unknown_execution_is_refused():

@@ -1,0 +1,426 @@
+"""The op of blocks with curves and squeeze-excite: values, gradients, and what PyTorch is told."""
+
+import re
+from dataclasses import replace
+from functools import partial
+from math import inf, nan
+
+import cases
+import pytest
+import torch
+from bad_calls import BAD_CALLS, fill, good_call
+from mbconv_blocks import CURVES, MBConvCase, in_dtype, mbconv_cases
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import mnv2_kernels as mk
+from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, SCALES, BlockConfig
+from mnv2_kernels.block.fold import fold_layers
+from mnv2_kernels.ops import backends, gradients
+from mnv2_kernels.ops.decompositions import DECOMPOSITIONS
+from mnv2_kernels.ops.inverted_residual import op_arguments
+from mnv2_kernels.ops.mbconv import MBConvArguments
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OP = torch.ops.mnv2.mbconv.default
+BACKWARD = torch.ops.mnv2.mbconv_backward.default
+CASES = list(mbconv_cases())
+SAMPLES = CASES[::10]
+CPU = [name for name in ("cpu", "reference") if name in cases.backends()]
+on_the_cpu = pytest.mark.parametrize("name", CPU)
+GATED = MBConvCase(
+    BlockConfig(8, 24, 8, residual=True, squeeze_channels=6), 6, 7, squeeze="silu", scale="sigmoid"
+)
+
+
+def arguments(case: MBConvCase, requires_grad: bool = False) -> tuple:
+    x, weights = case.inputs()
+    found = (x.to(memory_format=torch.channels_last), *op_arguments(weights, case.config))
+    assert isinstance(op_arguments(weights, case.config), MBConvArguments)
+    return (*(t.requires_grad_() if requires_grad and isinstance(t, Tensor) else t for t in found),)
+
+
+def test_the_cases_are_of_all_kinds():
+    assert len(CASES) >= 100 and len(SAMPLES) >= 10
+    seen = {a for case in CASES for a in (*case.between, case.squeeze, case.scale)}
+    assert seen == {NO_CLIP, RELU, RELU6, *CURVES, *SCALES}
+
+
+def test_the_reference_is_the_layers():
+    for case in CASES:
+        x, weights = case.inputs(torch.float64)
+        layers = case.layers().double()
+        weights = fold_layers(layers.block_layers())
+        y = mk.inverted_residual(x, weights, **case.settings)
+        torch.testing.assert_close(y, layers(x), msg=lambda said, c=case: f"{c}: {said}")
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(n, d) for n in CPU for d in cases.dtypes(n)])
+def test_values(name, dtype):
+    for case in CASES:
+        x, weights = case.inputs(dtype)
+        expected = cases.expect(case, x, weights)
+        for layout in cases.LAYOUTS.values():
+            image = x.contiguous(memory_format=layout)
+            y = cases.run(name, image, weights, **case.settings)
+            assert (reason := cases.why_wrong(y, expected)) is None, (case, reason)
+            assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@on_the_cpu
+def test_an_empty_batch(name):
+    for case in SAMPLES:
+        x, weights = case.inputs()
+        y = mk.inverted_residual(x, weights, **case.settings)
+        empty = cases.run(name, x[:0], weights, **case.settings)
+        assert empty.shape == (0, *y.shape[1:])
+    args = arguments(GATED)
+    grads = BACKWARD(torch.empty(0, 8, 6, 7), args[0][:0], *args[1:], [True] * 11)
+    assert all(not g.any() for g in grads)
+
+
+@on_the_cpu
+def test_an_image_with_nan_is_the_only_one(name):
+    """Its gate is NaN, and with it all of its result."""
+    x, weights = GATED.inputs()
+    clean = cases.run(name, x, weights, **GATED.settings)
+    x[0, 3, 2, 1] = nan
+    y = cases.run(name, x, weights, **GATED.settings)
+    assert y[0].isnan().all() and torch.equal(y[1:], clean[1:])
+    for value in (inf, -inf):
+        x[0, 3, 2, 1] = value
+        y = cases.run(name, x, weights, **GATED.settings)
+        truth = cases.run("reference", x, weights, **GATED.settings)
+        assert torch.equal(y.isnan(), truth.isnan()) and torch.equal(y[1:], clean[1:])
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad):
+    for case in SAMPLES:
+        opcheck(OP, arguments(case, requires_grad))
+
+
+def test_opcheck_of_backward():
+    for i, case in enumerate(SAMPLES):
+        args = arguments(case)
+        needs_grad = [t is not None and (i >> bit) % 2 == 0 for bit, t in enumerate(args[:11])]
+        opcheck(BACKWARD, (torch.randn_like(OP(*args)), *args, needs_grad))
+
+
+def of_layers(case: MBConvCase) -> tuple:
+    """x, the layers and what they are folded to in float64, and the true gradients."""
+    layers = case.layers().double()
+    x = case.inputs(torch.float64)[0].requires_grad_()
+    leaves = [x, *layers.parameters()]
+    y = layers(x)
+    grad_y = torch.randn_like(y)
+    truth = torch.autograd.grad(y, leaves, grad_y)
+    return x, leaves, fold_layers(layers.block_layers()), grad_y, truth
+
+
+@pytest.mark.parametrize("piece", [1, 1 << 20], ids=["image by image", "at once"])
+def test_gradients_in_float64(piece, monkeypatch):
+    monkeypatch.setattr(gradients, "_PIECE", piece)
+    for case in CASES[::4]:
+        x, leaves, weights, grad_y, truth = of_layers(case)
+        args = op_arguments(weights, case.config)
+        tensors = (x, *args[:10])
+        with torch.no_grad():
+            needs_grad = [t is not None for t in tensors]
+            found = BACKWARD(grad_y, x, *args, needs_grad)
+        of_x, *of_weights = found
+        torch.testing.assert_close(of_x, truth[0])
+        folded = [t for t in tensors[1:] if t is not None]
+        of_layers_ = torch.autograd.grad(folded, leaves[1:], of_weights)
+        torch.testing.assert_close(list(of_layers_), list(truth[1:]))
+
+
+@on_the_cpu
+def test_gradients_through_a_call(name):
+    for case in SAMPLES:
+        x, leaves, weights, grad_y, truth = of_layers(case)
+        single = [x.float().detach().requires_grad_()]
+        y = mk.inverted_residual(
+            single[0], in_dtype(weights, torch.float32), backend=name, **case.settings
+        )
+        found = torch.autograd.grad(y, [*single, *leaves[1:]], grad_y.float())
+        for ours, theirs in zip(found, truth, strict=True):
+            bound = 1e-4 * max(1.0, theirs.abs().max().item())
+            assert (ours - theirs).abs().max() < bound, case
+
+
+def test_a_subset_of_gradients():
+    args = arguments(GATED)
+    grad_y = torch.randn_like(OP(*args))
+    everything = BACKWARD(grad_y, *args, [True] * 11)
+    for i in range(11):
+        (one,) = BACKWARD(grad_y, *args, [i == j for j in range(11)])
+        torch.testing.assert_close(one, everything[i])
+    assert BACKWARD(grad_y, *args, [False] * 11) == []
+
+
+def test_what_is_refused():
+    args = arguments(GATED, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="^mbconv: vmap is not supported"):
+        torch.vmap(lambda x: OP(x, *args[1:]))(torch.stack([args[0].detach()] * 2))
+    (grad,) = torch.autograd.grad(OP(*args).sum(), args[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="^mbconv: second derivatives are not"):
+        grad.sum().backward()
+
+
+def test_forward_mode():
+    x, weights = GATED.inputs(torch.float32)
+    tangent = torch.randn_like(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        y = mk.inverted_residual(dual, weights, **GATED.settings)
+        truth = GATED.layers()(dual)
+        found = [forward_ad.unpack_dual(t).tangent for t in (y, truth)]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+class Called(nn.Module):
+    """The function with the weights of a case."""
+
+    def __init__(self, case: MBConvCase):
+        super().__init__()
+        weights = case.inputs()[1]
+        self.case, self.weights = case, weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mk.inverted_residual(x, self.weights, **self.case.settings)
+
+
+def test_compiled_whole():
+    for case in SAMPLES[:4]:
+        torch.compiler.reset()
+        x, weights = case.inputs()
+        call = partial(mk.inverted_residual, weights=weights, **case.settings)
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        found = [f(leaf) for f, leaf in zip((call, compiled), leaves, strict=True)]
+        assert torch.equal(*found)
+        grads = torch.autograd.grad(sum(y.sum() for y in found), leaves)
+        assert torch.equal(*grads)
+
+
+def test_exported():
+    for case in SAMPLES[:4]:
+        x, module = case.inputs()[0], Called(case)
+        exported = torch.export.export(module, (x,))
+        assert [str(n.target) for n in exported.graph.nodes].count("mnv2.mbconv.default") == 1
+        assert torch.equal(exported.module()(x), module(x))
+        decomposed = exported.run_decompositions(DECOMPOSITIONS)
+        assert not any("mnv2" in str(node.target) for node in decomposed.graph.nodes)
+        torch.testing.assert_close(decomposed.module()(x), module(x))
+
+
+@on_the_cpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(name, dtype):
+    for case in SAMPLES:
+        x, weights = case.inputs()
+        with torch.autocast("cpu", dtype):
+            y = cases.run(name, x, weights, **case.settings)
+            layers = case.layers()(x)
+        assert y.dtype == layers.dtype, case
+        assert y.dtype == (torch.float32 if case.config.residual else dtype)
+        settings = case.settings | {"residual": False}
+        rest = cases.run(name, x.to(dtype), in_dtype(weights, dtype), **settings)
+        rest = rest + x if case.config.residual else rest
+        if name == "cpu":
+            assert torch.equal(y, rest)
+
+
+def test_flops_are_those_of_the_layers():
+    for case in SAMPLES:
+        x, weights = case.inputs()
+        counted = []
+        for call in (
+            case.layers(),
+            partial(mk.inverted_residual, weights=weights, **case.settings),
+            partial(mk.inverted_residual, weights=weights, backend="reference", **case.settings),
+        ):
+            with FlopCounterMode(display=False) as counter:
+                call(x)
+            counted.append(counter.get_total_flops())
+        assert len({*counted}) == 1 and counted[0] > 0, (case, counted)
+
+
+def test_flops_of_gradients():
+    """Two products for one of the forward pass where all gradients are needed."""
+    args = arguments(GATED)
+    counted = []
+    needs = {"everything": [True] * 11, "w_excite": [i == 9 for i in range(11)]}
+    for call in (
+        lambda: OP(*args),
+        *(partial(BACKWARD, OP(*args), *args, flags) for flags in needs.values()),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counted.append(counter.get_total_flops())
+    forward, everything, w_excite = counted
+    assert everything == 2 * forward
+    # Of the product with the gate, and of the weight.
+    assert w_excite == 2 * 2 * (24 * 6 * 7 * 8 + 6 * 24)
+
+
+def test_backends_for_gpus_decline(monkeypatch):
+    monkeypatch.setattr(backends, "cuda_missing", None)
+    for case, name in (
+        (GATED, "squeeze-excite"),
+        (replace(GATED, config=replace(GATED.config, squeeze_channels=0)), "hardswish"),
+        (replace(GATED, between=(RELU6, RELU6, NO_CLIP)), "squeeze-excite"),
+    ):
+        block = backends.Block.of(case.config, case.between)
+        assert block.gate == (case.config.squeeze_channels > 0)
+        with FakeTensorMode():
+            x = torch.empty(2, 8, 6, 7, device="cuda", dtype=torch.float16)
+            assert backends.choose(None, x, block) == "reference"
+            assert backends.why_no_kernel(x, block).count(f"there is no kernel for {name} yet") == 2
+            assert backends.cuda_kernel(x, block) is None
+    if backends.triton.missing() is None:
+        x, weights = GATED.inputs()
+        with pytest.raises(RuntimeError, match="'triton' cannot run here: there is no kernel for"):
+            mk.inverted_residual(x, weights, backend="triton", **GATED.settings)
+
+
+def test_a_block_of_clips_alone_is_one_of_the_other_op():
+    weights = replace(GATED.inputs()[1], gate=None, clip_expand=RELU6, clip_dw=RELU6)
+    assert weights.only_clips and not isinstance(
+        op_arguments(weights, GATED.config), MBConvArguments
+    )
+
+
+# Bad calls.
+
+GATE = ("w_squeeze", "b_squeeze", "w_excite", "b_excite")
+CALLERS = {
+    "cpu": lambda call: OP(*call),
+    "meta": lambda call: OP(*(t.to("meta") if isinstance(t, Tensor) else t for t in call)),
+    "backward": lambda call: BACKWARD(torch.ones(2, 8, 6, 7), *call, [False] * 11),
+}
+
+
+def good_mbconv() -> dict:
+    """As `good_call`, with a gate of 6 channels."""
+    call = good_call()
+    shapes = ((24, 6), (6,), (6, 24), (24,))
+    gate = dict(zip(GATE, map(torch.randn, shapes), strict=True))
+    clips = [call.pop(name) for name in ("clip_expand", "clip_dw", "clip_project")]
+    tensors = {name: v for name, v in call.items() if isinstance(v, Tensor)}
+    rest = {name: v for name, v in call.items() if name not in tensors}
+    bounds = [bound for clip in (*clips, RELU) for bound in clip]
+    return {**tensors, **gate, **rest, "curves": [0, 1, 4, 0], "bounds": bounds, "scale": 1}
+
+
+def bad_mbconv():
+    for error, sentence, changes in BAD_CALLS:
+        if not any(name.startswith("clip") for name in changes):
+            yield error, sentence, fill(changes)
+    zeros = torch.zeros
+    sentence = "w_squeeze must have shape (C_hidden=24, R) with R at least 1, got "
+    for shape in ((24,), (23, 6), (6, 24, 1), (24, 0), ()):
+        yield ValueError, f"{sentence}{shape}", {"w_squeeze": zeros(shape)}
+    sentence = "w_excite must have shape (R=6, C_hidden=24), got "
+    for shape in ((24,), (6, 23), (24, 6), (6, 24, 1), ()):
+        yield ValueError, f"{sentence}{shape}", {"w_excite": zeros(shape)}
+    yield ValueError, f"{sentence}None", {"w_excite": None}
+    sentence = "b_squeeze must have shape (R=6,), got "
+    for shape in ((24,), (6, 1), (), (0,)):
+        yield ValueError, f"{sentence}{shape}", {"b_squeeze": zeros(shape)}
+    sentence = "b_excite must have shape (C_hidden=24,), got "
+    for shape in ((6,), (24, 1), (), (0,)):
+        yield ValueError, f"{sentence}{shape}", {"b_excite": zeros(shape)}
+    for name in GATE[1:]:
+        others = {other: None for other in GATE if other != name}
+        yield ValueError, f"{name} must be None where w_squeeze is None", others
+    for name in GATE:
+        value = good_mbconv()[name]
+        yield TypeError, f"{name} must be a dense floating-point", {name: value.int()}
+        yield TypeError, f"{name} must have the dtype of x, ", {name: value.double()}
+    sentence = "curves must be 4 integers from 0 to 4, got "
+    for curves in ([5, 0, 0, 0], [0, 0, 0, -1], [0] * 3, [0] * 5, [2**40] * 4):
+        yield ValueError, f"{sentence}{curves}", {"curves": curves}
+    sentence = "bounds must be 4 times lower, upper with lower <= upper, got ["
+    for bounds in ([6.0, 0.0] * 4, [0.0, 6.0] * 3, [0.0, nan] * 4, [0.0, 6.0] * 5, [0.0] * 7):
+        yield ValueError, sentence, {"bounds": bounds}
+    for scale in (-1, 2, 2**40):
+        yield ValueError, f"scale must be 0 or 1, got {scale}", {"scale": scale}
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+def test_bad_calls(caller):
+    call = good_mbconv()
+    before = OP(*call.values())
+    wrong = []
+    for error, sentence, changes in bad_mbconv():
+        try:
+            CALLERS[caller]((call | changes).values())
+            wrong.append(f"accepted: {sentence}")
+        except error as raised:
+            if not str(raised).startswith(f"mbconv: {sentence}"):
+                wrong.append(f"{raised}\n  expected: {sentence}")
+    assert not wrong, "\n".join(wrong)
+    assert torch.equal(OP(*call.values()), before)
+
+
+def test_bad_calls_of_the_backward_op():
+    call = [*good_mbconv().values()]
+    grad_y = torch.ones(2, 8, 6, 7)
+    with pytest.raises(ValueError, match="^mbconv: grad_y must have shape .2, 8, 6, 7., got"):
+        BACKWARD(grad_y[1:], *call, [True] * 11)
+    with pytest.raises(TypeError, match="^mbconv: grad_y must be a dense floating-point"):
+        BACKWARD(grad_y.int(), *call, [True] * 11)
+    call[10] = None
+    with pytest.raises(ValueError, match="^mbconv: needs_grad must be False for b_excite, which"):
+        BACKWARD(grad_y, *call, [True] * 11)
+
+
+def bad_kinds():
+    """Sentence and weights."""
+    weights = GATED.inputs()[1]
+    known = "two numbers or one of hardswish, silu, gelu, gelu_tanh"
+    for name in ("clip_expand", "clip_dw", "clip_project"):
+        for other in ("swish", "", "HardSwish", None, 6.0, ("silu",)):
+            yield f"{name} must be {known}, got {other!r}", replace(weights, **{name: other})
+    for other in (1, "gate", weights.gate.tensors(), weights.gate.w_squeeze):
+        sentence = f"gate must be a FoldedGate, got {type(other).__name__}"
+        yield sentence, replace(weights, gate=other)
+    for name in GATE:
+        for other in (1, "w", [1.0], *(() if name.startswith("b_") else (None,))):
+            gate = replace(weights.gate, **{name: other})
+            sentence = f"{name} must be a tensor, got {type(other).__name__}"
+            yield sentence, replace(weights, gate=gate)
+    for other in ("swish", None, 6.0):
+        gate = replace(weights.gate, squeeze=other)
+        yield f"squeeze must be {known}, got {other!r}", replace(weights, gate=gate)
+    for other in ("tanh", None, 0, ["sigmoid"]):
+        gate = replace(weights.gate, scale=other)
+        sentence = f"scale must be one of sigmoid, hardsigmoid, got {other!r}"
+        yield sentence, replace(weights, gate=gate)
+
+
+@on_the_cpu
+def test_arguments_of_another_kind(name):
+    x = GATED.inputs()[0]
+    for sentence, weights in bad_kinds():
+        with pytest.raises(TypeError, match=f"^inverted_residual: {re.escape(sentence)}$"):
+            mk.inverted_residual(x, weights, backend=name, **GATED.settings)
+
+
+def test_clips_beside_curves():
+    x, weights = GATED.inputs()
+    for clip in ((), (0.0,), (6.0, 0.0), (0.0, 1.0, 2.0)):
+        sentence = "^inverted_residual: clip_dw must be .lower, upper. with lower <= upper, got"
+        with pytest.raises(ValueError, match=sentence):
+            mk.inverted_residual(x, replace(weights, clip_dw=clip), **GATED.settings)
+    whole = mk.inverted_residual(x, replace(weights, clip_dw=[0, 6]), **GATED.settings)
+    assert torch.equal(
+        whole, mk.inverted_residual(x, replace(weights, clip_dw=RELU6), **GATED.settings)
+    )
