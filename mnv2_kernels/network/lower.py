@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import index
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from ..block.config import NO_CLIP, NO_PADDING
-from ..block.fold import BlockLayers, fold_conv_norm
+from ..block.fold import BlockLayers, ConvNorm, fold_conv_norm
 from ..modules.autograd import fold_without_graph
 from ..recognizers import (
     AverageLayer,
@@ -99,12 +99,8 @@ def check_steps(layers: Sequence[Layer]) -> None:
         match layer:
             case LinearLayer() if not averaged:
                 raise Declined("a fully connected layer must follow an average over all pixels")
-            case LinearLayer() if not layer.is_plain:
-                raise Declined("a fully connected layer has an activation, or is a convolution")
             case LinearLayer():
-                averaged = False
-                if i + 1 < len(layers):
-                    raise Declined("nothing may follow a fully connected layer")
+                pass
             case AverageLayer() if i == 0 or averaged:
                 raise Declined("an average over all pixels must follow a convolution")
             case AverageLayer() if not layer.is_flat:
@@ -112,11 +108,11 @@ def check_steps(layers: Sequence[Layer]) -> None:
             case AverageLayer():
                 averaged = True
             case _ if averaged:
-                raise Declined("only a fully connected layer may follow an average over all pixels")
+                raise Declined(
+                    "only fully connected layers may follow an average over all pixels"
+                )
             case BlockLayers() if layer.pads != NO_PADDING:
                 raise Declined("a block pads its input before the expansion")
-            case BlockLayers() if not layer.only_clips:
-                raise Declined("a block has more than clips between its layers")
             case ConvLayer() if not layer.is_pointwise:
                 _check_stem(layer)
                 if i > 0:
@@ -149,18 +145,23 @@ def _step(layer: Layer) -> Step:
             return Stem(in_channels, out_channels, layer.padding, weight, bias, clip)
         case AverageLayer():
             return Pool(0, 0, None, None, NO_CLIP)
-    return _classifier(layer.stage.conv)
+    return _linear(layer.stage)
 
 
-def _classifier(linear: nn.Module) -> Linear:
-    weight, bias = linear.weight.detach().contiguous(), linear.bias
+def _linear(stage: ConvNorm) -> Linear:
+    conv = stage.conv
+    if stage.norm is None:
+        weight, bias = conv.weight.detach(), conv.bias
+    else:
+        weight, bias = fold_conv_norm(stage)
+    weight = weight.flatten(1).contiguous()
     # Where a bias is used in place, its values are those of now too: a guard sees changes.
     if bias is not None:
         bias = bias.detach().contiguous()
         # PyTorch refuses a bias of another dtype than the weight; so must the check of a program.
         if bias.dtype == weight.dtype:
             bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
-    return Linear(weight.shape[1], weight.shape[0], weight, bias)
+    return Linear(weight.shape[1], weight.shape[0], weight, bias, stage.clip)
 
 
 def _out_channels(step: Step) -> int:
@@ -172,12 +173,19 @@ def cast(step: Step, dtype: torch.dtype | None) -> Step:
     if dtype is None:
         return step
     if isinstance(step, Block):
-        w = step.weights
-        tensors = {n: getattr(w, n) for n in ("w_expand", "w_dw", "w_project")}
-        cast = {n: t if t is None else t.to(dtype) for n, t in tensors.items()}
-        return replace(step, weights=replace(w, **cast))
+        weights = step.weights
+        gate = weights.gate
+        if gate is not None:
+            gate = _cast_weights(gate, ("w_squeeze", "w_excite"), dtype)
+        weights = _cast_weights(weights, ("w_expand", "w_dw", "w_project"), dtype)
+        return replace(step, weights=replace(weights, gate=gate))
     weight = step.weight
     return step if weight is None else replace(step, weight=weight.to(dtype))
+
+
+def _cast_weights(folded: Any, names: Sequence[str], dtype: torch.dtype) -> Any:
+    tensors = {name: t for name in names if (t := getattr(folded, name)) is not None}
+    return replace(folded, **{name: t.to(dtype) for name, t in tensors.items()})
 
 
 def names_of(layers: Sequence[Layer], model: nn.Module) -> list[str]:
