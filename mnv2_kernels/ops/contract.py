@@ -165,11 +165,11 @@ def check_mbconv(*arguments) -> tuple[int, int, int, int]:
 
 
 def _check_clip(owner: str, name: str, clip: Clip) -> None:
-    _value(
-        owner,
-        len(clip) == 2 and bool(clip[0] <= clip[1]),
-        lambda: f"{name} must be (lower, upper) with lower <= upper, got {list(clip)}",
-    )
+    # Not `torch._check_value`, which the compiler cannot trace in `check_kinds`.
+    if len(clip) != 2 or not clip[0] <= clip[1]:
+        raise ValueError(
+            f"{owner}: {name} must be (lower, upper) with lower <= upper, got {list(clip)}"
+        )
 
 
 def _check_block(

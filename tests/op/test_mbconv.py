@@ -197,7 +197,8 @@ class Called(nn.Module):
 
 
 def test_compiled_whole():
-    for case in SAMPLES[:4]:
+    clips = replace(GATED, between=(RELU6, "silu", NO_CLIP), squeeze=RELU)
+    for case in (*SAMPLES[:4], clips):
         torch.compiler.reset()
         x, weights = case.inputs()
         call = partial(mk.inverted_residual, weights=weights, **case.settings)
