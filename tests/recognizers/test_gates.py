@@ -62,13 +62,12 @@ def sized(gate, y):
     return gate.second(gate.first(pooled).relu_()).view(b, -1, 1, 1).sigmoid()
 
 
-def separable(**settings):
-    return timm_block(DepthwiseSeparableConv, se_layer=SqueezeExcite, **settings)
+def separable():
+    return timm_block(DepthwiseSeparableConv, se_layer=SqueezeExcite)
 
 
-def mbconv(**settings):
-    block = MBConv(MBConvConfig(3, 3, 1, 8, 8, 1), 0.5, nn.BatchNorm2d, **settings)
-    return edited(block, "stochastic_depth", block.stochastic_depth)
+def mbconv():
+    return MBConv(MBConvConfig(3, 3, 1, 8, 8, 1), 0.5, nn.BatchNorm2d)
 
 
 def frozen():
@@ -182,12 +181,6 @@ RECOGNISED = {
         RELU6,
         RELU,
         "sigmoid",
-    ),
-    "unused layers": (
-        lambda: Gated(nn.Sequential(nn.Identity(), SELayer()), itself, nn.SiLU),
-        "silu",
-        RELU,
-        "hardsigmoid",
     ),
 }
 
