@@ -69,30 +69,34 @@ void read_curves(const OpArguments& op, Call& call) {
     if (call.curves[2] != Curve::clip) sizes.clip_project = kNone;
 }
 
-void read_gate(const OpArguments& op, Call& call) {
+void check_gate(const OpArguments& op, const Call& call) {
     const at::Tensor &w_squeeze = call.inputs[7], &w_excite = call.inputs[9];
-    const bool there = w_squeeze.defined();
-    TORCH_CHECK_VALUE(there == w_excite.defined() &&
-                          (there || !(call.inputs[8].defined() || call.inputs[10].defined())),
-                      op.op,
-                      ": w_squeeze and w_excite must be given together, and their biases only with "
-                      "them");
-    if (!there) return;
+    if (!w_squeeze.defined()) {
+        for (size_t i = 8; i < call.inputs.size(); i++)
+            TORCH_CHECK_VALUE(!call.inputs[i].defined(), op.op, ": ", kNames[i],
+                              " must be None where w_squeeze is None");
+        return;
+    }
     const int64_t hidden = call.sizes.hidden_channels;
     TORCH_CHECK_VALUE(w_squeeze.dim() == 2 && w_squeeze.size(0) == hidden && w_squeeze.size(1) > 0,
-                      op.op, ": w_squeeze must have shape (C_hidden=", hidden, ", R), got ",
-                      shape(w_squeeze));
+                      op.op, ": w_squeeze must have shape (C_hidden=", hidden,
+                      ", R) with R at least 1, got ", shape(w_squeeze));
     const int64_t width = w_squeeze.size(1);
-    TORCH_CHECK_VALUE(
-        w_excite.dim() == 2 && w_excite.size(0) == width && w_excite.size(1) == hidden, op.op,
-        ": w_excite must have shape (R=", width, ", C_hidden=", hidden, "), got ", shape(w_excite));
+    TORCH_CHECK_VALUE(w_excite.defined() && w_excite.dim() == 2 && w_excite.size(0) == width &&
+                          w_excite.size(1) == hidden,
+                      op.op, ": w_excite must have shape (R=", width, ", C_hidden=", hidden,
+                      "), got ", w_excite.defined() ? shape(w_excite) : "None");
     check_bias(op.op, "b_squeeze", call.inputs[8], "R", width);
     check_bias(op.op, "b_excite", call.inputs[10], "C_hidden", hidden);
-    TORCH_CHECK_VALUE(op.scale == 0 || op.scale == 1, op.op,
-                      ": scale must be 0 (sigmoid) or 1 (hardsigmoid), got ", op.scale);
-    call.gate.width = width;
+}
+
+void read_gate(const OpArguments& op, Call& call) {
+    TORCH_CHECK_VALUE(op.scale == 0 || op.scale == 1, op.op, ": scale must be 0 or 1, got ",
+                      op.scale);
+    if (!call.inputs[7].defined()) return;
+    call.gate.width = call.inputs[7].size(1);
     call.gate.squeeze = {static_cast<Curve>(op.curves[3]),
-                         checked_clip(op.op, "clip_squeeze", op.clip_squeeze)};
+                         checked_clip(op.op, "squeeze", op.clip_squeeze)};
     call.gate.hard = op.scale == 1;
 }
 
@@ -183,6 +187,7 @@ Call make_call(const OpArguments& op) {
     check_bias(op.op, "b_expand", b_expand, "C_hidden", sizes.hidden_channels);
     check_bias(op.op, "b_dw", b_dw, "C_hidden", sizes.hidden_channels);
     check_bias(op.op, "b_project", b_project, "C_out", sizes.out_channels);
+    check_gate(op, call);
     TORCH_CHECK_VALUE(op.stride == 1 || op.stride == 2, op.op, ": stride must be 1 or 2, got ",
                       op.stride);
     TORCH_CHECK_VALUE(op.dilation == 1 || op.dilation == 2, op.op,

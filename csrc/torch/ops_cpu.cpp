@@ -63,8 +63,11 @@ at::Tensor mbconv(const at::Tensor& x, const OptionalTensor& w_expand,
                   const OptionalTensor& b_excite, int64_t stride, at::IntArrayRef padding,
                   int64_t dilation, bool residual, at::IntArrayRef curves,
                   at::ArrayRef<double> bounds, int64_t scale) {
-    TORCH_CHECK_VALUE(bounds.size() == 8, "mbconv: bounds must be 4 pairs of numbers, got ",
-                      bounds.size());
+    bool are_pairs = bounds.size() == 8;
+    for (size_t i = 0; i + 1 < bounds.size(); i += 2)
+        are_pairs = are_pairs && bounds[i] <= bounds[i + 1];
+    TORCH_CHECK_VALUE(
+        are_pairs, "mbconv: bounds must be 4 times lower, upper with lower <= upper, got ", bounds);
     const GateTensors gate{w_squeeze, b_squeeze, w_excite, b_excite};
     return run_op({"mbconv", x, w_expand, b_expand, w_dw, b_dw, w_project, b_project, stride,
                    padding, dilation, residual, bounds.slice(0, 2), bounds.slice(2, 2),

@@ -108,9 +108,7 @@ def check_steps(layers: Sequence[Layer]) -> None:
             case AverageLayer():
                 averaged = True
             case _ if averaged:
-                raise Declined(
-                    "only fully connected layers may follow an average over all pixels"
-                )
+                raise Declined("only fully connected layers may follow an average over all pixels")
             case BlockLayers() if layer.pads != NO_PADDING:
                 raise Declined("a block pads its input before the expansion")
             case ConvLayer() if not layer.is_pointwise:

@@ -116,7 +116,8 @@ def planned_in_use(
     """Bytes of the tensors that each step of a plan uses, of one image; its image included.
 
     Steps that stream into one another run at once: each of them uses the input of the first, the
-    result of the last and the lines between. A result in the place of its input counts once.
+    result of the last and the lines between. A result in the place of its input counts once. A
+    block with a squeeze-excite uses its depthwise result too, float32.
 
     Args:
         line_bytes: by step, of the rows of a streamed result that are in memory at a time.
@@ -129,9 +130,16 @@ def planned_in_use(
             end += 1
         source = begin - 1
         in_place = source >= 0 and begin == end < len(steps) - 1
-        in_place = in_place and steps[source].offset == steps[end].offset
-        in_place = in_place and sizes[begin] == sizes[end + 1]
-        used = 0 if in_place else sizes[end + 1]
+        layer = steps[begin].layer
+        if isinstance(layer, Block) and layer.weights.gate is not None:
+            in_place = in_place and sizes[begin] >= sizes[end + 1]
+            kept = 4 * sizes[end + 1] // itemsize // layer.config.out_channels
+            kept *= layer.config.hidden_channels
+        else:
+            in_place = in_place and steps[source].offset == steps[end].offset
+            in_place = in_place and sizes[begin] == sizes[end + 1]
+            kept = 0
+        used = kept if in_place else kept + sizes[end + 1]
         used += sum(line_bytes[begin:end]) + (sizes[begin] if begin else 0)
         found += [sizes[0] + used] * (end + 1 - begin)
         begin = end + 1

@@ -10,6 +10,7 @@ and runs as one op (`plan_op.py`), which allocates the arena or gets one that th
 import math
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from ..ops.backends import BACKENDS, warn_if_layers_run
 from ..ops.extension import missing
 from ..ops.inverted_residual import inverted_residual
+from ..ops.reference import activate
 from ..recognizers import Declined, check_module
 from . import figures, program
 from . import memory as step_memory
@@ -108,13 +110,16 @@ class Plan:
 
     @property
     def feature_bytes(self) -> int:
-        """Bytes of the classifier's input of one image, which calls keep for up to 8 images of a
-        batch; 0 without a classifier, and where the plan owns its arena.
+        """Bytes of one image that calls keep for up to 8 images of a batch: inputs of the fully
+        connected layers at the end. 0 without any, and where the plan owns its arena.
         """
-        last = self.steps[-1].layer
-        if self._owned is not None or not isinstance(last, Linear) or len(self.steps) == 1:
+        layers = [step.layer for step in self.steps]
+        tail = list(takewhile(lambda layer: isinstance(layer, Linear), reversed(layers)))
+        if self._owned is not None or not tail or len(tail) == len(layers):
             return 0
-        return -(-last.in_features * self.dtype.itemsize // 64) * 64
+        # Of a layer and of the next one.
+        widest = max(layer.in_features for layer in tail) * min(len(tail), 2)
+        return -(-widest * self.dtype.itemsize // 64) * 64
 
     def line_bytes(self, threads: int = 1) -> int:
         """Bytes of line buffers and scratch for one image on `threads` threads; no arena."""
@@ -340,7 +345,7 @@ def _run(layer: Layer, x: Tensor) -> Tensor:
             top, left, bottom, right = layer.padding
             x = F.pad(x, (left, right, top, bottom)).contiguous(memory_format=torch.channels_last)
             weight = layer.weight.permute(3, 2, 1, 0)
-            return F.conv2d(x, weight, layer.bias.to(x.dtype), 2).clamp_(*layer.clip)
+            return activate(F.conv2d(x, weight, layer.bias.to(x.dtype), 2), layer.clip)
         case Block():
             c = layer.config
             return inverted_residual(
@@ -354,10 +359,10 @@ def _run(layer: Layer, x: Tensor) -> Tensor:
         case Pool():
             if layer.weight is not None:
                 weight = layer.weight.t()[:, :, None, None]
-                x = F.conv2d(x, weight, layer.bias.to(x.dtype)).clamp_(*layer.clip)
+                x = activate(F.conv2d(x, weight, layer.bias.to(x.dtype)), layer.clip)
             return x.mean((2, 3))
         case Pointwise():
             weight = layer.weight.t()[:, :, None, None]
-            return F.conv2d(x, weight, layer.bias.to(x.dtype)).clamp_(*layer.clip)
+            return activate(F.conv2d(x, weight, layer.bias.to(x.dtype)), layer.clip)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return F.linear(x, layer.weight, bias)
+    return activate(F.linear(x, layer.weight, bias), layer.clip)

@@ -275,6 +275,7 @@ def _block(layers: list[ConvLayer], residual: bool) -> BlockLayers:
         dilation=depthwise.dilation[0],
         padding=depthwise.padding,
         residual=residual and not pads,
+        squeeze_channels=len(depthwise.gate.squeeze.conv.weight) if depthwise.gate else 0,
     )
     return BlockLayers(
         expand=expand[0].stage if expand else None,

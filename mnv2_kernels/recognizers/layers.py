@@ -48,12 +48,6 @@ class LinearLayer:
 
     stage: ConvNorm
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is a fully connected layer that nothing follows."""
-        stage = self.stage
-        return stage == ConvNorm(stage.conv, None) and stage.conv.weight.dim() == 2
-
 
 Layer = ConvLayer | BlockLayers | AverageLayer | LinearLayer
 

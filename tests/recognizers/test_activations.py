@@ -170,7 +170,6 @@ def test_curves_outside_of_blocks():
     assert average.is_flat
     assert [layer.stage.conv for layer in linear] == [head[1], end[0], end[3]]
     assert [layer.stage.clip for layer in linear] == ["silu", "gelu", (float("-inf"), float("inf"))]
-    assert [layer.is_plain for layer in linear] == [False, False, True]
 
 
 @pytest.mark.parametrize("flat", [False, True])
