@@ -171,7 +171,9 @@ using PeakFn = double (*)(int64_t rounds);
 struct Layers {
     TileFn run_tile, begin_tile;
     StepFn step_tile;
-    TileFn keep_depthwise, project_kept;  // the two parts of a block with a gate
+    // The two parts of a block with a gate: the first in steps, whatever the schedule.
+    StepFn keep_step;
+    TileFn project_kept;
     MeansFn means;
     SqueezeFn squeeze;
     ExciteFn excite;

@@ -11,6 +11,11 @@ namespace {
 
 const BlockStep* block_of(const Step& step) { return std::get_if<BlockStep>(&step.layer); }
 
+bool has_gate(const Step& step) {
+    const auto* block = block_of(step);
+    return block && block->args.gate.width > 0;
+}
+
 Element element_of(const BlockStep& block) { return block.args.element; }
 template <class Args>
 Element element_of(const Args& args) {
@@ -66,9 +71,10 @@ int64_t scratch_floats(const Step& step, int64_t lanes) {
 // through line buffers.
 class RowStream {
  public:
-    // x: all rows of the first step's input. y may be x where there is one step only.
+    // x: all rows of the first step's input. y may be x where there is one step only; kept: of a
+    // last step with a gate.
     RowStream(const Kernel& kernel, const Step* steps, int64_t count, const InputRows& x, void* y,
-              int64_t row_begin, int64_t row_end, float* lines)
+              float* kept, int64_t row_begin, int64_t row_end, float* lines)
         : layers_(kernel.of(element_of(*steps))), x_(x.begin) {
         int64_t begin = row_begin, end = row_end;
         stages_.resize(count);
@@ -96,6 +102,7 @@ class RowStream {
             const BlockArgs& args = block->args;
             Stage& stage = stages_[i];
             Tile& tile = stage.tile;
+            if (args.gate.width > 0) tile = tile_to_keep(*block, kernel.lanes, kept);
             tile.x = x, tile.y = stage.y;
             tile.row_begin = stage.next_row, tile.row_end = stage.row_end;
             tile.col_end = args.W_out, tile.hidden_end = args.hidden_channels;
@@ -130,7 +137,9 @@ class RowStream {
                 const int64_t input_end =
                     first_input_row(block->args, row) + window_rows(block->args, next - row);
                 if (i > 0) make_rows(i - 1, std::min(input_end, stages_[i - 1].row_end));
-                layers_.step_tile(block->args, block->schedule, stage.tile, stage.scratch, row);
+                const bool keeps = block->args.gate.width > 0;
+                const StepFn run = keeps ? layers_.keep_step : layers_.step_tile;
+                run(block->args, block->schedule, stage.tile, stage.scratch, row);
             } else {
                 layers_.stem_rows(std::get<StemArgs>(stage.step->layer), x_, stage.y, row, next,
                                   stage.scratch);
@@ -156,14 +165,21 @@ struct NetworkRun {
     float* kept;
     const Threads& threads;
 
-    // Steps that go row by row, each streaming into the next. Where y is x, the rows that bands
-    // read beyond their own are copied before any band writes: 2 * reach rows for each border
-    // between bands, first those above it. The copies follow the threads' lines.
+    // Steps that go row by row, each streaming into the next; the last one may have a gate. Where y
+    // is x, the rows that bands read beyond their own are copied before any band writes: 2 * reach
+    // rows for each border between bands, first those above it. The copies follow the threads'
+    // lines.
     void stream(const Step* steps, int64_t count, const void* x, void* y) const {
         const Step& last = steps[count - 1];
         const int64_t rows = rows_of(last);
-        const int64_t bands = std::min(threads.count, ceil_div(rows, rows_per_step(last)));
-        const auto first_row = [&](int64_t band) { return band * rows / bands; };
+        const int64_t steps_of_last = ceil_div(rows, rows_per_step(last));
+        const int64_t bands = std::min(threads.count, steps_of_last);
+        const auto* const gated = has_gate(last) ? block_of(last) : nullptr;
+        const auto first_row = [&](int64_t band) {
+            // The sums for a gate are those of whole steps.
+            if (gated) return std::min(band * steps_of_last / bands * rows_per_step(last), rows);
+            return band * rows / bands;
+        };
         const auto* block = block_of(steps[0]);
         InputRows input{x, rows_of(steps[0]), row_bytes(steps[0])};
         if (block) input = {x, block->args.H, x_row_bytes(block->args)};
@@ -192,8 +208,9 @@ struct NetworkRun {
                 own.before = copies + (band - 1) * 2 * size - (begin - reach) * input.size;
                 own.after = copies + (band * 2 + 1) * size - end * input.size;
             }
-            RowStream(kernel, steps, count, own, y, begin, end, lines.of(thread)).run();
+            RowStream(kernel, steps, count, own, y, kept, begin, end, lines.of(thread)).run();
         });
+        if (gated) cpu::finish_gated(kernel, *gated, y, lines, kept, threads);
     }
 
     // Calls run(begin, end, thread) for parts of `channels` in whole panels.
@@ -317,6 +334,12 @@ bool is_row_by_row(const Step& step) {
     if (const auto* block = block_of(step))
         return block->schedule.rows_outside && block->schedule.strip_cols == block->args.W_out;
     return std::holds_alternative<StemArgs>(step.layer);
+}
+
+bool takes_rows(const Step& step) {
+    const auto* block = block_of(step);
+    if (!has_gate(step)) return is_row_by_row(step);
+    return keeps_row_by_row(block->args, block->schedule) && !block->args.residual;
 }
 
 int64_t line_floats(const std::vector<Step>& steps, int64_t lanes, int64_t threads) {

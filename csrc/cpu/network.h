@@ -23,9 +23,12 @@ struct Step {
 // Floats of memory that `threads` threads need besides the arena.
 int64_t line_floats(const std::vector<Step>& steps, int64_t lanes, int64_t threads);
 
-// Whether the step goes through the image once, row by row. Such a step can stream, can follow one
-// that does, and can overwrite its input.
+// Whether the step goes through the image once, row by row. Such a step can stream and can
+// overwrite its input.
 bool is_row_by_row(const Step& step);
+
+// Whether the step can follow one that streams; with a gate it is not row by row for all that.
+bool takes_rows(const Step& step);
 
 // Rows of a step's result that are in memory at a time.
 int64_t rows_in_memory(const std::vector<Step>& steps, size_t number);

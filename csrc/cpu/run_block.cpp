@@ -125,10 +125,7 @@ struct BlockRun {
     // own: the scratch of each of these threads, one after the other.
     void gated_image(int64_t image, const GateLayout& layout, float* kept_of_image, float* own,
                      const Threads& these) const {
-        const auto scratch_of = [&](int64_t thread) { return own + thread * scratch.floats; };
-        Tile tile = whole_image(image);
-        tile.kept = kept_of_image;
-        tile.step_sums = kept_of_image + layout.sums;
+        const Tile tile = with_kept(whole_image(image), layout, kept_of_image);
         const int64_t steps = ceil_div(args.H_out, schedule.rows_per_step);
         const int64_t chunks = ceil_div(args.hidden_channels, schedule.hidden_chunk);
         const int64_t bands = std::min(ceil_div(these.count, chunks), steps);
@@ -141,30 +138,45 @@ struct BlockRun {
             part.row_begin = band * steps / bands * schedule.rows_per_step;
             part.row_end =
                 std::min((band + 1) * steps / bands * schedule.rows_per_step, args.H_out);
-            layers().keep_depthwise(args, schedule, part, scratch_of(thread));
+            float* const mine = own + thread * scratch.floats;
+            layers().begin_tile(args, schedule, part, mine);
+            for (int64_t row = part.row_begin; row < part.row_end; row += schedule.rows_per_step)
+                layers().keep_step(args, schedule, part, mine, row);
         });
-        run_gate(steps, layout, kept_of_image, these);
+        finish_gated(tile, layout, own, these);
+    }
+
+    static Tile with_kept(Tile tile, const GateLayout& layout, float* kept_of_image) {
+        tile.kept = kept_of_image;
+        tile.step_sums = kept_of_image + layout.sums;
         tile.gate = kept_of_image + layout.gate;
+        return tile;
+    }
+
+    // The gate and the second part, of a whole image whose first part is done.
+    void finish_gated(const Tile& tile, const GateLayout& layout, float* own,
+                      const Threads& these) const {
+        run_gate(layout, tile.kept, these);
         const int64_t parts = std::min(these.count, args.H_out);
         const bool sums = args.element == Element::single && args.residual;
         these.run(parts, [&](int64_t number, int64_t thread) {
             Tile part = tile;
             part.row_begin = number * args.H_out / parts;
             part.row_end = (number + 1) * args.H_out / parts;
-            float* const mine = scratch_of(thread);
+            float* const mine = own + thread * scratch.floats;
             if (sums) part.sums = mine + scratch_layout(args, schedule, kernel.lanes).sums;
             layers().project_kept(args, schedule, part, mine);
         });
     }
 
     // The gate from the sums. Small ones are not worth waking threads for.
-    void run_gate(int64_t steps, const GateLayout& layout, float* kept_of_image,
-                  const Threads& these) const {
+    void run_gate(const GateLayout& layout, float* kept_of_image, const Threads& these) const {
         constexpr int64_t kOfOneThread = 32 * 1024;  // weights of a layer
         constexpr int64_t kUnits = 64;
         float* const means = kept_of_image + layout.means;
         float* const squeezed = kept_of_image + layout.squeezed;
         float* const gate = kept_of_image + layout.gate;
+        const int64_t steps = ceil_div(args.H_out, schedule.rows_per_step);
         layers().means(args, kept_of_image + layout.sums, steps, means);
         const bool together = args.hidden_channels * args.gate.width > kOfOneThread;
         const auto in_panels = [&](int64_t units, const auto& run) {
@@ -192,11 +204,27 @@ int64_t kept_floats(const BlockStep& block, int64_t lanes, int64_t threads) {
     return at_a_time * gate_layout(block.args, block.schedule, lanes).total;
 }
 
+Tile tile_to_keep(const BlockStep& block, int64_t lanes, float* kept) {
+    return BlockRun::with_kept({}, gate_layout(block.args, block.schedule, lanes), kept);
+}
+
+static BlockRun block_run(const Kernel& kernel, const BlockStep& block, const void* x, void* y,
+                          const Scratch& scratch, float* kept, const Threads& threads) {
+    return {kernel,  block.args, block.schedule, static_cast<const char*>(x), static_cast<char*>(y),
+            scratch, kept,       threads};
+}
+
+void finish_gated(const Kernel& kernel, const BlockStep& block, void* y, const Scratch& scratch,
+                  float* kept, const Threads& threads) {
+    const BlockRun run = block_run(kernel, block, nullptr, y, scratch, kept, threads);
+    const GateLayout layout = gate_layout(block.args, block.schedule, kernel.lanes);
+    run.finish_gated(BlockRun::with_kept(run.whole_image(0), layout, kept), layout, scratch.begin,
+                     threads);
+}
+
 void run_block(const Kernel& kernel, const BlockStep& block, const void* x, void* y,
                const Scratch& scratch, float* kept, const Threads& threads) {
-    const BlockRun run{
-        kernel,  block.args, block.schedule, static_cast<const char*>(x), static_cast<char*>(y),
-        scratch, kept,       threads};
+    const BlockRun run = block_run(kernel, block, x, y, scratch, kept, threads);
     if (block.args.gate.width > 0)
         run.run_gated();
     else if (block.schedule.hidden_groups == 1)

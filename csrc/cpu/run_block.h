@@ -17,6 +17,12 @@ struct BlockStep {
 void run_block(const Kernel& kernel, const BlockStep& block, const void* x, void* y,
                const Scratch& scratch, float* kept, const Threads& threads);
 
+// A block with a gate and no residual whose first part is done row by row, of one image: tiles of
+// it begin as this one, and after all of them comes the second part.
+Tile tile_to_keep(const BlockStep& block, int64_t lanes, float* kept);
+void finish_gated(const Kernel& kernel, const BlockStep& block, void* y, const Scratch& scratch,
+                  float* kept, const Threads& threads);
+
 // What is kept of all images that are in work at a time.
 int64_t kept_floats(const BlockStep& block, int64_t lanes, int64_t threads);
 

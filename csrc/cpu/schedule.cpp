@@ -197,6 +197,10 @@ Schedule choose_network_schedule(const BlockArgs& args, int64_t lanes) {
     return bytes <= kNetworkScratchBytes ? schedule : alone;
 }
 
+bool keeps_row_by_row(const BlockArgs& args, const Schedule& schedule) {
+    return args.gate.width > 0 && schedule.hidden_chunk >= args.hidden_channels;
+}
+
 std::string to_string(const BlockArgs& args, const Schedule& schedule, int64_t lanes) {
     const auto n = [](int64_t value) { return std::to_string(value); };
     const int64_t bytes = 4 * scratch_layout(args, schedule, lanes).total;

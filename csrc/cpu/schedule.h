@@ -85,6 +85,9 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes);
 // In a network, where a block that goes through the image once can take the rows of the one before
 // it as they come, or overwrite its input: also where rows outside are not the fastest by itself.
 Schedule choose_network_schedule(const BlockArgs& args, int64_t lanes);
+
+// Of a block with a gate: whether its first part goes through the image row by row.
+bool keeps_row_by_row(const BlockArgs& args, const Schedule& schedule);
 std::string to_string(const BlockArgs& args, const Schedule& schedule, int64_t lanes);
 
 }  // namespace mnv2::cpu

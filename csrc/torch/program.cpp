@@ -322,8 +322,9 @@ void check_places(const Network& network, const std::vector<Between>& shapes) {
         const Step& step = network.steps[number];
         const bool last = number + 1 == count;
         Between x = shapes[number + 1];
-        MNV2_CHECK_STEP((!comes_streaming && !step.streams) || is_row_by_row(step),
-                        "cannot stream: it does not go through the image row by row");
+        MNV2_CHECK_STEP(
+            (!comes_streaming || takes_rows(step)) && (!step.streams || is_row_by_row(step)),
+            "cannot stream: it does not go through the image row by row");
         MNV2_CHECK_STEP(!step.streams || !last, "cannot stream: there is no step after it");
         if (!last && !step.streams) {
             x.offset = step.output;

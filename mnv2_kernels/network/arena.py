@@ -38,11 +38,11 @@ def arrange(named: Sequence[tuple[str, Layer]], shape: Shape) -> tuple[list[Step
     for (name, _), result in zip(named, results, strict=True):
         if min(result) < 1:
             raise ValueError(f"plan: input_shape {shape} is too small for {name}")
-    row_by_row = _row_by_row(steps, shape)
+    row_by_row, takes_rows = _row_by_row(steps, shape)
     sizes = [_aligned(math.prod(result)) for result in results]
     for i in range(len(steps) - 1):
         # Tensors that shrink on the way: from the image to the first small one.
-        if row_by_row[i] and row_by_row[i + 1] and sizes[i] > sizes[i + 1]:
+        if row_by_row[i] and takes_rows[i + 1] and sizes[i] > sizes[i + 1]:
             steps[i] = replace(steps[i], streams=True)
     kept = [i for i, step in enumerate(steps[:-1]) if not step.streams]
     in_place = {i for i in kept if _overwrites(steps, results, i, row_by_row[i])}
@@ -70,21 +70,26 @@ def _overwrites(steps: Sequence[Step], results: Sequence[Shape], i: int, row_by_
     return row_by_row and layer.config.residual and layer.config.expansion
 
 
-def _row_by_row(steps: Sequence[Step], shape: Shape) -> list[bool]:
-    """Which steps go through the image once, row by row, so that they can stream."""
+def _row_by_row(steps: Sequence[Step], shape: Shape) -> tuple[list[bool], list[bool]]:
+    """Which steps go through the image once, row by row, so that they can stream, and which can
+    follow one that does.
+    """
     together = program.encode(steps, shape, 0)
     known = together.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if _C is None or together.device.type != "cpu" or not known:
-        return [False] * len(steps)
+        return [False] * len(steps), [False] * len(steps)
     apart, offset = [], 0
     for step, result in zip(steps, program.shapes(steps, shape), strict=True):
         apart.append(replace(step, offset=offset))
         offset += _aligned(math.prod(result))
-    return describe(program.encode(apart, shape, offset), 1)["row_by_row"]
+    described = describe(program.encode(apart, shape, offset), 1)
+    return described["row_by_row"], described["takes_rows"]
 
 
 def describe(p: Program, threads: int) -> dict:
-    """What the kernels say of a program: `row_by_row`, `rows_in_memory`, `line_bytes`."""
+    """What the kernels say of a program: `row_by_row`, `takes_rows`, `rows_in_memory` by step, and
+    `line_bytes`.
+    """
     if _C is None:
         raise RuntimeError(f"plan: {missing}")
     return _C.describe_program(p.integers, p.bounds, str(p.dtype).removeprefix("torch."), threads)

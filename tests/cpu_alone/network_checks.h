@@ -187,7 +187,7 @@ inline int64_t arrange(std::vector<Step>& steps, bool stream) {
     int64_t end = 0, input = -1;
     for (size_t i = 0; i + 1 < steps.size(); i++) {
         Step& step = steps[i];
-        step.streams = stream && is_row_by_row(step) && is_row_by_row(steps[i + 1]);
+        step.streams = stream && is_row_by_row(step) && takes_rows(steps[i + 1]);
         counts().streams += step.streams;
         if (step.streams) continue;
         const auto* block = std::get_if<BlockStep>(&step.layer);
