@@ -162,14 +162,13 @@ int64_t reach_of(const Step& step) {
 struct NetworkRun {
     const Kernel& kernel;
     Scratch lines;
-    float* kept;
     const Threads& threads;
 
     // Steps that go row by row, each streaming into the next; the last one may have a gate. Where y
     // is x, the rows that bands read beyond their own are copied before any band writes: 2 * reach
     // rows for each border between bands, first those above it. The copies follow the threads'
     // lines.
-    void stream(const Step* steps, int64_t count, const void* x, void* y) const {
+    void stream(const Step* steps, int64_t count, const void* x, void* y, float* kept) const {
         const Step& last = steps[count - 1];
         const int64_t rows = rows_of(last);
         const int64_t steps_of_last = ceil_div(rows, rows_per_step(last));
@@ -257,10 +256,12 @@ void run_steps(const NetworkRun& run, const std::vector<Step>& steps, size_t cou
         const Step& step = steps[first];
         const int64_t offset = size_of(element_of(step)) * steps[last].output;
         void* const output = last + 1 == count ? y : static_cast<char*>(arena) + offset;
+        float* const kept = reinterpret_cast<float*>(static_cast<char*>(arena) +
+                                                     size_of(element_of(step)) * steps[last].kept);
         if (is_row_by_row(step))
-            run.stream(&step, last - first + 1, input, output);
+            run.stream(&step, last - first + 1, input, output, kept);
         else if (const auto* block = block_of(step))
-            run_block(run.kernel, *block, input, output, run.lines, run.kept, run.threads);
+            run_block(run.kernel, *block, input, output, run.lines, kept, run.threads);
         else if (const auto* pointwise = std::get_if<PointwiseArgs>(&step.layer))
             run.pointwise(*pointwise, input, output);
         else if (const auto* average = std::get_if<AverageArgs>(&step.layer))
@@ -306,26 +307,9 @@ int64_t copies_of_band(const std::vector<Step>& steps) {
     return aligned_floats(most);
 }
 
-// Floats that are kept of an image between the two parts of a block with a gate.
-int64_t most_kept(const std::vector<Step>& steps, int64_t lanes) {
-    int64_t most = 0;
-    for (const Step& step : steps)
-        if (const auto* block = block_of(step))
-            most = std::max(most, kept_floats(*block, lanes, 1));
-    return most;
-}
-
-// Floats before those.
-int64_t floats_before_kept(const std::vector<Step>& steps, int64_t lanes, int64_t threads) {
-    return threads * lines_of_thread(steps, lanes) + (threads - 1) * copies_of_band(steps);
-}
-
 NetworkRun network_run(const Kernel& kernel, const std::vector<Step>& steps, float* lines,
                        const Threads& threads) {
-    return {kernel,
-            {lines, lines_of_thread(steps, kernel.lanes)},
-            lines + floats_before_kept(steps, kernel.lanes, threads.count),
-            threads};
+    return {kernel, {lines, lines_of_thread(steps, kernel.lanes)}, threads};
 }
 
 }  // namespace
@@ -342,8 +326,13 @@ bool takes_rows(const Step& step) {
     return keeps_row_by_row(block->args, block->schedule) && !block->args.residual;
 }
 
+int64_t kept_elements(const Step& step, int64_t lanes) {
+    const auto* block = block_of(step);
+    return block ? kept_floats(*block, lanes, 1) * 4 / size_of(element_of(step)) : 0;
+}
+
 int64_t line_floats(const std::vector<Step>& steps, int64_t lanes, int64_t threads) {
-    return floats_before_kept(steps, lanes, threads) + most_kept(steps, lanes);
+    return threads * lines_of_thread(steps, lanes) + (threads - 1) * copies_of_band(steps);
 }
 
 int64_t rows_in_memory(const std::vector<Step>& steps, size_t number) {

@@ -18,7 +18,12 @@ struct Step {
     int64_t output;
     // The next step takes the rows as they come: a few of them are in memory at a time.
     bool streams;
+    // Where in the arena a block with a gate has kept_elements() between its two parts, elements.
+    int64_t kept;
 };
+
+// Elements that a block with a gate keeps, 0 for other steps.
+int64_t kept_elements(const Step& step, int64_t lanes);
 
 // Floats of memory that `threads` threads need besides the arena.
 int64_t line_floats(const std::vector<Step>& steps, int64_t lanes, int64_t threads);

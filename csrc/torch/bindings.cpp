@@ -121,15 +121,17 @@ pybind11::dict describe_program(const std::vector<int64_t>& integers,
                                 int64_t threads) {
     const Kernel& kernel = mnv2::cpu::kernel();
     const auto network = mnv2::cpu::read_network(integers, bounds, nullptr, element(dtype), kernel);
-    pybind11::list row_by_row, takes_rows, rows;
+    pybind11::list row_by_row, takes_rows, kept, rows;
     for (size_t i = 0; i < network.steps.size(); i++) {
         row_by_row.append(mnv2::cpu::is_row_by_row(network.steps[i]));
         takes_rows.append(mnv2::cpu::takes_rows(network.steps[i]));
+        kept.append(mnv2::cpu::kept_elements(network.steps[i], kernel.lanes));
         rows.append(mnv2::cpu::rows_in_memory(network.steps, i));
     }
     pybind11::dict description;
     description["row_by_row"] = row_by_row;
     description["takes_rows"] = takes_rows;
+    description["kept"] = kept;
     description["rows_in_memory"] = rows;
     description["line_bytes"] = 4 * mnv2::cpu::line_floats(network.steps, kernel.lanes, threads);
     return description;

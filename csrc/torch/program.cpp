@@ -233,6 +233,12 @@ struct Between {
     int64_t size() const { return channels * H * W; }
 };
 
+// Whether they do not overlap; what is not in the arena overlaps nothing.
+bool are_apart(const Between& a, const Between& b) {
+    return a.offset == -1 || b.offset == -1 || a.offset + a.size() <= b.offset ||
+           b.offset + b.size() <= a.offset;
+}
+
 Between result_of(const Step& step) {
     if (const auto* stem = std::get_if<StemArgs>(&step.layer))
         return {-1, stem->out_channels, stem->H_out, stem->W_out, true};
@@ -314,7 +320,7 @@ bool is_done_with_input(const Step& step) {
 
 // Everything that a kernel takes for granted of where results are. shapes[0] is x's, and
 // shapes[i + 1] the shape of the result of step i.
-void check_places(const Network& network, const std::vector<Between>& shapes) {
+void check_places(const Network& network, const std::vector<Between>& shapes, int64_t lanes) {
     Between in_memory = shapes[0];  // what the steps that stream into one another began with
     bool comes_streaming = false;
     const auto count = static_cast<int64_t>(network.steps.size());
@@ -331,13 +337,20 @@ void check_places(const Network& network, const std::vector<Between>& shapes) {
             MNV2_CHECK_STEP(
                 x.offset >= 0 && x.offset % 16 == 0 && x.offset <= network.arena - x.size(),
                 "has its result outside of the arena of ", network.arena, " numbers");
-            const bool apart = in_memory.offset == -1 ||
-                               in_memory.offset + in_memory.size() <= x.offset ||
-                               x.offset + x.size() <= in_memory.offset;
+            const bool apart = are_apart(in_memory, x);
             const bool same = in_memory.offset == x.offset && !comes_streaming;
             const bool over = same && may_overwrite_input(step);
             MNV2_CHECK_STEP(apart || over || (!comes_streaming && is_done_with_input(step)),
                             "overwrites its input");
+        }
+        if (const int64_t size = kept_elements(step, lanes); size > 0) {
+            const Between kept{step.kept, size, 1, 1, false};
+            MNV2_CHECK_STEP(
+                kept.offset >= 0 && kept.offset % 16 == 0 && kept.offset <= network.arena - size,
+                "keeps what its gate multiplies outside of the arena of ", network.arena,
+                " numbers");
+            MNV2_CHECK_STEP(are_apart(kept, in_memory) && are_apart(kept, x),
+                            "keeps what its gate multiplies over its input or its result");
         }
         if (!step.streams) in_memory = x;
         comes_streaming = step.streams;
@@ -371,6 +384,7 @@ Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
         const int64_t kind = p.integer();
         step.output = p.integer();
         step.streams = p.integer() != 0;
+        step.kept = p.integer();
         step.layer = read_layer(p, kind, number, kernel);
         check_sizes(step, number, shapes.back());
         shapes.push_back(result_of(step));
@@ -381,7 +395,8 @@ Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
         network.steps.push_back(step);
     }
     p.check_end();
-    check_places(network, shapes);
+    // A program that is only described may not have places yet.
+    if (weights) check_places(network, shapes, kernel.lanes);
     const Between& y = shapes.back();
     network.y_shape = {y.channels};
     if (y.is_image) network.y_shape = {y.channels, y.H, y.W};

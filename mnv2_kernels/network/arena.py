@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from threading import Lock
+from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -38,57 +38,86 @@ def arrange(named: Sequence[tuple[str, Layer]], shape: Shape) -> tuple[list[Step
     for (name, _), result in zip(named, results, strict=True):
         if min(result) < 1:
             raise ValueError(f"plan: input_shape {shape} is too small for {name}")
-    row_by_row, takes_rows = _row_by_row(steps, shape)
+    rows = _rows(steps, shape)
     sizes = [_aligned(math.prod(result)) for result in results]
     for i in range(len(steps) - 1):
         # Tensors that shrink on the way: from the image to the first small one.
-        if row_by_row[i] and takes_rows[i + 1] and sizes[i] > sizes[i + 1]:
+        if rows.row_by_row[i] and rows.takes_rows[i + 1] and sizes[i] > sizes[i + 1]:
             steps[i] = replace(steps[i], streams=True)
-    kept = [i for i, step in enumerate(steps[:-1]) if not step.streams]
-    in_place = {i for i in kept if _overwrites(steps, results, i, row_by_row[i])}
-    # Every step finds its input at one end of the arena and leaves its result at the other, or at
-    # the end where its input is.
-    arena = max((sizes[i] for i in kept), default=0)
-    for before, i in pairwise(kept):
-        if i not in in_place:
-            arena = max(arena, sizes[before] + sizes[i])
-    at_end = True
-    for i in kept:
-        at_end = at_end if i in in_place else not at_end
-        steps[i] = replace(steps[i], offset=arena - sizes[i] if at_end else 0)
-    return steps, arena
+    in_place = [_overwrites(steps, results, i, rows.row_by_row[i]) for i in range(len(steps))]
+    return _placed(steps, sizes, [_aligned(kept) for kept in rows.kept], in_place)
+
+
+def _placed(
+    steps: Sequence[Step], sizes: Sequence[int], kept: Sequence[int], in_place: Sequence[bool]
+) -> tuple[list[Step], int]:
+    """The steps with their places, and the elements of the arena.
+
+    Every step finds its input at one end of the arena and leaves its result at the other, or at the
+    end where its input is. What it keeps is between them, or at the end that is free.
+    """
+    inputs, before = [], 0
+    for i, step in enumerate(steps):
+        inputs.append(before)
+        if not step.streams:
+            before = sizes[i]
+    # The last result is not in the arena.
+    in_arena = [*sizes[:-1], 0]
+    held = [
+        kept[i] + (max(inputs[i], in_arena[i]) if in_place[i] else inputs[i] + in_arena[i])
+        for i, step in enumerate(steps)
+        if not step.streams
+    ]
+    arena, placed, at_end = max(held), list(steps), True
+    for i, step in enumerate(steps):
+        if step.streams:
+            continue
+        input_at_end = at_end
+        at_end = at_end if in_place[i] else not at_end
+        offset = arena - in_arena[i] if at_end else 0
+        first = inputs[i] if not input_at_end else 0
+        if not at_end:
+            first = max(first, in_arena[i])
+        placed[i] = replace(step, offset=offset, kept=first if kept[i] else 0)
+    placed[-1] = replace(placed[-1], offset=0)
+    return placed, arena
 
 
 def _overwrites(steps: Sequence[Step], results: Sequence[Shape], i: int, row_by_row: bool) -> bool:
     """Whether a step can write its result over its input, which is in the arena."""
     layer = steps[i].layer
-    if i == 0 or steps[i - 1].streams or not isinstance(layer, Block):
+    is_inside = 0 < i < len(steps) - 1 and not steps[i].streams and not steps[i - 1].streams
+    if not is_inside or not isinstance(layer, Block):
         return False
     if layer.weights.gate is not None:
-        # What the gate multiplies is kept elsewhere; a larger result would need more room.
+        # Its input is not read any more. A larger result would need more room.
         return math.prod(results[i]) <= math.prod(results[i - 1])
     return row_by_row and layer.config.residual and layer.config.expansion
 
 
-def _row_by_row(steps: Sequence[Step], shape: Shape) -> tuple[list[bool], list[bool]]:
-    """Which steps go through the image once, row by row, so that they can stream, and which can
-    follow one that does.
+class _Rows(NamedTuple):
+    """By step: whether it goes through the image once, row by row, so that it can stream; whether
+    it can follow one that does; and the elements that it keeps besides its input and its result.
     """
-    together = program.encode(steps, shape, 0)
-    known = together.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if _C is None or together.device.type != "cpu" or not known:
-        return [False] * len(steps), [False] * len(steps)
-    apart, offset = [], 0
-    for step, result in zip(steps, program.shapes(steps, shape), strict=True):
-        apart.append(replace(step, offset=offset))
-        offset += _aligned(math.prod(result))
-    described = describe(program.encode(apart, shape, offset), 1)
-    return described["row_by_row"], described["takes_rows"]
+
+    row_by_row: list[bool]
+    takes_rows: list[bool]
+    kept: list[int]
+
+
+def _rows(steps: Sequence[Step], shape: Shape) -> _Rows:
+    unplaced = program.encode(steps, shape, 0)
+    known = unplaced.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if _C is None or unplaced.device.type != "cpu" or not known:
+        none = [False] * len(steps)
+        return _Rows(none, none, [0] * len(steps))
+    described = describe(unplaced, 1)
+    return _Rows(*(described[name] for name in _Rows._fields))
 
 
 def describe(p: Program, threads: int) -> dict:
-    """What the kernels say of a program: `row_by_row`, `takes_rows`, `rows_in_memory` by step, and
-    `line_bytes`.
+    """What the kernels say of a program, whose steps need no places yet: `row_by_row`,
+    `takes_rows`, `kept` and `rows_in_memory` by step, and `line_bytes`.
     """
     if _C is None:
         raise RuntimeError(f"plan: {missing}")

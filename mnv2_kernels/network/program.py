@@ -119,12 +119,14 @@ class Step:
     """A layer, and where its result goes.
 
     `offset` is where in the arena, in elements. `streams`: the next step takes the rows as they
-    come, and the result is in no arena.
+    come, and the result is in no arena. `kept` is where in the arena a block with a squeeze-excite
+    has its depthwise result, float32, until the gate is known.
     """
 
     layer: Layer
     offset: int = 0
     streams: bool = False
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def encode(steps: Sequence[Step], shape: Shape, arena: int) -> Program:
 
     for step, result in zip(steps, results, strict=True):
         layer = step.layer
-        integers += [int(_KINDS[type(layer)]), step.offset, int(step.streams)]
+        integers += [int(_KINDS[type(layer)]), step.offset, int(step.streams), step.kept]
         match layer:
             case Stem():
                 integers += [*shape[1:], *result[1:], layer.in_channels, layer.out_channels]

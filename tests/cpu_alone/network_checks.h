@@ -201,6 +201,10 @@ inline int64_t arrange(std::vector<Step>& steps, bool stream) {
         if (!in_place) end += (result_size(step) + 15) / 16 * 16;
         input = step.output;
     }
+    for (Step& step : steps) {
+        step.kept = end;
+        end += (kept_elements(step, kernel().lanes) + 15) / 16 * 16;
+    }
     return end;
 }
 
