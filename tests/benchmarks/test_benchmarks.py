@@ -232,7 +232,7 @@ def test_tables_say_where_their_rows_come_from(tmp_path):
 def test_the_first_figures_are_those_of_the_tables(tmp_path):
     facts = {"threads": 1, "batch": 1, "cpu": "Test CPU (model 1)", "instruction_set": "avx2"}
     facts |= {"dtype": "float32", "resolution": 224}
-        facts["model"] = "torchvision mobilenet_v2"
+    facts["model"] = "torchvision mobilenet_v2"
     names = {"folded": 4, "fused": 2, "planned": 1, "litert": 3}
     times = [{**facts, "provider": n, "seconds": {"50%": t / 1000}} for n, t in names.items()]
     peaks = [{**facts, "provider": n, "peak_bytes": t * 2**20} for n, t in names.items()]
