@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -101,7 +101,7 @@ def known_network(name: str) -> nn.Module:
     return randomise_norms(named_model(name), torch.randn(4, 3, 96, 96))
 
 
-@lru_cache(maxsize=None)
+@cache
 def known_network_flops(name: str, resolution: int) -> int:
     """Of one image: two per multiply-add of convolutions and fully connected layers."""
     return counted_flops(known_network(name), image(3, resolution, 1))

@@ -1,4 +1,4 @@
-"""What is run: the 17 blocks of MobileNetV2, the whole network, other sizes of it, its relatives."""
+"""What is run: the 17 blocks of MobileNetV2, the whole network, sizes and relatives of it."""
 
 from collections.abc import Sequence
 from copy import deepcopy
