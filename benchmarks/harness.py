@@ -8,17 +8,18 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mnv2_kernels import InvertedResidual, mobilenet_v2
 from mnv2_kernels.block import cost
 from mnv2_kernels.block.config import BlockConfig, mobilenet_v2_block_inputs
-from mnv2_kernels.cli.named_models import import_torchvision
+from mnv2_kernels.cli.named_models import import_torchvision, named_model
 from mnv2_kernels.profiling.memory import peak_bytes_again
 from mnv2_kernels.profiling.timing import fma_peak, interleave, num_threads, quartiles, speedup
 from mnv2_kernels.profiling.variants import plain, variants
@@ -91,6 +92,27 @@ def network_of_width(width: float) -> nn.Module:
     torch.manual_seed(0)
     model = mobilenet_v2(width)
     return randomise_norms(model, torch.randn(4, 3, 96, 96))
+
+
+@lru_cache(maxsize=1)
+def known_network(name: str) -> nn.Module:
+    """A network by the name that `named_model` takes, the same random weights in every process."""
+    torch.manual_seed(0)
+    return randomise_norms(named_model(name), torch.randn(4, 3, 96, 96))
+
+
+@cache
+def known_network_flops(name: str, resolution: int) -> int:
+    """Of one image: two per multiply-add of convolutions and fully connected layers."""
+    return counted_flops(known_network(name), image(3, resolution, 1))
+
+
+@torch.inference_mode()
+def counted_flops(model: nn.Module, x: Tensor) -> int:
+    """As PyTorch counts them while the model runs layer by layer."""
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops()
 
 
 def providers(model: nn.Module) -> dict[str, nn.Module]:

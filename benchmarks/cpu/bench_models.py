@@ -2,28 +2,32 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from mnv2_kernels import explain, fuse, plan
-from mnv2_kernels.cli.named_models import named_model
 from mnv2_kernels.profiling.timing import num_threads
 
 from .. import harness
 
-# From those that run as one call to one of which nothing is fused.
+# From those that run as one call to some of which few blocks are fused.
 MODELS = (
     "torchvision:mobilenet_v2",
+    "torchvision:mobilenet_v3_small",
+    "torchvision:mobilenet_v3_large",
+    "torchvision:efficientnet_b0",
+    "torchvision:efficientnet_v2_s",
+    "torchvision:shufflenet_v2_x1_0",
     "timm:mobilenetv1_100",
     "timm:efficientnet_lite0",
     "timm:mnasnet_100",
     "timm:fbnetc_100",
-    "torchvision:shufflenet_v2_x1_0",
-    "timm:mobilenetv4_conv_small",
     "timm:semnasnet_100",
-    "torchvision:mobilenet_v3_large",
     "timm:hardcorenas_a",
+    "timm:lcnet_100",
+    "timm:tinynet_a",
+    "timm:fbnetv3_b",
+    "timm:mobilenetv4_conv_small",
+    "timm:mixnet_s",
     "timm:ghostnet_100",
-    "torchvision:efficientnet_b0",
 )
 
 
@@ -31,20 +35,14 @@ MODELS = (
 def test_model(benchmark, record, name):
     rows = measure_model(name)
     record(rows)
-    x, fused = harness.image(3, 224, 1), harness.providers(model_of(name))["fused"]
+    x, fused = harness.image(3, 224, 1), harness.providers(harness.known_network(name))["fused"]
     with torch.inference_mode(), num_threads(1):
         benchmark.pedantic(fused, (x,), rounds=3, warmup_rounds=1)
 
 
-def model_of(name: str) -> torch.nn.Module:
-    """The model with random weights, the same in every process."""
-    torch.manual_seed(0)
-    return harness.randomise_norms(named_model(name), torch.randn(4, 3, 96, 96))
-
-
 def measure_model(name: str, *, resolution: int = 224, rounds: int = 21) -> list[harness.Row]:
     """Rows of suite `models`: one thread, one image."""
-    model = model_of(name)
+    model = harness.known_network(name)
     blocks = explain(fuse(model))
     x = harness.image(3, resolution, 1)
     models = harness.providers(model)
@@ -52,13 +50,11 @@ def measure_model(name: str, *, resolution: int = 224, rounds: int = 21) -> list
         models["planned"], why_no_plan = plan(model, x.shape), None
     except ValueError as reason:
         why_no_plan = str(reason)
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        models["eager"](x)
     return harness.measure(
         {provider: (lambda m=m: m(x)) for provider, m in models.items()},
         x=x,
         expected=harness.truth(model, x),
-        flops=counter.get_total_flops(),
+        flops=harness.counted_flops(models["eager"], x),
         threads=1,
         rounds=rounds,
         suite="models",

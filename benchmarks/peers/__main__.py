@@ -99,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=DEFAULT,
         metavar="PATTERN",
-        help="net_b1/t1, 'block*/t2', 'size_*_96_b1/t1' ...; all but other sizes by default",
+        help="net_b1/t1, 'block*/t2', 'size_*_96_b1/t1', 'efficientnet_b0_*' ...; by default net"
+        " and blocks",
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="providers; all by default")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="1 and 2 by default")

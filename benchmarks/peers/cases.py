@@ -1,4 +1,4 @@
-"""What is run: the 17 blocks of MobileNetV2, the whole network, and networks of other sizes."""
+"""What is run: the 17 blocks of MobileNetV2, the whole network, sizes and relatives of it."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -13,17 +13,28 @@ from mnv2_kernels.profiling.variants import variants
 from .. import harness
 
 BATCHES = (1, 8, 32)
+# Other networks, by the names that `named_model` takes.
+RELATIVES = {
+    "mobilenet_v3_large": "torchvision:mobilenet_v3_large",
+    "mobilenet_v3_small": "torchvision:mobilenet_v3_small",
+    "efficientnet_b0": "torchvision:efficientnet_b0",
+    "efficientnet_lite0": "timm:efficientnet_lite0",
+}
 NAMES = (
     *(f"net_b{batch}" for batch in BATCHES),
     *(f"block{number:02}_b1" for number in range(1, 18)),
     *(f"size_{width}_{resolution}_b1" for width, resolution in harness.SIZES),
+    *(f"{name}_b{batch}" for name in RELATIVES for batch in (1, 8)),
 )
 DEFAULT = ("net_*", "block*")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One workload on a number of threads: `net_b8/t2`, `block05_b1/t1`, `size_0.35_96_b1/t1`."""
+    """One workload on a number of threads.
+
+    `net_b8/t2`, `block05_b1/t1`, `size_0.35_96_b1/t1`, `mobilenet_v3_large_b1/t1`.
+    """
 
     workload: str
     threads: int
@@ -44,11 +55,18 @@ class Case:
         return (float(fields[0]), int(fields[1])) if kind == "size" else None
 
     @property
+    def relative(self) -> str | None:
+        """The library and the name of another network; None for other workloads."""
+        return RELATIVES.get(self.workload.rpartition("_b")[0])
+
+    @property
     def batch(self) -> int:
         return int(self.workload.rpartition("_b")[2])
 
     @property
     def flops(self) -> int:
+        if self.relative is not None:
+            return self.batch * harness.known_network_flops(self.relative, 224)
         if self.block is None:
             return 2 * cost.network_multiply_adds(*(self.size or ()), batch=self.batch)
         config, size = harness.BLOCKS[self.block - 1]
@@ -56,6 +74,8 @@ class Case:
 
     def labels(self) -> dict[str, object]:
         """What rows say of the workload."""
+        if self.relative is not None:
+            return {"model": self.relative.replace(":", " "), "resolution": 224}
         if self.size is not None:
             width, resolution = self.size
             return {
@@ -70,6 +90,8 @@ class Case:
 
     def model(self) -> nn.Module:
         """As written, in evaluation mode, with the same random weights in every process."""
+        if self.relative is not None:
+            return deepcopy(harness.known_network(self.relative))
         if self.size is not None:
             return harness.network_of_width(self.size[0])
         if self.block is None:

@@ -1,6 +1,6 @@
 """Tables that compare this package with other runtimes, from rows of `peers`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from ..harness import Row
 from ..markdown import MIB, markdown, percent
@@ -26,6 +26,7 @@ def peer_sections(results: Mapping[str, list[Row]]) -> dict[str, Section]:
     held_back = [marked(row) for row in results["peers"] if row not in rows and "limited" in row]
     network = [row for row in rows if is_of_network(row)]
     sizes = [row for row in rows if "width" in row]
+    relatives = [row for row in rows if is_of_relative(row) and row["dtype"] == "float32"]
     blocks = [row for row in rows if "block" in row and row["dtype"] == "float32"]
     avx2_network = [row for row in held_back if is_of_network(row)]
     avx2_blocks = [row for row in held_back if "block" in row]
@@ -43,6 +44,14 @@ def peer_sections(results: Mapping[str, list[Row]]) -> dict[str, Section]:
             f" {OF_FLOAT32_PEAK}",
             network_table(network),
             network,
+        ),
+        "peers-relatives": Section(
+            "Relatives of MobileNetV2, with other runtimes",
+            "Networks of torchvision and timm at 224x224, float32. Other runtimes: time relative"
+            " to `planned` in the same run, and in brackets the share of the float32 multiply-add"
+            " peak.",
+            relatives_table(relatives),
+            relatives,
         ),
         "peers-sizes": Section(
             "Other widths and resolutions, with other runtimes",
@@ -84,7 +93,12 @@ def peer_sections(results: Mapping[str, list[Row]]) -> dict[str, Section]:
 
 def is_of_network(row: Row) -> bool:
     """Whether the row is of torchvision's MobileNetV2, not of a block or of another width."""
-    return "model" in row and "width" not in row
+    return row.get("model", "").endswith(" mobilenet_v2") and "width" not in row
+
+
+def is_of_relative(row: Row) -> bool:
+    """Whether the row is of another network than MobileNetV2."""
+    return not row.get("model", " mobilenet_v2").endswith(" mobilenet_v2")
 
 
 def of_best_instruction_set(rows: list[Row]) -> list[Row]:
@@ -139,36 +153,42 @@ def by_provider(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def block_table(rows: list[Row], threads: int = 1) -> str:
-    """One line a block, batch 1: our time, the time of others over ours, shares of the peak."""
+    """One line a block, batch 1."""
     rows = [row for row in rows if row["threads"] == threads]
-    blocks: dict[int, dict[str, Row]] = {}
-    for row in rows:
-        blocks.setdefault(row["block"], {})[row["provider"]] = row
-    blocks = {number: found for number, found in blocks.items() if OURS["float32"] in found}
-    others = dict.fromkeys(row["provider"] for row in rows if row["provider"] != OURS["float32"])
-    body = []
-    for number, found in sorted(blocks.items()):
-        ours = found[OURS["float32"]]
-        cells = [str(number), ours["config"], f"{ours['seconds']['50%'] * 1e6:.0f}"]
-        cells.append(percent(ours["share_of_fma_peak"]))
-        body.append(cells + [_compared(found.get(name)) for name in others])
-    return markdown(["block", "in x hidden x out", "us, planned", "of FMA peak", *others], body)
+    columns = {"block": "block", "config": "in x hidden x out"}
+    return _beside_ours(rows, columns, "us, planned", lambda ms: f"{ms * 1e3:.0f}")
 
 
 def size_table(rows: list[Row], threads: int = 1) -> str:
-    """One line a width and resolution, batch 1: our time, the time of others over ours, shares."""
+    """One line a width and resolution, batch 1."""
     rows = [row for row in rows if row["threads"] == threads and row["dtype"] == "float32"]
-    sizes: dict[tuple[float, int], dict[str, Row]] = {}
+    columns = {"width": "width", "resolution": "input"}
+    return _beside_ours(rows, columns, "ms, planned", lambda ms: f"{ms:.3f}")
+
+
+def relatives_table(rows: list[Row]) -> str:
+    """One line a network, batch and number of threads."""
+    columns = {"model": "network", "batch": "batch", "threads": "threads"}
+    return _beside_ours(rows, columns, "ms an image, planned", lambda ms: f"{ms:.2f}")
+
+
+def _beside_ours(
+    rows: list[Row], columns: Mapping[str, str], head: str, shown: Callable[[float], str]
+) -> str:
+    """A line for all rows with the same `columns`: our time, that of others over it, shares."""
+    lines: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        sizes.setdefault((row["width"], row["resolution"]), {})[row["provider"]] = row
+        lines.setdefault(tuple(row[field] for field in columns), {})[row["provider"]] = row
     others = dict.fromkeys(row["provider"] for row in rows if row["provider"] != OURS["float32"])
     body = []
-    for (width, resolution), found in sorted(sizes.items()):
+    for key, found in sorted(lines.items()):
         if ours := found.get(OURS["float32"]):
-            cells = [str(width), f"{resolution}x{resolution}"]
-            cells += [f"{ours['seconds']['50%'] * 1e3:.3f}", percent(ours["share_of_fma_peak"])]
+            named = zip(columns, key, strict=True)
+            cells = [f"{value}x{value}" if f == "resolution" else str(value) for f, value in named]
+            cells.append(shown(ours["seconds"]["50%"] * 1e3 / ours["batch"]))
+            cells.append(percent(ours["share_of_fma_peak"]))
             body.append(cells + [_compared(found.get(name)) for name in others])
-    return markdown(["width", "input", "ms, planned", "of FMA peak", *others], body)
+    return markdown([*columns.values(), head, "of FMA peak", *others], body)
 
 
 def _compared(row: Row | None) -> str:

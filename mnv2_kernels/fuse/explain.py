@@ -119,7 +119,8 @@ def _row(name: str, state: State, block: FusedModule, size: tuple[int, int] | No
         config = config if layers is None else layers.config
         chosen_by = Block.of(config, block.block_layers.clips)
         sizes = tensor_bytes(config, *size, itemsize=weight.element_size())
-        saved = sizes.expanded + sizes.depthwise
+        # With a squeeze-excite, the depthwise result of an image is kept until its gate is known.
+        saved = sizes.expanded + (0 if config.squeeze_channels else sizes.depthwise)
     reason, backend, kernel = block.why_plain(x), None, None
     if reason is None:
         asked = next((b for b in BACKENDS if b.name == block.backend), None)

@@ -18,7 +18,8 @@ class Row:
     "fusable" is an original that `fuse` would replace; "declined" looks like such a block but
     cannot be fused exactly. reason: why it does not run fused. backend: the name of what runs
     after `fuse`, None for the plain layers. input_hw, bytes_saved (expansion and depthwise output
-    of one image) and kernel (which one of the backend "cuda") are known with an input shape only.
+    of one image; the expansion alone with a squeeze-excite) and kernel (which one of the backend
+    "cuda") are known with an input shape only.
     """
 
     name: str

@@ -49,6 +49,7 @@ def live_bytes(
 def paper_bound(steps: Sequence[Step], shape: Shape, *, batch: int = 1, itemsize: int = 4) -> int:
     """M(G) of the paper's section 5.1, in bytes, where nothing but the blocks' inner tensors and
     the tensor before the average is split, into single channels, and the images are read once.
+    The channels of a block with a squeeze-excite have to be computed twice for that.
     """
     operators, x_shape = [], shape
     for step, y_shape in zip(steps, shapes(steps, shape), strict=True):
@@ -131,7 +132,7 @@ def planned_in_use(
         source = begin - 1
         in_place = source >= 0 and begin == end < len(steps) - 1
         layer = steps[begin].layer
-        if isinstance(layer, Block) and layer.weights.gate is not None:
+        if isinstance(layer, Block) and layer.config.squeeze_channels:
             in_place = in_place and sizes[begin] >= sizes[end + 1]
             kept = 4 * sizes[end + 1] // itemsize // layer.config.out_channels
             kept *= layer.config.hidden_channels

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..block import cost
+from ..modules.fused_module import FusedModule
 from ..network import memory
 from ..network.figures import Panel, Timeline, draw
 from ..network.plan import Plan, why_not_on_cpu
@@ -242,7 +243,7 @@ def timeline(model: nn.Module, names: tuple[str, ...], x: Tensor) -> list[list[i
     A step begins where the module of its name is called and holds what was there then, so that no
     list is empty; a name that is no module's has None.
     """
-    modules = dict(model.named_modules())
+    modules = _by_name(model)
     marked = [i for i, name in enumerate(names) if name in modules]
     handles = [modules[names[i]].register_forward_pre_hook(_mark) for i in marked]
     try:
@@ -263,6 +264,17 @@ def timeline(model: nn.Module, names: tuple[str, ...], x: Tensor) -> list[list[i
     # Before the first step of all there is nothing but x.
     by_step = dict(zip(marked, segments[1:], strict=True))
     return [by_step.get(i) for i in range(len(names))]
+
+
+def _by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules; in the place of what is inside a fused one that one, which would run its layers
+    if something in it had a hook.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        around = found.get(name.rpartition(".")[0])
+        found[name] = around if isinstance(around, FusedModule) else module
+    return found
 
 
 _MARK_BYTES = 1

@@ -155,7 +155,8 @@ def peer_rows() -> list[harness.Row]:
     facts = {**machine.facts(), "date": "2026-01-02T00:00:00+00:00", "cpu": "test"}
     facts["instruction_set"] = "avx2"
     times = {("planned", "float32"): 1, ("slow", "float32"): 2, ("half", "bfloat16"): 0.5}
-    workloads = [{"model": "net", "batch": batch} for batch in (1, 8)]
+    network = "torchvision mobilenet_v2"
+    workloads = [{"model": network, "batch": batch} for batch in (1, 8)]
     workloads.append({"block": 3, "config": "24x144x24-s1-k3", "batch": 1})
     rows = []
     for workload in workloads:
@@ -165,7 +166,7 @@ def peer_rows() -> list[harness.Row]:
             row["share_of_fma_peak"] = 0.8 / time
             row["speedup"] = {n: t / time for (n, _), t in times.items() if n != provider}
             rows.append({**facts, **row})
-            if "model" in workload:
+            if workload.get("model") == network:
                 run = int(workload["batch"] * time * 2**20)
                 memory = {"suite": "peers-memory", "load_bytes": 10 * 2**20, "run_bytes": run}
                 rows.append({**facts, **row, **memory})
@@ -189,11 +190,28 @@ def test_tables_and_a_figure_of_peers(tmp_path):
     head, _, *blocks = made["peers-blocks"].table.splitlines()
     assert head.endswith("| us, planned | of FMA peak | slow |")
     assert blocks == ["| 3 | 24x144x24-s1-k3 | 1000 | 80% | 2.00x (40%) |"]
+    assert made["peers-relatives"].table == ""
     memory = made["peers-memory"].table.splitlines()
     assert memory[2] == "| planned | float32 | 10.0 | 1.0 | 10.0 | 8.0 | 1.00 |"
     assert memory[4] == "| half | bfloat16 | 10.0 | 0.5 | 10.0 | 4.0 | 0.50 |"
     (path,) = plot.peer_figures(results, tmp_path)
     assert path.read_bytes().count(b"<path") > 6
+
+
+def test_a_table_of_relatives(tmp_path):
+    rows = peer_rows()
+    of_two = [row for row in rows if row.get("batch") == 8 and row["suite"] == "peers"]
+    relatives = [{**row, "model": "timm lcnet_050", "threads": t} for row in of_two for t in (1, 2)]
+    harness.append([*rows, *relatives], tmp_path)
+    made = cpu_tables.sections(cpu_tables.latest(tmp_path))
+    assert made["peers-relatives"].table.splitlines() == [
+        "| network | batch | threads | ms an image, planned | of FMA peak | slow |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| timm lcnet_050 | 8 | 1 | 1.00 | 80% | 2.00x (40%) |",
+        "| timm lcnet_050 | 8 | 2 | 1.00 | 80% | 2.00x (40%) |",
+    ]
+    # The tables of MobileNetV2 have none of them.
+    assert "2 threads" not in made["peers-network"].table
 
 
 def test_tables_say_where_their_rows_come_from(tmp_path):
@@ -213,7 +231,8 @@ def test_tables_say_where_their_rows_come_from(tmp_path):
 
 def test_the_first_figures_are_those_of_the_tables(tmp_path):
     facts = {"threads": 1, "batch": 1, "cpu": "Test CPU (model 1)", "instruction_set": "avx2"}
-    facts |= {"dtype": "float32", "resolution": 224, "model": "net"}
+    facts |= {"dtype": "float32", "resolution": 224}
+    facts["model"] = "torchvision mobilenet_v2"
     names = {"folded": 4, "fused": 2, "planned": 1, "litert": 3}
     times = [{**facts, "provider": n, "seconds": {"50%": t / 1000}} for n, t in names.items()]
     peaks = [{**facts, "provider": n, "peak_bytes": t * 2**20} for n, t in names.items()]

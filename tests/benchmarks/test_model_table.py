@@ -14,7 +14,8 @@ from mnv2_kernels.profiling import timing
     "name, fused, planned",
     [
         ("torchvision:mnasnet0_5", "17 of 17", True),
-        ("timm:mobilenetv3_small_050", "2 of 11", False),
+        ("timm:mobilenetv3_small_050", "11 of 11", True),
+        ("timm:mobilenetv4_conv_small_035", "12 of 14", False),
     ],
 )
 def test_rows_and_table_of_a_model(name, fused, planned):

@@ -199,6 +199,44 @@ def test_cases_are_what_their_names_say():
     assert network.block is None and network.batch == 8
     assert network.flops == 8 * Case("net_b1", 1).flops
     assert 0.85 < sum(case.flops for case in blocks) / Case("net_b1", 1).flops < 0.95
+    assert {case.relative for case in (small, network, *blocks)} == {None}
+
+
+# Multiply-adds as their authors and libraries give them, in millions.
+@pytest.mark.parametrize(
+    "name, millions",
+    [
+        ("mobilenet_v3_large", 217),
+        ("mobilenet_v3_small", 57),
+        ("efficientnet_b0", 386),
+        ("efficientnet_lite0", 385),
+    ],
+)
+def test_relatives_are_right(name, millions):
+    """As they are converted for other runtimes, and as they run here."""
+    case = Case(f"{name}_b1", 1)
+    assert case.relative.endswith(f":{name}") and (case.block, case.size) == (None, None)
+    assert case.labels() == {"model": case.relative.replace(":", " "), "resolution": 224}
+    assert case.flops == pytest.approx(2e6 * millions, rel=0.02)
+    batch = Case(f"{name}_b8", 2)
+    assert batch.input().shape == (8, 3, 224, 224) and batch.flops == 8 * case.flops
+    model, x = case.model(), case.input()
+    expected = harness.truth(model, x)
+    for peer in (PEERS[peer] for peer in ("planned", "fused", "folded")):
+        if peer.why_not() is None:
+            source = case.model() if peer.as_written else cases.folded(model)
+            loaded = peer.load(source, x, 1)
+            with torch.inference_mode():
+                loaded.run()
+            assert check.error_of(loaded.output(), expected, "float32", None) < 1e-5
+
+
+def test_relatives_are_run_when_asked_for():
+    assert len(cases.select(["*"], [1, 2])) == 2 * len(cases.NAMES)
+    asked = cases.select([f"{name}_b*" for name in cases.RELATIVES], [1, 2])
+    assert {(case.batch, case.threads) for case in asked} == {(1, 1), (1, 2), (8, 1), (8, 2)}
+    assert len(asked) == 16
+    assert not set(asked) & set(cases.select(cases.DEFAULT, [1, 2]))
 
 
 @on_linux

@@ -11,6 +11,7 @@ import torchvision
 from foreign_blocks import Flat, flow
 from same_answers import randomise
 from torch import nn
+from torchvision.models.efficientnet import MBConv, MBConvConfig
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 
 import mnv2_kernels as mk
@@ -77,6 +78,14 @@ def test_explain_counts_the_bytes_of_one_image(fused):
     assert all(m.training for m in model.modules())
     half = copy.deepcopy(model).half()
     assert mk.explain(half, input_shape=(1, 3, 40, 24))[1].bytes_saved == second.bytes_saved / 2
+
+
+def test_a_squeeze_excite_saves_the_expansion_alone():
+    """The depthwise result of an image is kept until its gate is known."""
+    block = MBConv(MBConvConfig(6, 3, 1, 8, 8, 1), 0.0, nn.BatchNorm2d).eval()
+    (row,) = mk.explain(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), block), input_shape=(1, 3, 40, 24))
+    assert row.config.squeeze_channels == 2
+    assert row.bytes_saved == 4 * 48 * 20 * 12
 
 
 def test_explain_of_a_model_without_blocks():

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import mnv2_kernels as mk
 from mnv2_kernels.block.fold import BlockLayers, fold_conv_norm
 from mnv2_kernels.fuse.find import find
+from mnv2_kernels.ops.reference import activate
 from mnv2_kernels.recognizers import evaluation_mode
 
 
@@ -69,10 +70,11 @@ def clipped_ends(layers: BlockLayers, x: Tensor) -> Iterator[tuple[str, bool, bo
         x = F.pad(x, (left, right, top, bottom))
         sizes = (config.stride, 0, config.dilation, len(weight)) if is_depthwise else ()
         x = F.conv2d(x, weight, bias.to(x), *sizes)
-        lower, upper = stage.clip
-        yield f"{name} lower", bool((x < lower).any()), lower != -torch.inf
-        yield f"{name} upper", bool((x > upper).any()), upper != torch.inf
-        x = x.clamp(lower, upper)
+        if not isinstance(stage.clip, str):
+            lower, upper = stage.clip
+            yield f"{name} lower", bool((x < lower).any()), lower != -torch.inf
+            yield f"{name} upper", bool((x > upper).any()), upper != torch.inf
+        x = activate(x, stage.clip)
 
 
 def idle_clips(model: nn.Module, x: Tensor) -> list[str]:
