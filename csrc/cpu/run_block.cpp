@@ -129,7 +129,7 @@ struct BlockRun {
         const int64_t steps = ceil_div(args.H_out, schedule.rows_per_step);
         const int64_t chunks = ceil_div(args.hidden_channels, schedule.hidden_chunk);
         const int64_t bands = std::min(ceil_div(these.count, chunks), steps);
-        these.run(chunks * bands, [&](int64_t number, int64_t thread) {
+        const auto keep = [&](int64_t number, int64_t thread) {
             const int64_t chunk = number / bands, band = number % bands;
             Tile part = tile;
             part.hidden_begin = chunk * schedule.hidden_chunk;
@@ -142,6 +142,11 @@ struct BlockRun {
             layers().begin_tile(args, schedule, part, mine);
             for (int64_t row = part.row_begin; row < part.row_end; row += schedule.rows_per_step)
                 layers().keep_step(args, schedule, part, mine, row);
+        };
+        const int64_t units = chunks * bands, tasks = std::min(these.count, units);
+        these.run(tasks, [&](int64_t task, int64_t thread) {
+            for (int64_t i = task * units / tasks; i < (task + 1) * units / tasks; i++)
+                keep(i, thread);
         });
         finish_gated(tile, layout, own, these);
     }

@@ -10,7 +10,7 @@ struct Threads {
 
     int64_t count;
     // Calls task(number, thread) for all numbers in [0, tasks). Tasks that run at the same time
-    // have different threads, all below `count`.
+    // have different threads, all below `count` where there are no more tasks than that.
     std::function<void(int64_t tasks, const Task& task)> run;
 };
 

@@ -320,7 +320,8 @@ bool is_done_with_input(const Step& step) {
 
 // Everything that a kernel takes for granted of where results are. shapes[0] is x's, and
 // shapes[i + 1] the shape of the result of step i.
-void check_places(const Network& network, const std::vector<Between>& shapes, int64_t lanes) {
+void check_places(const Network& network, const std::vector<Between>& shapes, int64_t lanes,
+                  bool placed) {
     Between in_memory = shapes[0];  // what the steps that stream into one another began with
     bool comes_streaming = false;
     const auto count = static_cast<int64_t>(network.steps.size());
@@ -332,6 +333,10 @@ void check_places(const Network& network, const std::vector<Between>& shapes, in
             (!comes_streaming || takes_rows(step)) && (!step.streams || is_row_by_row(step)),
             "cannot stream: it does not go through the image row by row");
         MNV2_CHECK_STEP(!step.streams || !last, "cannot stream: there is no step after it");
+        if (!placed) {
+            comes_streaming = step.streams;
+            continue;
+        }
         if (!last && !step.streams) {
             x.offset = step.output;
             MNV2_CHECK_STEP(
@@ -395,8 +400,8 @@ Network read_network(at::IntArrayRef integers, at::ArrayRef<double> bounds,
         network.steps.push_back(step);
     }
     p.check_end();
-    // A program that is only described may not have places yet.
-    if (weights) check_places(network, shapes, kernel.lanes);
+    // A program that is only described need not have places yet.
+    check_places(network, shapes, kernel.lanes, weights != nullptr);
     const Between& y = shapes.back();
     network.y_shape = {y.channels};
     if (y.is_image) network.y_shape = {y.channels, y.H, y.W};

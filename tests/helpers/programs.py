@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mnv2_kernels.block.config import CURVES
+from mnv2_kernels.ops.reference import activate
+
 MARK = 0xA5
 
 
@@ -24,11 +27,21 @@ def one_by_one(x: Tensor, weights: list[Tensor], integers: list[int], bounds: li
     def take(count: int) -> list[int]:
         return [next(number) for _ in range(count)]
 
-    def tensor(*shape: int) -> Tensor:
-        return next(weight).double().view(shape)
+    def tensor(*shape: int) -> Tensor | None:
+        found = next(weight)
+        return None if found is None else found.double().view(shape)
 
-    def clip(y: Tensor) -> Tensor:
-        return y.clamp(next(bound), next(bound))
+    def activated(y: Tensor) -> Tensor:
+        (curve,), clip = take(1), (next(bound), next(bound))
+        return y.clamp(*clip) if curve == 0 else activate(y, CURVES[curve - 1])
+
+    def gate(d: Tensor) -> Tensor:
+        width, hard = take(2)
+        hidden = d.shape[1]
+        w_squeeze, b_squeeze = tensor(hidden, width), tensor(width)
+        w_excite, b_excite = tensor(width, hidden), tensor(hidden)
+        z = activated(d.mean((2, 3)) @ w_squeeze + b_squeeze) @ w_excite + b_excite
+        return (F.hardsigmoid(z) if hard else z.sigmoid())[:, :, None, None]
 
     def pad(y: Tensor, top: int, left: int, rows: int, cols: int) -> Tensor:
         return F.pad(y, (left, cols - left - y.shape[3], top, rows - top - y.shape[2]))
@@ -38,12 +51,12 @@ def one_by_one(x: Tensor, weights: list[Tensor], integers: list[int], bounds: li
     _, count = take(2)
     x = x.double()
     for _ in range(count):
-        kind, _, _ = take(3)
+        kind, _, _, _ = take(4)
         if kind == 0:
             _, _, rows, cols, c_in, c_out, top, left = take(8)
             taps = tensor(3, 3, c_in, c_out).permute(3, 2, 1, 0)
             x = pad(x, top, left, 2 * rows + 1, 2 * cols + 1)
-            x = clip(F.conv2d(x, taps, tensor(c_out), 2))
+            x = activated(F.conv2d(x, taps, tensor(c_out), 2))
         elif kind == 1:
             _, _, rows, cols, c_in, hidden, c_out, k, stride, dilation, top, left = take(12)
             residual, expansion = take(2)
@@ -51,25 +64,31 @@ def one_by_one(x: Tensor, weights: list[Tensor], integers: list[int], bounds: li
             if expansion:
                 w_expand = tensor(c_in, hidden).t()[:, :, None, None]
                 y = F.conv2d(y, w_expand, tensor(hidden))
-            y = clip(y)
+            y = activated(y)
             reach = dilation * (k - 1) + 1
             y = pad(y, top, left, (rows - 1) * stride + reach, (cols - 1) * stride + reach)
             w_dw = tensor(k, k, hidden).permute(2, 0, 1)[:, None]
-            y = clip(F.conv2d(y, w_dw, tensor(hidden), stride, 0, dilation, hidden))
+            y = activated(F.conv2d(y, w_dw, tensor(hidden), stride, 0, dilation, hidden))
             w_project = tensor(hidden, c_out).t()[:, :, None, None]
-            y = clip(F.conv2d(y, w_project, tensor(c_out)))
+            b_project = tensor(c_out)
+            (after,), clip = take(1), (next(bound), next(bound))
+            (gated,) = take(1)
+            y = F.conv2d(y * gate(y) if gated else y, w_project, b_project)
+            y = y.clamp(*clip) if after == 0 else activate(y, CURVES[after - 1])
             x = x + y if residual else y
         elif kind == 2:
             _, _, c_in, c_out, convolves = take(5)
             if convolves:
                 x = F.conv2d(x, tensor(c_in, c_out).t()[:, :, None, None], tensor(c_out))
-            x = clip(x).mean((2, 3))
+            # Nothing follows a convolution that is not there.
+            after = activated(x)
+            x = (after if convolves else x).mean((2, 3))
         elif kind == 4:
             _, _, c_in, c_out = take(4)
-            x = clip(F.conv2d(x, tensor(c_in, c_out).t()[:, :, None, None], tensor(c_out)))
+            x = activated(F.conv2d(x, tensor(c_in, c_out).t()[:, :, None, None], tensor(c_out)))
         else:
             features, classes = take(2)
-            x = F.linear(x.flatten(1), tensor(classes, features), tensor(classes))
+            x = activated(F.linear(x.flatten(1), tensor(classes, features), tensor(classes)))
     return x
 
 

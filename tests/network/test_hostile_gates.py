@@ -16,9 +16,8 @@ import torch
 import torchvision_first  # noqa: F401
 from foreign_blocks import conv_norm_act, v3
 from plan_cases import image, settle
-from programs import HOSTILE, MARK, between_marks
+from programs import HOSTILE, MARK, between_marks, one_by_one
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.models.mobilenetv3 import InvertedResidual as MobileNetV3Block
 from torchvision.models.mobilenetv3 import InvertedResidualConfig
 
@@ -27,7 +26,6 @@ from mnv2_kernels.block.config import CURVES, SCALES
 from mnv2_kernels.network.arena import describe
 from mnv2_kernels.network.plan import Plan
 from mnv2_kernels.network.program import Block, Program, Step, encode, shapes
-from mnv2_kernels.ops.reference import activate
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
@@ -73,82 +71,12 @@ def call(x: Tensor, program: Program, size: int) -> Tensor | None:
         assert (buffer[:begin] == MARK).all() and (buffer[begin + size :] == MARK).all()
 
 
-# What a program says, in float64 and by itself.
-
-
-def one_by_one(x: Tensor, p: Program) -> Tensor:
-    number, weight, bound = iter(p.integers), iter(p.weights), iter(p.bounds)
-
-    def take(count: int) -> list[int]:
-        return [next(number) for _ in range(count)]
-
-    def tensor(*shape: int) -> Tensor | None:
-        found = next(weight)
-        return None if found is None else found.double().view(shape)
-
-    def follow():
-        (curve,) = take(1)
-        clip = next(bound), next(bound)
-        return (lambda y: activate(y, CURVES[curve - 1])) if curve else lambda y: y.clamp(*clip)
-
-    def linear(y: Tensor, c_in: int, c_out: int) -> Tensor:
-        return F.conv2d(y, tensor(c_in, c_out).t()[:, :, None, None], tensor(c_out))
-
-    def pad(y: Tensor, top: int, left: int, rows: int, cols: int) -> Tensor:
-        return F.pad(y, (left, cols - left - y.shape[3], top, rows - top - y.shape[2]))
-
-    def block(x: Tensor) -> Tensor:
-        _, _, rows, cols, c_in, hidden, c_out, k, stride, dilation, top, left = take(12)
-        residual, expansion = take(2)
-        expanded = linear(x, c_in, hidden) if expansion else None
-        taps, b_dw = tensor(k, k, hidden).permute(2, 0, 1)[:, None], tensor(hidden)
-        w_project, b_project = tensor(hidden, c_out), tensor(c_out)
-        expand, dw, project = follow(), follow(), follow()
-        reach = dilation * (k - 1) + 1
-        expanded = expand(expanded) if expansion else x
-        y = pad(expanded, top, left, (rows - 1) * stride + reach, (cols - 1) * stride + reach)
-        y = dw(F.conv2d(y, taps, b_dw, stride, 0, dilation, hidden))
-        if take(1)[0]:
-            width, hard = take(2)
-            first = tensor(hidden, width), tensor(width)
-            second = tensor(width, hidden), tensor(hidden)
-            squeezed = follow()(F.linear(y.mean((2, 3)), first[0].t(), first[1]))
-            scale = F.hardsigmoid if hard else torch.sigmoid
-            y = y * scale(F.linear(squeezed, second[0].t(), second[1]))[:, :, None, None]
-        y = project(F.conv2d(y, w_project.t()[:, :, None, None], b_project))
-        return x + y if residual else y
-
-    take(3)
-    take(take(1)[0])
-    _, count = take(2)
-    x = x.double()
-    for _ in range(count):
-        kind, _, _ = take(3)
-        if kind == 0:
-            _, _, rows, cols, c_in, c_out, top, left = take(8)
-            taps = tensor(3, 3, c_in, c_out).permute(3, 2, 1, 0)
-            y = F.conv2d(pad(x, top, left, 2 * rows + 1, 2 * cols + 1), taps, tensor(c_out), 2)
-            x = follow()(y)
-        elif kind == 1:
-            x = block(x)
-        elif kind in (2, 4):
-            _, _, c_in, c_out = take(4)
-            convolves = kind == 4 or take(1)[0]
-            x = linear(x, c_in, c_out) if convolves else x
-            x = follow()(x)
-            x = x if kind == 4 else x.mean((2, 3))
-        else:
-            features, classes = take(2)
-            x = follow()(F.linear(x.flatten(1), tensor(classes, features), tensor(classes)))
-    return x
-
-
 def check(x: Tensor, program: Program, size: int) -> bool:
     """Whether it runs; then right."""
     y = call(x, program, size)
     if y is None:
         return False
-    truth = one_by_one(x, program)
+    truth = one_by_one(x, program.weights, program.integers, program.bounds)
     assert y.shape == truth.shape, (y.shape, truth.shape)
     error = (y.double() - truth).abs().max()
     assert error <= 100 * torch.finfo(x.dtype).eps * truth.abs().max(), error
@@ -231,7 +159,10 @@ def moved(step: Step, rng: random.Random, arena: int, most: int) -> Step:
         offset = rng.choice((0, 16, max(arena - most, 0), rng.randrange(0, arena + 32, 16)))
     if rng.random() < 0.06:
         streams = not streams
-    return replace(step, offset=offset, streams=streams)
+    kept = step.kept
+    if rng.random() < 0.1:
+        kept = rng.randrange(0, arena + 32, 16)
+    return replace(step, offset=offset, streams=streams, kept=kept)
 
 
 def run_places() -> None:
@@ -263,13 +194,22 @@ def chain(*blocks: nn.Module) -> Plan:
 
 
 def streaming(plan: Plan, number: int) -> list[Step]:
-    return [replace(s, streams=s.streams or i == number) for i, s in enumerate(plan.steps)]
+    steps = kept_at(plan, 3 * SIZE)
+    return [replace(s, streams=s.streams or i == number) for i, s in enumerate(steps)]
 
 
 def placed(plan: Plan, *offsets: int) -> list[Step]:
-    steps = list(plan.steps)
+    steps = kept_at(plan, 3 * SIZE)
     for i, offset in enumerate(offsets):
         steps[i] = replace(steps[i], offset=offset, streams=False)
+    return steps
+
+
+def kept_at(plan: Plan, kept: int) -> list[Step]:
+    """The first two results side by side, and what is kept for gates in one place."""
+    steps = [replace(step, kept=kept) for step in plan.steps]
+    for i in range(2):
+        steps[i] = replace(steps[i], offset=i * SIZE, streams=False)
     return steps
 
 
@@ -289,7 +229,8 @@ def gated(c_in: int, c_out: int, hidden: int = 24) -> nn.Module:
 def named() -> list[tuple[str, Plan, list[Step], str | None]]:
     """What is done, to which plan, and the sentence that refuses it; None: it runs, and is right.
 
-    Tensors after the stem have SIZE numbers, a multiple of 16.
+    Tensors after the stem have SIZE numbers, a multiple of 16. What is kept for a gate is behind
+    three of them.
     """
     residual, other = chain(gated(8, 8)), chain(gated(8, 7))
     many, two = chain(gated(8, 7, 800)), chain(gated(8, 7), gated(7, 6))
@@ -308,7 +249,10 @@ def named() -> list[tuple[str, Plan, list[Step], str | None]]:
         ("16 numbers back", other, placed(other, 32, 16), None),
         ("two over each other", two, placed(two, 0, 16, 32), None),
         ("two in one place", two, placed(two, 16, 16, 16), None),
-        ("behind the arena", other, placed(other, 0, 3 * SIZE), "outside of the arena"),
+        ("behind the arena", other, placed(other, 0, 2**20), "outside of the arena"),
+        ("kept over the input", other, kept_at(other, 0), "over its input or its result"),
+        ("kept over the result", other, kept_at(other, SIZE), "over its input or its result"),
+        ("kept behind the arena", other, kept_at(other, 2**20), "outside of the arena"),
     ]
 
 
@@ -316,8 +260,9 @@ def run_named() -> None:
     """Each by one and by two threads."""
     for what, plan, steps, sentence in named():
         x = image(2, *SHAPE)
-        p = encode(steps, SHAPE, 3 * SIZE)
-        size = nbytes(plan._program, 3 * SIZE) + 2**16
+        arena = 3 * SIZE + max(describe(plan._program, 1)["kept"])
+        p = encode(steps, SHAPE, arena)
+        size = nbytes(plan._program, arena) + 2**16
         for threads in (1, 2):
             torch.set_num_threads(threads)
             print(what, threads, flush=True)

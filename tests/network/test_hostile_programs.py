@@ -131,8 +131,8 @@ WRAPPING = {
 def stem_and_mean(c_in: int, size: int, c_out: int) -> list[int]:
     halved = (size + 1) // 2
     head = [c_in, size, size, 1, c_out, 16, 2]
-    stem = [0, 0, 0, size, size, halved, halved, c_in, c_out, 1, 1]
-    return [*head, *stem, 2, 0, 0, halved, halved, c_out, c_out, 0]
+    stem = [0, 0, 0, 0, size, size, halved, halved, c_in, c_out, 1, 1, 0]
+    return [*head, *stem, 2, 0, 0, 0, halved, halved, c_out, c_out, 0, 0]
 
 
 @torch.no_grad()

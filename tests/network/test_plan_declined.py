@@ -111,15 +111,9 @@ CONVOLUTION = (
 )
 STEM, HEAD = CONVOLUTION + "kernel_size=(3, 3), ", CONVOLUTION + "kernel_size=(1, 1), "
 DECLINED = {
-    "squeeze-excite of timm": (
-        lambda: timm.create_model("semnasnet_100"),
-        "EfficientNet cannot be run as a plan: squeeze-excite is not supported, in"
-        " blocks.2.0.se.gate (Sigmoid)",
-    ),
-    "squeeze-excite of torchvision": (
-        torchvision.models.mobilenet_v3_large,
-        "MobileNetV3 cannot be run as a plan: hardswish is not supported, in"
-        " features.0.2 (Hardswish)",
+    "split channels of timm": (
+        lambda: timm.create_model("mixnet_s"),
+        "EfficientNet cannot be run as a plan: split is not supported, in",
     ),
     "padding at run time behind the blocks": (
         lambda: behind(Conv2dSame(8, 20, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
