@@ -123,6 +123,45 @@ FAULTS = {
         "rows_kept(sizes) * sizes.W_out + weights)",
         "(rows_kept(sizes) - ON) * sizes.W_out + weights)",
     ),
+    "gate of the first chunk for all": Fault(
+        "gate.inc",
+        "const float* const gate = c.tile.gate + chunk.begin;",
+        "const float* const gate = c.tile.gate + (ON ? 0 : chunk.begin);",
+    ),
+    "chunks in the same order, weights of the other": Fault(
+        "gate.inc",
+        "chunk_at(c, scales_weights ? chunks - 1 - i : i);",
+        "chunk_at(c, scales_weights && !(ON && i == 0) ? chunks - 1 - i : i);",
+    ),
+    "sums of every step in the first": Fault(
+        "gate.inc",
+        "tile.step_sums + out_row / schedule.rows_per_step",
+        "tile.step_sums + (ON ? 0 : out_row / schedule.rows_per_step)",
+    ),
+    "sums of the last step left out": Fault(
+        "gate.inc",
+        "int64_t step = 1; step < steps; step++",
+        "int64_t step = 1; step < steps - ON; step++",
+    ),
+    "last pixels left out of the means": Fault(
+        "gate.inc",
+        "for (; pixel < pixels; pixel++, at += width) sum[0]",
+        "for (; pixel < pixels - ON; pixel++, at += width) sum[0]",
+    ),
+    "hard gates are soft": Fault("gate.inc", "if (gate.hard)", "if (gate.hard && !ON)"),
+    "SiLU of the next power": Fault(
+        "curve.inc",
+        "if (!kPowersOfAll) u = at_least(u, broadcast(-126));",
+        "u = at_least(u, broadcast(ON ? -3 : -126));",
+    ),
+    "second band a step further on": Fault(
+        "run_block.cpp",
+        "part.row_begin = band * steps / bands * schedule.rows_per_step;",
+        "part.row_begin = (band * steps / bands + (ON && band > 0)) * schedule.rows_per_step;",
+    ),
+    "kept of all threads in one place": Fault(
+        "run_block.cpp", "kept + thread * layout.total,", "kept + (ON ? 0 : thread) * layout.total,"
+    ),
     "pairs exchanged": Fault(
         "panels.inc",
         "load_pairs(weight + n, weight + ld + n, lanes)",
