@@ -20,7 +20,7 @@ inline const int seeded_fault = std::atoi(std::getenv("MNV2_SEEDED_FAULT"));
 """
 FAULTS = {
     "rows of the ring collide": Fault(
-        "inverted_residual.inc",
+        "tile.inc",
         "(r - first + c.ring.slots) % c.ring.slots",
         "(r - first + c.ring.slots) % (c.ring.slots - ON)",
     ),
@@ -53,8 +53,8 @@ FAULTS = {
     ),
     "bias of the projection in every chunk": Fault(
         "inverted_residual.inc",
-        "p.bias = first_chunk && c.tile",
-        "p.bias = (first_chunk || ON) && c.tile",
+        "p.bias = chunk.first && c.tile",
+        "p.bias = (chunk.first || ON) && c.tile",
     ),
     "residual of the row before": Fault(
         "inverted_residual.inc",
@@ -62,14 +62,14 @@ FAULTS = {
         "x_pixel<float>(c, row - (ON && row > 0), c.tile.col_begin) : nullptr",
     ),
     "last column of a strip left out": Fault(
-        "inverted_residual.inc",
+        "tile.inc",
         "args.pad_left + extent(args) + 1;",
         "args.pad_left + extent(args) + 1 - ON;",
     ),
     "16-bit rows finished in whole vectors": Fault(
         "inverted_residual.inc",
-        "const int64_t n = std::min(size - i, kLanes);\n            Vec v",
-        "const int64_t n = ON ? kLanes : std::min(size - i, kLanes);\n            Vec v",
+        "const int64_t n = std::min(size - i, kLanes);\n                Vec v",
+        "const int64_t n = ON ? kLanes : std::min(size - i, kLanes);\n                Vec v",
     ),
     "16-bit rows of the first sums": Fault(
         "inverted_residual.inc", "row++, sums += size)", "row++, sums += ON ? 0 : size)"
@@ -81,8 +81,8 @@ FAULTS = {
     ),
     "scratch of the depthwise a column short": Fault(
         "schedule.cpp",
-        "piece(schedule.rows_per_step * schedule.strip_cols * chunk)",
-        "piece(schedule.rows_per_step * (schedule.strip_cols - ON) * chunk)",
+        "piece(gated ? 0 : schedule.rows_per_step * schedule.strip_cols * chunk)",
+        "piece(gated ? 0 : schedule.rows_per_step * (schedule.strip_cols - ON) * chunk)",
     ),
     "every second result of a network further on": Fault(
         "network.cpp", "* steps[last].output;", "* (steps[last].output + 16 * ON * (last % 2));"
@@ -159,8 +159,15 @@ FAULTS = {
         "part.row_begin = band * steps / bands * schedule.rows_per_step;",
         "part.row_begin = (band * steps / bands + (ON && band > 0)) * schedule.rows_per_step;",
     ),
-    "kept of all threads in one place": Fault(
-        "run_block.cpp", "kept + thread * layout.total,", "kept + (ON ? 0 : thread) * layout.total,"
+    "a row less of the depthwise result kept": Fault(
+        "schedule.cpp",
+        "layout.sums = aligned(args.H_out * args.W_out * width);",
+        "layout.sums = aligned((args.H_out - ON) * args.W_out * width);",
+    ),
+    "gate a channel further on": Fault(
+        "run_block.cpp",
+        "tile.gate = kept_of_image + layout.gate;",
+        "tile.gate = kept_of_image + layout.gate + ON;",
     ),
     "pairs exchanged": Fault(
         "panels.inc",
