@@ -20,7 +20,7 @@ inline const int seeded_fault = std::atoi(std::getenv("MNV2_SEEDED_FAULT"));
 """
 FAULTS = {
     "rows of the ring collide": Fault(
-        "inverted_residual.inc",
+        "tile.inc",
         "(r - first + c.ring.slots) % c.ring.slots",
         "(r - first + c.ring.slots) % (c.ring.slots - ON)",
     ),
@@ -53,8 +53,8 @@ FAULTS = {
     ),
     "bias of the projection in every chunk": Fault(
         "inverted_residual.inc",
-        "p.bias = first_chunk && c.tile",
-        "p.bias = (first_chunk || ON) && c.tile",
+        "p.bias = chunk.first && c.tile",
+        "p.bias = (chunk.first || ON) && c.tile",
     ),
     "residual of the row before": Fault(
         "inverted_residual.inc",
@@ -62,14 +62,14 @@ FAULTS = {
         "x_pixel<float>(c, row - (ON && row > 0), c.tile.col_begin) : nullptr",
     ),
     "last column of a strip left out": Fault(
-        "inverted_residual.inc",
+        "tile.inc",
         "args.pad_left + extent(args) + 1;",
         "args.pad_left + extent(args) + 1 - ON;",
     ),
     "16-bit rows finished in whole vectors": Fault(
         "inverted_residual.inc",
-        "const int64_t n = std::min(size - i, kLanes);\n            Vec v",
-        "const int64_t n = ON ? kLanes : std::min(size - i, kLanes);\n            Vec v",
+        "const int64_t n = std::min(size - i, kLanes);\n                Vec v",
+        "const int64_t n = ON ? kLanes : std::min(size - i, kLanes);\n                Vec v",
     ),
     "16-bit rows of the first sums": Fault(
         "inverted_residual.inc", "row++, sums += size)", "row++, sums += ON ? 0 : size)"
@@ -81,8 +81,8 @@ FAULTS = {
     ),
     "scratch of the depthwise a column short": Fault(
         "schedule.cpp",
-        "piece(schedule.rows_per_step * schedule.strip_cols * chunk)",
-        "piece(schedule.rows_per_step * (schedule.strip_cols - ON) * chunk)",
+        "piece(gated ? 0 : schedule.rows_per_step * schedule.strip_cols * chunk)",
+        "piece(gated ? 0 : schedule.rows_per_step * (schedule.strip_cols - ON) * chunk)",
     ),
     "every second result of a network further on": Fault(
         "network.cpp", "* steps[last].output;", "* (steps[last].output + 16 * ON * (last % 2));"
@@ -122,6 +122,52 @@ FAULTS = {
         "backward.cpp",
         "rows_kept(sizes) * sizes.W_out + weights)",
         "(rows_kept(sizes) - ON) * sizes.W_out + weights)",
+    ),
+    "gate of the first chunk for all": Fault(
+        "gate.inc",
+        "const float* const gate = c.tile.gate + chunk.begin;",
+        "const float* const gate = c.tile.gate + (ON ? 0 : chunk.begin);",
+    ),
+    "chunks in the same order, weights of the other": Fault(
+        "gate.inc",
+        "chunk_at(c, scales_weights ? chunks - 1 - i : i);",
+        "chunk_at(c, scales_weights && !(ON && i == 0) ? chunks - 1 - i : i);",
+    ),
+    "sums of every step in the first": Fault(
+        "gate.inc",
+        "tile.step_sums + out_row / schedule.rows_per_step",
+        "tile.step_sums + (ON ? 0 : out_row / schedule.rows_per_step)",
+    ),
+    "sums of the last step left out": Fault(
+        "gate.inc",
+        "int64_t step = 1; step < steps; step++",
+        "int64_t step = 1; step < steps - ON; step++",
+    ),
+    "last pixels left out of the means": Fault(
+        "gate.inc",
+        "for (; pixel < pixels; pixel++, at += width) sum[0]",
+        "for (; pixel < pixels - ON; pixel++, at += width) sum[0]",
+    ),
+    "hard gates are soft": Fault("gate.inc", "if (gate.hard)", "if (gate.hard && !ON)"),
+    "SiLU of the next power": Fault(
+        "curve.inc",
+        "if (!kPowersOfAll) u = at_least(u, broadcast(-126));",
+        "u = at_least(u, broadcast(ON ? -3 : -126));",
+    ),
+    "second band a step further on": Fault(
+        "run_block.cpp",
+        "part.row_begin = band * steps / bands * schedule.rows_per_step;",
+        "part.row_begin = (band * steps / bands + (ON && band > 0)) * schedule.rows_per_step;",
+    ),
+    "a row less of the depthwise result kept": Fault(
+        "schedule.cpp",
+        "layout.sums = aligned(args.H_out * args.W_out * width);",
+        "layout.sums = aligned((args.H_out - ON) * args.W_out * width);",
+    ),
+    "gate a channel further on": Fault(
+        "run_block.cpp",
+        "tile.gate = kept_of_image + layout.gate;",
+        "tile.gate = kept_of_image + layout.gate + ON;",
     ),
     "pairs exchanged": Fault(
         "panels.inc",
