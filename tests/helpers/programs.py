@@ -64,7 +64,9 @@ def one_by_one(x: Tensor, weights: list[Tensor], integers: list[int], bounds: li
             if expansion:
                 w_expand = tensor(c_in, hidden).t()[:, :, None, None]
                 y = F.conv2d(y, w_expand, tensor(hidden))
-            y = activated(y)
+            # Nothing follows an expansion that is not there.
+            expanded = activated(y)
+            y = expanded if expansion else y
             reach = dilation * (k - 1) + 1
             y = pad(y, top, left, (rows - 1) * stride + reach, (cols - 1) * stride + reach)
             w_dw = tensor(k, k, hidden).permute(2, 0, 1)[:, None]
