@@ -57,8 +57,8 @@ struct Tile {
     // itself. y may be x, row for row, where rows are outside and this is not nullptr or y is of
     // another element.
     float* sums;
-    bool starts_with_bias;  // of the first hidden group
-    bool finishes;          // clip and residual: there is one hidden group only
+    bool adds_bias;  // of the first hidden group
+    bool finishes;   // clip and residual: there is one hidden group only
     // Of a block with a gate, which is computed in two parts: the depthwise result of the image,
     // chunk after chunk, each (H_out, W_out, channels of the chunk); its sums over the pixels of
     // each step, (steps, hidden channels in whole vectors); and the gate (hidden channels).

@@ -106,7 +106,7 @@ class RowStream {
             tile.x = x, tile.y = stage.y;
             tile.row_begin = stage.next_row, tile.row_end = stage.row_end;
             tile.col_end = args.W_out, tile.hidden_end = args.hidden_channels;
-            tile.starts_with_bias = tile.finishes = true;
+            tile.adds_bias = tile.finishes = true;
             if (i > 0) {
                 const OutputRows& rows = stages_[i - 1].y;
                 tile.x = {rows.begin, rows.slots, rows.size};

@@ -37,7 +37,7 @@ struct BlockRun {
         tile.y = {y_of(image), args.H_out, y_row_bytes(args)};
         tile.row_end = args.H_out, tile.col_end = args.W_out;
         tile.hidden_end = args.hidden_channels;
-        tile.starts_with_bias = tile.finishes = true;
+        tile.adds_bias = tile.finishes = true;
         return tile;
     }
 
@@ -45,7 +45,7 @@ struct BlockRun {
     void run_part(const Part& part, void* result, float* own) const {
         Tile tile = whole_image(part.image);
         tile.finishes = schedule.hidden_groups == 1;
-        tile.starts_with_bias = part.group == 0;
+        tile.adds_bias = part.group == 0;
         tile.y = {result, args.H_out,
                   tile.finishes ? y_row_bytes(args) : 4 * args.W_out * args.out_channels};
         tile.row_begin = part.row_begin, tile.row_end = part.row_end;

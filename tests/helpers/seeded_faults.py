@@ -53,8 +53,8 @@ FAULTS = {
     ),
     "bias of the projection in every chunk": Fault(
         "inverted_residual.inc",
-        "p.bias = chunk.first && c.tile",
-        "p.bias = (chunk.first || ON) && c.tile",
+        "p.late_bias = chunk.last && c.tile",
+        "p.late_bias = (chunk.last || ON) && c.tile",
     ),
     "residual of the row before": Fault(
         "inverted_residual.inc",
