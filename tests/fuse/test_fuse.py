@@ -53,7 +53,7 @@ MODELS = {
     "timm-lite0": (lambda: timm.create_model("efficientnet_lite0"), 16, 0),
     "timm-tf-lite0": (lambda: timm.create_model("tf_efficientnet_lite0"), 16, 0),
     "mnasnet": (torchvision.models.mnasnet0_5, 17, 0),
-    "torchvision-v3": (torchvision.models.mobilenet_v3_large, 3, 12),
+    "torchvision-v3": (torchvision.models.mobilenet_v3_large, 15, 0),
     "lukemelas-lite0": (lambda: EfficientNet.from_name("efficientnet-lite0"), 16, 0),
 }
 
