@@ -106,7 +106,6 @@ def _head(kind: str, channels: int) -> list[nn.Module]:
         "pool": pool,
         "classifier": [*pool, nn.Dropout(0.1), nn.Linear(channels, 5)],
         "convolution": [*conv_norm_act(channels, 18), *pool, nn.Linear(18, 3, bias=False)],
-        "two layers": [*pool, nn.Linear(channels, 11), nn.Hardswish(), nn.Linear(11, 3)],
     }[kind]
 
 
@@ -274,8 +273,6 @@ def networks(draw, kinds=KINDS, changes=CHANGES, dtypes=("float32",) * 7 + ("bfl
         form=draw(
             st.sampled_from(("sequential", "module", "looped", "sliced", "residual", "twice"))
         ),
-        head=draw(
-            st.sampled_from(("none", "none", "pool", "classifier", "convolution", "two layers"))
-        ),
+        head=draw(st.sampled_from(("none", "none", "pool", "classifier", "convolution"))),
         dtype=draw(st.sampled_from(dtypes)),
     )
