@@ -46,6 +46,7 @@ CPU_SOURCES = [
     "csrc/torch/ops_layers.cpp",
     "csrc/torch/ops_plan.cpp",
     "csrc/torch/program.cpp",
+    "csrc/torch/program_checks.cpp",
     "csrc/torch/tensor_facts.cpp",
     "csrc/cpu/backward.cpp",
     "csrc/cpu/kernels.cpp",

@@ -71,10 +71,6 @@ struct BlockArgs : BlockSizes {
     Activation after_expand() const { return {curve_expand, clip_expand}; }
     Activation after_dw() const { return {curve_dw, clip_dw}; }
     Activation after_project() const { return {curve_project, clip_project}; }
-    bool only_clips() const {
-        return curve_expand == Curve::clip && curve_dw == Curve::clip &&
-               curve_project == Curve::clip;
-    }
 };
 
 }  // namespace mnv2

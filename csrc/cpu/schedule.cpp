@@ -158,26 +158,26 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
         schedule.strip_cols = args.W_out;
     }
 
-    // Otherwise chunk by chunk; extreme widths with fewer rows at a time, then in strips. What is
-    // not float32 needs room for sums and for panels of weights too: first that for a second group
-    // of hidden channels is given up, then sums of many rows.
-    const bool narrow = sums_apart(args);
+    // Otherwise chunk by chunk; extreme widths with fewer rows at a time, then in strips. Where
+    // sums are apart, and panels of weights too, they need room: first that for a second group of
+    // hidden channels is given up, then sums of many rows.
+    const bool apart = sums_apart(args);
     const auto over = [&] { return scratch() > kScratchBytes; };
     const int64_t rows_of_sums =
         round_up(ceil_div(kSumBytes, 4 * args.W_out * args.out_channels), schedule.rows_per_step);
-    choose_chunks(narrow ? kScratchBytes : INT64_MAX);
-    if (narrow && over()) schedule.hidden_groups = 1;
-    if (narrow && schedule.hidden_groups == 1) {
+    choose_chunks(apart ? kScratchBytes : INT64_MAX);
+    if (apart && over()) schedule.hidden_groups = 1;
+    if (apart && schedule.hidden_groups == 1) {
         schedule.band_rows = std::min(rows_of_sums, args.H_out);
         choose_chunks(kScratchBytes);
     }
     const auto halve = [](int64_t& n, int64_t least) { n = std::max(ceil_div(n, 2), least); };
-    while (over() && schedule.band_rows > schedule.rows_per_step && narrow &&
+    while (over() && schedule.band_rows > schedule.rows_per_step && apart &&
            schedule.hidden_groups == 1)
         halve(schedule.band_rows, schedule.rows_per_step);
     while (over() && schedule.rows_per_step > 1) {
         halve(schedule.rows_per_step, 1);
-        if (narrow) schedule.band_rows = std::min(schedule.band_rows, schedule.rows_per_step);
+        if (apart) schedule.band_rows = std::min(schedule.band_rows, schedule.rows_per_step);
     }
     while (over() && schedule.strip_cols > 1 && !gated) halve(schedule.strip_cols, 1);
     return schedule;

@@ -96,7 +96,7 @@ struct Network {
         set(args.curve_expand, args.clip_expand, curves[0]);
         set(args.curve_dw, args.clip_dw, curves[1]);
         set(args.curve_project, args.clip_project, curves[2]);
-        counts().curves += !args.only_clips();
+        counts().curves += curves[0] > 0 || curves[1] > 0 || curves[2] > 0;
         if (args.expansion) {
             args.w_expand = weight(args.in_channels * hidden, args.in_channels, w.expand);
             args.b_expand = bias(hidden, w.b_expand, biases[0], nan_in == 1);

@@ -11,6 +11,7 @@ from cases import Expected
 from torch import Tensor, nn
 from torchvision import models
 
+import mnv2_kernels as mk
 from mnv2_kernels.profiling.variants import fold_around_blocks, plain
 
 _timm = partial(partial, timm.create_model)
@@ -91,3 +92,11 @@ def expect(model: nn.Module, x: Tensor) -> Expected:
     if x.dtype == torch.float32:
         ways.append(fold_around_blocks(deepcopy(layers))(x))
     return judged(plain(model).double()(x.double()), ways, x.dtype)
+
+
+def three_layers_at_the_end() -> nn.Module:
+    """A block, and fully connected layers of other sizes and curves."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 70), nn.GELU(), nn.Linear(70, 3), nn.SiLU(), nn.Linear(3, 33)]
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(mk.InvertedResidual(3, 8), *pool, *layers, nn.Hardswish()).eval()

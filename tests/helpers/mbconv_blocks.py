@@ -69,6 +69,11 @@ class MBConvCase:
         return x.to(dtype), in_dtype(weights, dtype)
 
 
+GATED = MBConvCase(
+    BlockConfig(8, 24, 8, residual=True, squeeze_channels=6), 6, 7, squeeze="silu", scale="sigmoid"
+)
+
+
 def in_dtype(weights: FoldedWeights, dtype: torch.dtype) -> FoldedWeights:
     """As `FoldedWeights.to`, with biases of 16 bits left in float32."""
     rounded, kept = weights.to(dtype), torch.promote_types(dtype, torch.float32)

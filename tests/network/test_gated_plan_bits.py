@@ -12,10 +12,9 @@ import cases
 import pytest
 import torch
 import torchvision_first  # noqa: F401
-from gated_networks import NETWORKS, network
+from gated_networks import NETWORKS, network, three_layers_at_the_end
 from memory_layouts import layouts_of
 from plan_cases import image, why_bits_differ
-from torch import nn
 
 import mnv2_kernels as mk
 
@@ -110,10 +109,7 @@ def test_of_an_arena_of_fewer_threads_than_call_it(name, python):
 
 @torch.no_grad()
 def test_of_three_fully_connected_layers_at_the_end(set_threads):
-    torch.manual_seed(0)
-    head = [nn.Linear(8, 70), nn.GELU(), nn.Linear(70, 3), nn.SiLU(), nn.Linear(3, 33)]
-    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    model = nn.Sequential(mk.InvertedResidual(3, 8), *pool, *head, nn.Hardswish()).eval()
+    model = three_layers_at_the_end()
     for dtype in cases.DTYPES:
         x = image(11, 3, 7, 5).to(dtype)
         plan = mk.plan(model, x.shape, dtype=dtype)

@@ -9,7 +9,14 @@ import cases
 import pytest
 import torch
 from cases import why_wrong
-from gated_networks import NETWORKS, expect, gate_convolutions, judged, network
+from gated_networks import (
+    NETWORKS,
+    expect,
+    gate_convolutions,
+    judged,
+    network,
+    three_layers_at_the_end,
+)
 from plan_cases import image
 from torch import Tensor, nn
 from whole_networks import WHOLE
@@ -135,10 +142,7 @@ def test_weights_are_copies(name):
 @torch.no_grad()
 def test_a_tail_of_three_layers():
     """Fully connected layers of other sizes and curves."""
-    torch.manual_seed(0)
-    head = [nn.Linear(8, 70), nn.GELU(), nn.Linear(70, 3), nn.SiLU(), nn.Linear(3, 33)]
-    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    model = nn.Sequential(mk.InvertedResidual(3, 8), *pool, *head, nn.Hardswish()).eval()
+    model = three_layers_at_the_end()
     for dtype in cases.DTYPES:
         x = image(9, 3, 7, 5).to(dtype)
         plan = mk.plan(model, x.shape, dtype=dtype)
