@@ -84,7 +84,8 @@ ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, in
     const bool narrow = args.element != Element::single;
     const int64_t in_memory = args.pairs ? 2 : 1;  // numbers in the place of a float
     const int64_t expand = narrow && args.expansion ? args.in_channels / in_memory * chunk : 0;
-    const int64_t project = narrow || gated ? chunk / in_memory * args.out_channels : 0;
+    const int64_t project =
+        narrow || (gated && gates_weights(args)) ? chunk / in_memory * args.out_channels : 0;
     layout.expand_panel = piece(expand);
     layout.project_panel = piece(project);
     layout.panels_stride = end - layout.expand_panel;
@@ -159,13 +160,13 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     }
 
     // Otherwise chunk by chunk; extreme widths with fewer rows at a time, then in strips. Where
-    // sums are apart, and panels of weights too, they need room: first that for a second group of
-    // hidden channels is given up, then sums of many rows.
+    // sums are apart, or there is a gate, sums and panels of weights need room: first that for a
+    // second group of hidden channels is given up, then sums of many rows.
     const bool apart = sums_apart(args);
     const auto over = [&] { return scratch() > kScratchBytes; };
     const int64_t rows_of_sums =
         round_up(ceil_div(kSumBytes, 4 * args.W_out * args.out_channels), schedule.rows_per_step);
-    choose_chunks(apart ? kScratchBytes : INT64_MAX);
+    choose_chunks(apart || gated ? kScratchBytes : INT64_MAX);
     if (apart && over()) schedule.hidden_groups = 1;
     if (apart && schedule.hidden_groups == 1) {
         schedule.band_rows = std::min(rows_of_sums, args.H_out);
@@ -196,6 +197,8 @@ Schedule choose_network_schedule(const BlockArgs& args, int64_t lanes) {
     const int64_t bytes = 4 * scratch_layout(args, schedule, lanes).total;
     return bytes <= kNetworkScratchBytes ? schedule : alone;
 }
+
+bool gates_weights(const BlockArgs& args) { return args.H_out * args.W_out > args.out_channels; }
 
 bool keeps_row_by_row(const BlockArgs& args, const Schedule& schedule) {
     return args.gate.width > 0 && schedule.hidden_chunk >= args.hidden_channels;

@@ -86,6 +86,11 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes);
 // it as they come, or overwrite its input: also where rows outside are not the fastest by itself.
 Schedule choose_network_schedule(const BlockArgs& args, int64_t lanes);
 
+// Of a block with a gate: whether it multiplies the projection's weights, and otherwise the kept
+// rows, by whatever there are fewer of. For all threads alike: the products are rounded
+// differently.
+bool gates_weights(const BlockArgs& args);
+
 // Of a block with a gate: whether its first part goes through the image row by row.
 bool keeps_row_by_row(const BlockArgs& args, const Schedule& schedule);
 std::string to_string(const BlockArgs& args, const Schedule& schedule, int64_t lanes);

@@ -108,7 +108,7 @@ class FusedModule(nn.Module):
             backend == "reference" != self.backend
             or torch._C._are_functorch_transforms_active()
             or has_global_hooks()
-            or self._block.uses_batches()
+            or (self._block.uses_batches() and self._holds_norms())
         ):
             self._pass_on_mode()
             return self.plain_forward(x, *args, **kwargs)
@@ -220,6 +220,10 @@ class FusedModule(nn.Module):
         # Not to be seen as children. The objects stay the same, for a guard to see no change.
         self.__dict__["_block"] = _Block(block_of(reading), reading.is_sized)
         self.__dict__["_kept"] = Kept(self)
+
+    def _holds_norms(self) -> bool:
+        """Whether the batch norms that were read are still inside, and none has been exchanged."""
+        return set(self._block.batch_norms).issubset(self.modules())
 
     def _look(self) -> State:
         self._pass_on_mode()

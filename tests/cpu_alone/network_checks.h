@@ -11,7 +11,8 @@ using mnv2::BlockSizes;
 using mnv2::Clip;
 using mnv2::Curve;
 
-constexpr Clip kClips[] = {{0, 6}, {0, INFINITY}, {-INFINITY, INFINITY}};
+constexpr float kUpper = 3;
+constexpr Clip kClips[] = {{0, kUpper}, {0, INFINITY}, {-INFINITY, INFINITY}};
 
 // A clip, or one of the curves by its number from 1 on.
 inline Activation activation_of(int64_t curve, const Clip& clip) {
@@ -219,7 +220,7 @@ inline void compare(const Numbers& right, const void* given, Element element, do
         if (!std::isnan(value)) largest = std::max(largest, std::fabs(value));
     for (size_t i = 0; i < right.size(); i++) {
         const double y = read(given, static_cast<int64_t>(i), element);
-        counts().low += y == 0, counts().high += y == 6;
+        counts().low += y == 0, counts().high += y == kUpper;
         if (std::isnan(y) != std::isnan(right[i])) {
             fault("NaN");
         } else if (std::fabs(y - right[i]) > tolerance * largest) {

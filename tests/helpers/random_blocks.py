@@ -97,8 +97,8 @@ def _units(make: Callable, channels: int, piece: Piece) -> nn.Module:
     return block
 
 
-def _v3(channels: int, piece: Piece) -> nn.Module:
-    config = InvertedResidualConfig(8, 3, 8, 8, False, "RE", piece.stride, piece.dilation, 1.0)
+def _v3(channels: int, piece: Piece, se: bool = False, act: str = "RE") -> nn.Module:
+    config = InvertedResidualConfig(8, 3, 8, 8, se, act, piece.stride, piece.dilation, 1.0)
     # The constructor rounds channels to multiples of 8.
     config.input_channels, config.out_channels = channels, piece.channels
     config.expanded_channels, config.kernel = piece.ratio * channels, piece.kernel
@@ -132,9 +132,10 @@ def _universal(channels: int, piece: Piece) -> nn.Module:
     )
 
 
-def _lukemelas(channels: int, piece: Piece) -> nn.Module:
+def _lukemelas(channels: int, piece: Piece, **changes) -> nn.Module:
     sizes = piece.ratio, piece.stride, piece.kernel
-    return lukemelas(channels, piece.channels, *sizes, None if piece.kernel == 3 else 16)
+    image_size = None if piece.kernel == 3 else 16
+    return lukemelas(channels, piece.channels, *sizes, image_size, **changes)
 
 
 def _transformers(channels: int, piece: Piece) -> nn.Module:
@@ -168,12 +169,19 @@ BLOCKS: dict[str, Callable[[int, Piece], nn.Module]] = {
     "torchvision": lambda c, p: TorchvisionBlock(c, p.channels, p.stride, p.ratio),
     "mnasnet": lambda c, p: MnasnetBlock(c, p.channels, p.kernel, p.stride, p.ratio),
     "v3": _v3,
+    "v3-gate": partial(_v3, se=True),
+    "v3-hardswish": partial(_v3, act="HS"),
+    "v3-gate-hardswish": partial(_v3, se=True, act="HS"),
     "timm": _timm,
+    "timm-gate": partial(_timm, se_layer=SqueezeExcite),
+    "timm-silu-gate": partial(_timm, se_layer=SqueezeExcite, act_layer=nn.SiLU),
+    "timm-gelu": partial(_timm, act_layer=nn.GELU),
     "timm-drop-path": partial(_timm, drop_path_rate=0.2),
     "timm-same": lambda c, p: _timm(c, replace(p, dilation=1), pad_type="same"),
     "timm-separable": _timm_separable,
     "timm-universal": _universal,
     "lukemelas": _lukemelas,
+    "lukemelas-gate": partial(_lukemelas, se_ratio=0.25),
     "transformers": _transformers,
     "flat": partial(_written, Flat),
     "nested": partial(_written, Nested),
@@ -193,6 +201,7 @@ RELATIVES: dict[str, Callable[[int, Piece], nn.Module]] = {
 CHAINS: dict[str, Callable[[int, Piece], list[nn.Module]]] = {
     "layers": _layers,
     "layers-relu": partial(_layers, act=nn.ReLU),
+    "layers-silu": partial(_layers, act=nn.SiLU),
     "pair": lambda c, p: [
         *conv_norm_act(c, c, p.kernel, p.stride, c),
         *conv_norm_act(c, p.channels),
@@ -202,6 +211,7 @@ CHAINS: dict[str, Callable[[int, Piece], list[nn.Module]]] = {
 BESIDE: dict[str, Callable[[int, Piece], list[nn.Module]]] = {
     "pointwise": lambda c, p: conv_norm_act(c, p.channels),
     "pointwise-linear": lambda c, p: conv_norm_act(c, p.channels, act=None),
+    "pointwise-hardswish": lambda c, p: conv_norm_act(c, p.channels, act=nn.Hardswish),
     "pointwise-mish": lambda c, p: conv_norm_act(c, p.channels, act=nn.Mish),
     "pointwise-bias": lambda c, p: [nn.Conv2d(c, p.channels, 1), nn.ReLU6()],
     "stem": lambda c, p: conv_norm_act(c, p.channels, 3, 2),
@@ -245,6 +255,8 @@ HARMLESS: dict[str, dict[str, Callable]] = {
         "relu": nn.ReLU,
         "clip": partial(nn.Hardtanh, -1.0, 1.5),
         "none": nn.Identity,
+        "silu": nn.SiLU,
+        "hardswish": nn.Hardswish,
     },
 }
 # ... and so that it must be declined.
@@ -275,7 +287,7 @@ def _sites(block: nn.Module, kind: str) -> list[tuple[nn.Module, str]]:
     for parent in block.modules():
         for name, child in parent._modules.items():
             is_norm = getattr(child, "running_mean", None) is not None
-            is_act = isinstance(child, nn.ReLU | nn.Hardtanh)
+            is_act = isinstance(child, nn.ReLU | nn.Hardtanh | nn.Hardswish | nn.SiLU | nn.GELU)
             is_kind = {"norm": is_norm, "act": is_act, "conv": isinstance(child, nn.Conv2d)}[kind]
             if is_kind:
                 found.append((parent, name))

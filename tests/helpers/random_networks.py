@@ -106,6 +106,7 @@ def _head(kind: str, channels: int) -> list[nn.Module]:
         "pool": pool,
         "classifier": [*pool, nn.Dropout(0.1), nn.Linear(channels, 5)],
         "convolution": [*conv_norm_act(channels, 18), *pool, nn.Linear(18, 3, bias=False)],
+        "two layers": [*pool, nn.Linear(channels, 11), nn.Hardswish(), nn.Linear(11, 3)],
     }[kind]
 
 
@@ -221,7 +222,13 @@ def block_calls(network: Network) -> tuple[int, int]:
     # A last piece that is either counts twice at most.
     most = fused + 2 * states["either"]
     cut = network.form in ("looped", "sliced")
-    chains = tuple(p for p in network.pieces if p.kind in CHAINS)
+    # A clip after a block belongs to it.
+    following = (*(piece.kind for piece in network.pieces[1:]), "")
+    chains = tuple(
+        piece
+        for piece, after in zip(network.pieces, following, strict=True)
+        if piece.kind in CHAINS or after == "relu"
+    )
     return fused - cut * expected_states(replace(network, pieces=chains))["fused"], most
 
 
@@ -273,6 +280,8 @@ def networks(draw, kinds=KINDS, changes=CHANGES, dtypes=("float32",) * 7 + ("bfl
         form=draw(
             st.sampled_from(("sequential", "module", "looped", "sliced", "residual", "twice"))
         ),
-        head=draw(st.sampled_from(("none", "none", "pool", "classifier", "convolution"))),
+        head=draw(
+            st.sampled_from(("none", "none", "pool", "classifier", "convolution", "two layers"))
+        ),
         dtype=draw(st.sampled_from(dtypes)),
     )

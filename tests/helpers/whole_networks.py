@@ -53,7 +53,8 @@ class Watch:
         def counted_conv2d(x, weight, *args, **kwargs):
             if type(x) is Tensor:
                 self._by_pytorch[0] += 1
-                self._by_pytorch[1] += weight.shape[1] == 1 < weight.shape[0]
+                # A gate of one squeezed channel has 1x1 kernels.
+                self._by_pytorch[1] += weight.shape[1] == 1 < min(weight.shape[0], weight.shape[2])
             return conv2d(x, weight, *args, **kwargs)
 
         def counted_linear(x, *args, **kwargs):

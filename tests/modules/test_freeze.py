@@ -19,8 +19,10 @@ from same_answers import randomise
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
+from torchvision.ops import FrozenBatchNorm2d
 
 import mnv2_kernels as mk
+from mnv2_kernels.ops.backends import ran
 from mnv2_kernels.profiling.memory import live_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -210,3 +212,14 @@ def test_memory_of_a_fine_tuning_step(kernel_backend):
     for name, model in (("plain", plain.train()), ("fused", fused.train())):
         peaks[name] = max(live_bytes(lambda model=model: model(x).sum().backward()))
     assert 0 < peaks["fused"] < 0.15 * peaks["plain"], peaks
+
+
+@pytest.mark.parametrize("exchanged", (nn.Identity(), FrozenBatchNorm2d(48)))
+def test_a_norm_taken_out_while_it_trained_is_asked_no_more(exchanged):
+    block = randomise(mk.InvertedResidual(8, 8)).train()
+    block.conv[0][1] = exchanged
+    block.eval()
+    before = ran()
+    with torch.no_grad():
+        block(torch.randn(2, 8, 6, 6))
+    assert sum((ran() - before).values()) == 1

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     "cpu" not in cases.kernel_backends(), reason="needs the compiled extension"
 )
 
-POINTWISE = ("pointwise", "pointwise-linear", "pointwise-bias")
+POINTWISE = ("pointwise", "pointwise-linear", "pointwise-bias", "pointwise-hardswish")
 KINDS = (*BLOCKS, *CHAINS) * 3 + (*POINTWISE, "identity", "dropout") * 2
 # Rarely one that no plan has a step for.
 REFUSED = (
@@ -91,7 +91,7 @@ def chains(draw) -> Network:
     dtype=torch.float16,
     layout=as_it_is,
 )
-@searched(60, 330)
+@searched(90, 330)
 @given(
     network=chains(),
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),

@@ -36,12 +36,12 @@ def counts(outcome: cpu_driver.Outcome) -> dict[str, int]:
 def test_blocks():
     found = counts(run("blocks"))
     assert found["calls"] >= 1500 and found["low"] >= 1000 and found["high"] >= 1000
-    assert found["chunks"] >= 100 and found["groups"] >= 2 and found["strips"] >= 2
+    assert found["chunks"] >= 100 and found["groups"] >= 2 and found["strips"] >= 1
 
 
 def test_networks():
     found = counts(run("networks"))
-    assert found["calls"] == 60 and found["streams"] >= 50 and found["in-place"] >= 20
+    assert found["calls"] == 60 and found["streams"] >= 40 and found["in-place"] >= 20
 
 
 def test_gradients():
