@@ -29,13 +29,15 @@ constexpr int64_t size_of(Element element) { return element == Element::single ?
 //   x (N, H, W, in_channels)               y (N, H_out, W_out, out_channels)
 //   w_expand (in_channels, hidden_channels), not there where the block has no expansion (t = 1)
 //   w_dw (kernel_size, kernel_size, hidden_channels)   w_project (hidden_channels, out_channels)
+// or, where `dense`, a convolution of all channels in the place of expansion and depthwise:
+//   w_dw (kernel_size, kernel_size, in_channels, hidden_channels)
 struct BlockSizes {
     int64_t N, H, W, H_out, W_out;
     int64_t in_channels, hidden_channels, out_channels;
     int64_t kernel_size, stride, dilation;
     int64_t pad_top, pad_left;
     Clip clip_expand, clip_dw, clip_project;
-    bool expansion, residual;
+    bool expansion, residual, dense;
 };
 
 // A squeeze-excite: channel c of the depthwise result is multiplied by

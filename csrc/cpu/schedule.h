@@ -53,7 +53,8 @@ struct ScratchLayout {
     int64_t ring_stride;
     int64_t depthwise;  // depthwise rows of one step
     // Where x and y are not float32: the weights of a chunk as floats or pairs, input rows as
-    // floats, sums before they are rounded.
+    // floats, sums before they are rounded. Of a dense convolution the weights of one row of the
+    // window; its input rows are always copied.
     int64_t expand_panel;
     int64_t project_panel;
     int64_t panels_stride;

@@ -43,12 +43,13 @@ class Block(NamedTuple):
     clip_dw: Activation
     clip_project: Activation
     gate: bool
+    dense: bool
 
     @classmethod
     def of(cls, config: BlockConfig, clips: tuple[Activation, Activation, Activation]) -> "Block":
-        names = cls._fields[:-4]
+        names = cls._fields[:-5]
         sizes = (getattr(config, name) for name in names)
-        return cls(*sizes, *clips, gate=config.squeeze_channels > 0)
+        return cls(*sizes, *clips, gate=config.squeeze_channels > 0, dense=config.dense)
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ def _why_not_block(block: Block | None) -> str | None:
     names = [clip for clip in clips if isinstance(clip, str)]
     if block.gate:
         names.append("squeeze-excite")
+    if block.dense:
+        names.append("a dense convolution")
     return f"there is no kernel for {names[-1]} yet" if names else None
 
 
@@ -228,7 +231,7 @@ def _cuda_kernel(block: Block, height: int, width: int, dtype: torch.dtype) -> s
 
 @lru_cache(4096)
 def _known_cuda_kernel(block: Block, height: int, width: int, dtype: torch.dtype) -> str:
-    return _C.cuda_kernel(*block[:-1], height, width, str(dtype).removeprefix("torch."))
+    return _C.cuda_kernel(*block[:-2], height, width, str(dtype).removeprefix("torch."))
 
 
 BACKENDS = (

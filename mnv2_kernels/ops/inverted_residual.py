@@ -195,7 +195,7 @@ def op_arguments(weights: FoldedWeights, config: BlockConfig) -> OpArguments | M
 def _arguments(
     weights: FoldedWeights, settings: tuple[int, Padding, int, bool]
 ) -> OpArguments | MBConvArguments:
-    if weights.only_clips:
+    if weights.is_classic:
         return OpArguments(*weights.tensors(), *settings, *weights.clips())
     return mbconv_arguments(weights, settings)
 
@@ -210,11 +210,14 @@ def _block(arguments: OpArguments | MBConvArguments) -> Block | None:
         clips = [arguments.clip_expand, arguments.clip_dw, arguments.clip_project]
         gate = False
     clips = [clip if isinstance(clip, str) else tuple(clip) for clip in clips]
-    if w_dw.dim() != 3 or w_project.dim() != 2 or (w_expand is not None and w_expand.dim() != 2):
+    dense = w_dw.dim() == 4
+    if w_dw.dim() not in (3, 4) or w_project.dim() != 2:
         return None
-    kernel, _, hidden = w_dw.shape
+    if w_expand is not None and (dense or w_expand.dim() != 2):
+        return None
+    kernel, _, *_, hidden = w_dw.shape
     block = Block(
-        in_channels=hidden if w_expand is None else w_expand.shape[0],
+        in_channels=w_dw.shape[2] if w_expand is None else w_expand.shape[0],
         hidden_channels=hidden,
         out_channels=w_project.shape[1],
         expansion=w_expand is not None,
@@ -227,10 +230,12 @@ def _block(arguments: OpArguments | MBConvArguments) -> Block | None:
         clip_dw=clips[1],
         clip_project=clips[2],
         gate=gate,
+        dense=dense,
     )
     allowed = block.stride in (1, 2) and block.dilation in (1, 2) and min(block[:3]) > 0
     lengths = len(block.padding) == 4 and all(isinstance(c, str) or len(c) == 2 for c in clips)
-    return block if kernel in (3, 5) and allowed and lengths else None
+    kernels = (1, 3, 5) if dense else (3, 5)
+    return block if kernel in kernels and allowed and lengths else None
 
 
 def run(backend: str, x: Tensor, arguments: OpArguments | MBConvArguments) -> Tensor:

@@ -210,4 +210,4 @@ def test_two_readings_of_a_gate_are_the_same():
     assert first.gate is not second.gate and same_layers([first], [second])
     other = replace(first, gate=replace(first.gate, scale="hardsigmoid"))
     assert not same_layers([first], [other])
-    assert len(first.stages) == 5 and not first.only_clips
+    assert len(first.stages) == 5 and not first.is_classic

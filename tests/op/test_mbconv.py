@@ -290,6 +290,6 @@ def test_backends_for_gpus_decline(monkeypatch):
 
 def test_a_block_of_clips_alone_is_one_of_the_other_op():
     weights = replace(GATED.inputs()[1], gate=None, clip_expand=RELU6, clip_dw=RELU6)
-    assert weights.only_clips and not isinstance(
+    assert weights.is_classic and not isinstance(
         op_arguments(weights, GATED.config), MBConvArguments
     )

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torchvision
 from declined_blocks import (
-    FusedMBConv,
     OddDropout,
     OddNorm,
     OddReLU,
@@ -105,10 +104,6 @@ DECLINED = {
     ),
     "timm 3x3 projection": (
         lambda: timm_block(pw_kernel_size=3),
-        "its shortcut must go around one block, got",
-    ),
-    "timm universal, depthwise first": (
-        lambda: universal_block(dw_kernel_size_start=3),
         "its shortcut must go around one block, got",
     ),
     "timm universal, depthwise last": (
@@ -361,12 +356,12 @@ def test_a_layer_without_its_tensors_yet(build):
         nn.Conv2d(8, 8, 3, groups=8),
         ConvBNReLU(*conv_norm_act(8, 8)),
         Flat(conv_norm_act(8, 8, 3), True),
-        FusedMBConv(),
-        TorchvisionFusedMBConv(FusedMBConvConfig(3, 3, 1, 8, 8, 1), 0.1, nn.BatchNorm2d),
         timm_block(group_size=8),
-        timm_block(EdgeResidual),
+        # It does not expand; the next one has a gate, and the one after that no activation.
+        TorchvisionFusedMBConv(FusedMBConvConfig(1, 3, 1, 8, 8, 1), 0.1, nn.BatchNorm2d),
+        timm_block(EdgeResidual, exp_ratio=3.0, se_layer=SqueezeExcite),
+        timm_block(EdgeResidual, exp_ratio=3.0, act_layer=nn.Identity),
         timm_block(CondConvResidual, exp_ratio=3.0, num_experts=2),
-        universal_block(dw_kernel_size_mid=0),
         nn.ModuleList(flow()),
     ],
     ids=lambda m: type(m).__name__,
