@@ -53,6 +53,12 @@ bool reads_x_in_place(const BlockArgs& args, int64_t lanes) {
     return !args.expansion && !args.dense && args.in_channels % lanes == 0;
 }
 
+bool copies_x(const BlockArgs& args) {
+    const bool narrow = args.element != Element::single;
+    const bool is_pointwise = args.kernel_size == 1 && args.stride == 1;
+    return args.dense ? narrow || !is_pointwise : narrow && args.expansion && !args.pairs;
+}
+
 GateLayout gate_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes) {
     if (args.gate.width == 0) return {};
     const int64_t width = round_up(args.hidden_channels, lanes);
@@ -99,10 +105,9 @@ ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, in
     layout.project_panel = piece(project);
     layout.panels_stride = end - layout.expand_panel;
     piece((copies - 1) * layout.panels_stride);
-    const bool copies_x = args.dense || (narrow && args.expansion && !args.pairs);
     const int64_t window = window_rows(args, schedule.rows_per_step);
     const int64_t x_cols = args.dense ? window_cols(args, schedule.strip_cols) : cols;
-    layout.x_rows = piece(copies_x ? window * x_cols * args.in_channels : 0);
+    layout.x_rows = piece(copies_x(args) ? window * x_cols * args.in_channels : 0);
     const int64_t sum_rows = schedule.rows_outside ? schedule.rows_per_step : schedule.band_rows;
     const bool sums = sums_apart(args) && schedule.hidden_groups == 1;
     layout.sums = piece(sums ? sum_rows * schedule.strip_cols * args.out_channels : 0);
