@@ -99,7 +99,7 @@ class FoldedWeights:
     @property
     def is_dense(self) -> bool:
         """Whether a convolution of all channels is in the place of expansion and depthwise."""
-        return self.w_dw.dim() == 4
+        return self.w_expand is None and self.w_dw.dim() == 4
 
     @property
     def is_classic(self) -> bool:
@@ -239,6 +239,10 @@ def fold_layers(layers: BlockLayers) -> FoldedWeights:
 
     Differentiable in every parameter, so that gradients of the folded weights reach the layers.
     """
+    return _fold(layers, layers.config.dense)
+
+
+def _fold(layers: BlockLayers, dense: bool) -> FoldedWeights:
     weights: dict[str, Any] = {}
     expand, depthwise, project = layers.expand, layers.depthwise, layers.project
     if expand is not None:
@@ -249,17 +253,12 @@ def fold_layers(layers: BlockLayers) -> FoldedWeights:
         weights |= {"w_expand": None, "b_expand": None, "clip_expand": NO_CLIP}
     weight, bias = fold_conv_norm(depthwise)
     weight = weight.permute(2, 3, 1, 0)
-    weights |= {"w_dw": (weight if _is_dense(depthwise) else weight[:, :, 0]).contiguous()}
+    weights |= {"w_dw": (weight if dense else weight[:, :, 0]).contiguous()}
     weights |= {"b_dw": bias}
     weight, bias = fold_conv_norm(project)
     weights |= {"w_project": weight[:, :, 0, 0].t().contiguous(), "b_project": bias}
     gate = None if layers.gate is None else fold_gate(layers.gate)
     return FoldedWeights(**weights, clip_dw=depthwise.clip, clip_project=project.clip, gate=gate)
-
-
-def _is_dense(stage: ConvNorm) -> bool:
-    """Whether a stage in the depthwise's place takes all channels; there are at least two then."""
-    return stage.conv.weight.shape[1] > 1
 
 
 def fold_gate(layers: GateLayers) -> FoldedGate:
@@ -338,6 +337,8 @@ def fold_flat(
     gate = GateLayers(*stages[-2:], "sigmoid") if len(stages) > 3 else None
     *expand, depthwise, project = stages if gate is None else stages[:-2]
     first = expand[0] if expand else None
-    weights = fold_layers(BlockLayers(first, depthwise, project, config=None, gate=gate))
+    # A dense convolution has more than one input channel.
+    dense = depthwise.conv.weight.shape[1] > 1
+    weights = _fold(BlockLayers(first, depthwise, project, config=None, gate=gate), dense)
     of_gate = (None,) * 4 if weights.gate is None else weights.gate.tensors()
     return *weights.tensors(), *of_gate

@@ -37,6 +37,11 @@ CASES = {
     "t = 1": MBConvCase(
         replace(CONFIG, hidden_channels=8, expansion=False), 6, 7, between=(NO_CLIP, "gelu", RELU6)
     ),
+    "dense": MBConvCase(
+        replace(CONFIG, expansion=False, dense=True, squeeze_channels=0),
+        *(6, 7),
+        between=(NO_CLIP, RELU6, NO_CLIP),
+    ),
 }
 
 
