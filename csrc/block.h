@@ -40,6 +40,17 @@ struct BlockSizes {
     bool expansion, residual, dense;
 };
 
+// Rows (and columns) from the first tap of a depthwise window to the last, at most: 5 taps 36
+// apart.
+constexpr int64_t kMaxExtent = 144;
+
+// Whether a kernel for the op `mbconv` takes a depthwise, or a dense convolution in its place.
+constexpr bool is_known_window(int64_t kernel_size, int64_t dilation, bool dense) {
+    if (dense) return (kernel_size == 1 || kernel_size == 3 || kernel_size == 5) && dilation == 1;
+    const bool known = kernel_size == 3 || kernel_size == 5 || kernel_size == 7;
+    return known && dilation >= 1 && dilation <= kMaxExtent / (kernel_size - 1);
+}
+
 // A squeeze-excite: channel c of the depthwise result is multiplied by
 // scale(w_excite[:, c] . squeeze(w_squeeze^T . means + b_squeeze) + b_excite[c]), the means being
 // those over all pixels of an image. A bias that is nullptr counts as zeros.

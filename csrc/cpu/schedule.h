@@ -13,7 +13,7 @@ namespace mnv2::cpu {
 constexpr int64_t kScratchBytes = 256 * 1024;
 constexpr int64_t kNetworkScratchBytes = 1024 * 1024;  // the same in a network
 constexpr int64_t kMaxRowsPerStep = 8;
-constexpr int64_t kMaxWindow = (kMaxRowsPerStep - 1) * 2 + 4 * 2 + 1;  // stride 2, 5 taps 2 apart
+constexpr int64_t kMaxWindow = (kMaxRowsPerStep - 1) * 2 + kMaxExtent + 1;  // at stride 2
 
 struct Schedule {
     // Rows outside: all hidden channels of a few rows, then the next rows. x and y come from memory

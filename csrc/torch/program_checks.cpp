@@ -94,12 +94,13 @@ void check_sizes(const Step& step, int64_t number, const Between& x) {
     const auto* const block = std::get_if<BlockStep>(&step.layer);
     if (block) {
         const BlockArgs& args = block->args;
-        const bool known =
-            args.kernel_size == 3 || args.kernel_size == 5 || (args.dense && args.kernel_size == 1);
+        const bool known = is_known_window(args.kernel_size, args.dilation, args.dense);
         MNV2_CHECK_STEP(
-            known && args.stride <= 2 && args.dilation <= (args.dense ? 1 : 2),
-            "must have kernel_size 3 or 5, stride 1 or 2, dilation 1 or 2; a dense one may have"
-            " kernel_size 1 and must have dilation 1");
+            known && args.stride <= 2,
+            "must have kernel_size 3, 5 or 7, stride 1 or 2, and a dilation of at most ",
+            kMaxExtent,
+            " / (kernel_size - 1); a dense one kernel_size 1, 3 or 5 and"
+            " dilation 1");
     }
     MNV2_CHECK_STEP(fits(step, x), "does not fit its input");
     const Between y = result_of(step);

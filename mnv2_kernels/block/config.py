@@ -21,6 +21,9 @@ Scale = Literal["sigmoid", "hardsigmoid"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 Padding = tuple[int, int, int, int]
 
+# Rows (and columns) from the first tap of a depthwise window to the last, at most: 5 taps 36 apart.
+MAX_EXTENT = 144
+
 NO_PADDING: Padding = (0, 0, 0, 0)
 NO_CLIP: Clip = (-inf, inf)
 RELU: Clip = (0.0, inf)

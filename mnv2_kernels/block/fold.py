@@ -103,8 +103,9 @@ class FoldedWeights:
 
     @property
     def is_classic(self) -> bool:
-        """Whether it is a block of MobileNetV2: with a depthwise, and only clips between layers."""
-        return not self.is_dense and _only_clips(self.clips(), self.gate)
+        """Whether it may be a block of MobileNetV2: depthwise 3x3 or 5x5, clips between layers."""
+        is_other = self.is_dense or self.w_dw.shape[:1] == (7,)
+        return not is_other and _only_clips(self.clips(), self.gate)
 
     def __repr__(self) -> str:
         """Shapes instead of values."""
@@ -226,8 +227,9 @@ class BlockLayers:
 
     @property
     def is_classic(self) -> bool:
-        """Whether the op computes a block of MobileNetV2, with a depthwise and only clips."""
-        return not self.config.dense and _only_clips(self.clips, self.gate)
+        """Whether the op computes a block of MobileNetV2, with a small depthwise and only clips."""
+        is_small = self.config.kernel_size < 7 and self.config.dilation <= 2
+        return is_small and not self.config.dense and _only_clips(self.clips, self.gate)
 
 
 def _only_clips(between: tuple[Activation, ...], gate: object) -> bool:

@@ -142,6 +142,10 @@ def _why_not_block(block: Block | None) -> str | None:
         names.append("squeeze-excite")
     if block.dense:
         names.append("a dense convolution")
+    if block.dilation > 2:
+        names.append(f"dilation {block.dilation}")
+    if block.kernel_size > 5:
+        names.append(f"kernel size {block.kernel_size}")
     return f"there is no kernel for {names[-1]} yet" if names else None
 
 

@@ -7,7 +7,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from ..block.config import CURVES, SCALES, Clip, Padding, output_size
+from ..block.config import CURVES, MAX_EXTENT, SCALES, Clip, Padding, output_size
 from ..block.fold import FoldedGate, FoldedWeights
 
 # The tensors of both ops; those of `inverted_residual` are the first seven.
@@ -185,16 +185,15 @@ def _check_block(
     x, w_expand, b_expand, w_dw, b_dw, w_project, b_project = tensors[:7]
     _value(owner, x.dim() == 4, lambda: f"x must have shape (N, C_in, H, W), got {_shape(x)}")
     batch, in_channels, height, width = x.shape
-    may_be_dense = owner == "mbconv"
-    dense = may_be_dense and w_dw.dim() == 4
+    is_mbconv = owner == "mbconv"
+    dense = is_mbconv and w_dw.dim() == 4
     is_square = (w_dw.dim() == 3 or dense) and w_dw.shape[0] == w_dw.shape[1]
-    or_dense = ", or (k, k, C_in, C_hidden) with k 1, 3 or 5" if may_be_dense else ""
+    kernels = (1, 3, 5) if dense else (3, 5, 7) if is_mbconv else (3, 5)
+    known = "3, 5 or 7, or (k, k, C_in, C_hidden) with k 1, 3 or 5" if is_mbconv else "3 or 5"
     _value(
         owner,
-        is_square and w_dw.shape[0] in ((1, 3, 5) if dense else (3, 5)),
-        lambda: (
-            f"w_dw must have shape (k, k, C_hidden) with k 3 or 5{or_dense}, got {_shape(w_dw)}"
-        ),
+        is_square and w_dw.shape[0] in kernels,
+        lambda: f"w_dw must have shape (k, k, C_hidden) with k {known}, got {_shape(w_dw)}",
     )
     kernel, hidden = w_dw.shape[0], w_dw.shape[-1]
     if dense:
@@ -237,7 +236,15 @@ def _check_block(
     _check_bias(owner, "b_project", b_project, "C_out", out_channels)
     _check_gate(owner, tensors[7:], hidden)
     _value(owner, stride in (1, 2), lambda: f"stride must be 1 or 2, got {stride}")
-    _value(owner, dilation in (1, 2), lambda: f"dilation must be 1 or 2, got {dilation}")
+    if is_mbconv and not dense:
+        most = MAX_EXTENT // (kernel - 1)
+        _value(
+            owner,
+            1 <= dilation <= most,
+            lambda: f"dilation must be from 1 to {most} where k is {kernel}, got {dilation}",
+        )
+    else:
+        _value(owner, dilation in (1, 2), lambda: f"dilation must be 1 or 2, got {dilation}")
     extent = dilation * (kernel - 1)
     _value(
         owner,

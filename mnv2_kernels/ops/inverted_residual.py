@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd import forward_ad
 
-from ..block.config import BlockConfig, Clip, Padding, same_padding
+from ..block.config import MAX_EXTENT, BlockConfig, Clip, Padding, same_padding
 from ..block.fold import FoldedWeights
 from . import gradients, reference, triton
 from .backends import Block, choose, count, load
@@ -195,7 +195,7 @@ def op_arguments(weights: FoldedWeights, config: BlockConfig) -> OpArguments | M
 def _arguments(
     weights: FoldedWeights, settings: tuple[int, Padding, int, bool]
 ) -> OpArguments | MBConvArguments:
-    if weights.is_classic:
+    if weights.is_classic and settings[2] <= 2:
         return OpArguments(*weights.tensors(), *settings, *weights.clips())
     return mbconv_arguments(weights, settings)
 
@@ -232,9 +232,10 @@ def _block(arguments: OpArguments | MBConvArguments) -> Block | None:
         gate=gate,
         dense=dense,
     )
-    allowed = block.stride in (1, 2) and block.dilation in (1, 2) and min(block[:3]) > 0
+    allowed = block.stride in (1, 2) and block.dilation > 0 and min(block[:3]) > 0
+    allowed = allowed and block.dilation * (kernel - 1) <= MAX_EXTENT
     lengths = len(block.padding) == 4 and all(isinstance(c, str) or len(c) == 2 for c in clips)
-    kernels = (1, 3, 5) if dense else (3, 5)
+    kernels = (1, 3, 5) if dense else (3, 5, 7)
     return block if kernel in kernels and allowed and lengths else None
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ..block.config import NO_CLIP, NO_PADDING, BlockConfig, Padding
+from ..block.config import MAX_EXTENT, NO_CLIP, NO_PADDING, BlockConfig, Padding
 from ..block.fold import BlockLayers, ConvNorm, LeadConv
 from .declined import Declined
 from .layers import AverageLayer, ConvLayer, Layer, LinearLayer, describe_layers
@@ -342,10 +342,17 @@ def _lead_conv(layer: ConvLayer) -> LeadConv:
 
 
 def _check_depthwise(layer: ConvLayer) -> None:
-    for name, allowed in (("kernel_size", (3, 5)), ("stride", (1, 2)), ("dilation", (1, 2))):
+    for name, allowed in (("kernel_size", (3, 5, 7)), ("stride", (1, 2))):
         value = getattr(layer, name)
         if value not in [(a, a) for a in allowed]:
             raise Declined(f"the depthwise must have a {name} in {allowed}, got {value}")
-    extent = layer.dilation[0] * (layer.kernel_size[0] - 1)
+    rows, cols = layer.dilation
+    extent = rows * (layer.kernel_size[0] - 1)
+    if rows != cols or extent > MAX_EXTENT:
+        most = MAX_EXTENT // (layer.kernel_size[0] - 1)
+        raise Declined(
+            f"the depthwise must have a dilation of at most {most} rows and as many columns,"
+            f" got {layer.dilation}"
+        )
     if not all(0 <= p <= extent for p in layer.padding):
         raise Declined(f"the depthwise's padding must be from 0 to {extent}, got {layer.padding}")
