@@ -157,15 +157,17 @@ def mbconv_cases() -> Iterator[MBConvCase]:
         if row["kind"] != "dense":
             # Otherwise it is a block of the other op.
             is_mbconv = row["gate"][0] > 0 or isinstance(row["between"][1], str)
-            return is_mbconv and row["kernel"] > 1
+            is_mbconv = is_mbconv or row["kernel"] == 7 or row["dilation"] > 2
+            fits = row["kernel"] < 7 or row["dilation"] < 4 or row["padding"] == "same"
+            return is_mbconv and fits and row["kernel"] > 1
         fits = row["kernel"] > 1 or row["padding"] in ("same", (0, 0, 0, 0))
-        return fits and row["gate"][0] == 0 and row["dilation"] == 1
+        return fits and row["gate"][0] == 0 and row["dilation"] == 1 and row["kernel"] < 7
 
     rows = cases.pairwise(
         {
-            "kernel": (1, 3, 5),
+            "kernel": (1, 3, 5, 7),
             "stride": (1, 2),
-            "dilation": (1, 2),
+            "dilation": (1, 2, 4),
             "kind": ("expansion", "t = 1", "dense"),
             "padding": ("same", (0, 0, 1, 1), (1, 0, 2, 1), (0, 0, 0, 0)),
             "residual": (True, False),
@@ -193,7 +195,9 @@ def mbconv_cases() -> Iterator[MBConvCase]:
         between = row["between"]
         if not config.expansion:
             between = (NO_CLIP, *between[1:])
-        yield MBConvCase(config, 9 + i % 3, 12 - i % 4, 1 + i % 3, between, squeeze, scale)
+        # Room for a window without padding.
+        size = max(9 + i % 3, extent + 1), max(12 - i % 4, extent + 2)
+        yield MBConvCase(config, *size, 1 + i % 3, between, squeeze, scale)
 
 
 class FusedMBConv(FusedModule):

@@ -46,6 +46,8 @@ def test_the_cases_are_of_all_kinds():
     seen = {a for case in CASES for a in (*case.between, case.squeeze, case.scale)}
     assert seen == {NO_CLIP, RELU, RELU6, *CURVES, *SCALES}
     assert {case.config.kernel_size for case in CASES if case.config.dense} == {1, 3, 5}
+    assert {case.config.kernel_size for case in CASES if not case.config.dense} == {3, 5, 7}
+    assert {case.config.dilation for case in CASES} == {1, 2, 4}
 
 
 def test_the_reference_is_the_layers():

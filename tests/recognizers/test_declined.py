@@ -135,10 +135,11 @@ DECLINED = {
         lambda: Flat(flow(padding_mode="reflect"), True),
         "its padding is reflect and not of zeros",
     ),
-    "kernel 7": (lambda: Flat(flow(kernel=7), True), r"kernel_size in \(3, 5\), got \(7, 7\)"),
+    "kernel 9": (lambda: Flat(flow(kernel=9), True), r"in \(3, 5, 7\), got \(9, 9\)"),
     "stride 3": (lambda: Flat(flow(stride=3), False), r"stride in \(1, 2\), got \(3, 3\)"),
     "uneven stride": (lambda: Flat(flow(stride=(1, 2)), False), r"got \(1, 2\)"),
-    "dilation 3": (lambda: Flat(flow(padding=3, dilation=3), True), "dilation"),
+    "dilation 73": (lambda: Flat(flow(padding=73, dilation=73), True), "at most 72 rows"),
+    "uneven dilation": (lambda: Flat(flow(dilation=(1, 2)), False), r"columns, got \(1, 2\)"),
     "too much padding": (lambda: Flat(flow(padding=3), False), "padding must be from 0 to 2"),
     "grouped projection": (
         lambda: flat_with(6, nn.Conv2d(24, 8, 1, groups=2)),
