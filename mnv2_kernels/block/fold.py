@@ -167,6 +167,7 @@ class LeadConv:
     """
 
     stage: ConvNorm
+    kernel_size: tuple[int, int]
     stride: tuple[int, int]
     padding: Padding
     dilation: tuple[int, int]
@@ -212,12 +213,11 @@ class BlockLayers:
         if self.lead is None:
             return height, width
         top, left, bottom, right = self.lead.padding
-        kernel = self.lead.stage.conv.weight.shape[2:]
-        rows, cols = zip(kernel, self.lead.stride, self.lead.dilation, strict=True)
-        k, s, d = rows
-        height = output_size(height, k, s, top, bottom, d)
-        k, s, d = cols
-        return height, output_size(width, k, s, left, right, d)
+        kernel, stride, dilation = self.lead.kernel_size, self.lead.stride, self.lead.dilation
+        return (
+            output_size(height, kernel[0], stride[0], top, bottom, dilation[0]),
+            output_size(width, kernel[1], stride[1], left, right, dilation[1]),
+        )
 
     @property
     def clips(self) -> tuple[Activation, Activation, Activation]:
@@ -340,7 +340,7 @@ def fold_flat(
     *expand, depthwise, project = stages if gate is None else stages[:-2]
     first = expand[0] if expand else None
     # A dense convolution has more than one input channel.
-    dense = depthwise.conv.weight.shape[1] > 1
+    dense = depthwise.tensors()[0].shape[1] > 1
     weights = _fold(BlockLayers(first, depthwise, project, config=None, gate=gate), dense)
     of_gate = (None,) * 4 if weights.gate is None else weights.gate.tensors()
     return *weights.tensors(), *of_gate

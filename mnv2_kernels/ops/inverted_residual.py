@@ -146,7 +146,7 @@ def inverted_residual(
         stride: of the depthwise, 1 or 2.
         padding: zeros around the clipped expansion, (top, left, bottom, right), each smaller
             than the kernel's extent; None keeps the size at stride 1.
-        dilation: of the depthwise, 1 or 2.
+        dilation: of the depthwise, at most 144 / (kernel size - 1); 1 for a dense convolution.
         residual: add x to the result; needs x and the result to have the same shape.
         backend: a name from `backends()`; None takes the first that can run.
 

@@ -333,12 +333,12 @@ def _block(layers: list[ConvLayer], residual: bool) -> BlockLayers:
         pads=expand.padding if pads else NO_PADDING,
         adds=adds,
         gate=middle.gate,
-        lead=None if lead is None else _lead_conv(lead),
+        lead=_lead_of(lead) if lead else None,
     )
 
 
-def _lead_conv(layer: ConvLayer) -> LeadConv:
-    return LeadConv(layer.stage, layer.stride, layer.padding, layer.dilation)
+def _lead_of(layer: ConvLayer) -> LeadConv:
+    return LeadConv(layer.stage, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
 
 
 def _check_depthwise(layer: ConvLayer) -> None:
