@@ -211,11 +211,11 @@ void add_layers(Network& network, const NetworkCase& c) {
     const int64_t curve = number % 5;
     network.add_stem(number % 3 == 0 ? 13 : 8, number % 3, curve);
     const auto add = [&](int64_t ratio, int64_t channels, int64_t k, int64_t stride,
-                         int64_t gate_width = 0, bool dense = false) {
+                         int64_t gate_width = 0, bool dense = false, int64_t dilation = 1) {
         const Image& y = network.result;
         BlockSizes s{};
-        s.N = 1, s.H = y.H, s.W = y.W, s.kernel_size = k, s.stride = stride, s.dilation = 1;
-        s.pad_top = s.pad_left = k / 2;
+        s.N = 1, s.H = y.H, s.W = y.W, s.kernel_size = k, s.stride = stride;
+        s.dilation = dilation, s.pad_top = s.pad_left = k / 2 * dilation;
         s.H_out = (y.H - 1) / stride + 1, s.W_out = (y.W - 1) / stride + 1;
         s.in_channels = y.channels, s.hidden_channels = ratio * y.channels;
         s.out_channels = channels, s.expansion = ratio > 1 && !dense;
@@ -235,7 +235,7 @@ void add_layers(Network& network, const NetworkCase& c) {
     add(6, 12, 3, 2);
     add(6, 12, 5, 1);
     if (number % 2 == 1) network.add_pointwise(12, false, curve);
-    add(3, 12, 3, 1, 5);
+    add(3, 12, 3, 1, 5, false, number % 3 == 1 ? 3 : 1);
     if (number % 2 == 0) add(4, 16, 3, 1, 0, true);
     add(6, 21, 3, 2, number % 3 == 2 ? 17 : 0);
     add(4, 21, 3, 1);

@@ -169,6 +169,26 @@ FAULTS = {
         "tile.gate = kept_of_image + layout.gate;",
         "tile.gate = kept_of_image + layout.gate + ON;",
     ),
+    "a number on the right of a dense convolution's rows": Fault(
+        "dense.inc",
+        "std::fill(copied + before + size, copied + row_size, 0.f);",
+        "std::fill(copied + before + size + ON, copied + row_size, 0.f);",
+    ),
+    "rows of a dense convolution copied once": Fault(
+        "dense.inc",
+        "(chunk.first || !c.schedule.rows_outside)",
+        "(chunk.first || (!ON && !c.schedule.rows_outside))",
+    ),
+    "a row of the window below the image": Fault(
+        "dense.inc",
+        "std::min(first + args.H, kernel) - 1;",
+        "std::min(first + args.H + ON, kernel) - 1;",
+    ),
+    "a tap in another column": Fault(
+        "depthwise.inc",
+        "first + tap % kernel * args.dilation;",
+        "first + tap % kernel * (args.dilation - (ON && args.dilation > 2));",
+    ),
     "pairs exchanged": Fault(
         "panels.inc",
         "load_pairs(weight + n, weight + ld + n, lanes)",
