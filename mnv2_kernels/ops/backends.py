@@ -128,11 +128,11 @@ def _why_not_triton_asked(x: Tensor | None, block: Block | None = None) -> str |
         return f"x must be on a GPU, or on the CPU for Triton's interpreter, got {x.device}"
     if x.is_cuda and (reason := _why_not_gpu(x.device)) is not None:
         return reason
-    return _why_not_dtype(x) or _why_not_block(block)
+    return _why_not_dtype(x)
 
 
 def _why_not_block(block: Block | None) -> str | None:
-    """Why the kernels for GPUs do not run a block with more than clips between its layers."""
+    """Why the CUDA kernels do not run a block with more than clips between its layers."""
     if block is None:
         return None
     clips = (block.clip_expand, block.clip_dw, block.clip_project)
