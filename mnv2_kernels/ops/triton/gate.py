@@ -1,11 +1,11 @@
-"""A block with a squeeze-excite: two passes over the pixels, and a gate for each image between them.
+"""A block with a squeeze-excite: two passes over its pixels, and a gate in between.
 
-    depthwise_sums    x ---expand---> depthwise ---> kept in memory, and summed over a tile's pixels
+    depthwise_sums    x ---expand---> depthwise, kept in memory; sums of a tile's pixels
     excitation        sums ---> means ---squeeze---> ---excite---> gate
-    gated_projection  kept * gate ---project---> y
+    gated_projection  depthwise * gate ---project---> y
 
-Nothing depends on other images: a tile of `depthwise_sums` lies in one of them, and its sums are
-added in the order of the tiles. No program waits for another.
+An image gives the same bits in any batch: a tile of `depthwise_sums` lies in one image, and the
+sums are added in the order of the tiles.
 """
 
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .geometry import tiles
 from .hidden import bias, depthwise_chunk, dot, matrix, under_patches
-from .values import activate, clip, over_sigmoid, summed
+from .values import activate, hard_sigmoid, over_sigmoid, summed
 
 
 @triton.jit(do_not_specialize=["H", "W", "H_out", "W_out", "patch_rows", "patch_columns"])
@@ -72,8 +72,8 @@ def depthwise_sums(
     under = under_patches(
         x,
         image,
-        patch_row * (PATCH_H * STRIDE) - PAD_TOP,
-        patch_column * (PATCH_W * STRIDE) - PAD_LEFT,
+        patch_row,
+        patch_column,
         exists,
         H,
         W,
@@ -81,6 +81,7 @@ def depthwise_sums(
         KERNEL,
         STRIDE,
         DILATION,
+        PAD_TOP,
         PAD_LEFT,
         WHOLE_ROW,
         PATCH_H,
@@ -93,6 +94,7 @@ def depthwise_sums(
         exists_hidden = hidden < C_HIDDEN
         depthwise = depthwise_chunk(
             hidden,
+            exists_hidden,
             under,
             w_expand,
             b_expand,
@@ -155,7 +157,7 @@ def excitation(
     B_SQUEEZE: tl.constexpr,
     B_EXCITE: tl.constexpr,
     CURVE: tl.constexpr,
-    # The place in SCALES: 0 a sigmoid, 1 relu6(z + 3) / 6.
+    # 0 a sigmoid, 1 a hard one.
     SCALE: tl.constexpr,
     # A power of two that holds C_HIDDEN.
     HIDDEN: tl.constexpr,
@@ -187,10 +189,7 @@ def excitation(
         s = tl.where(exists_squeezed, s, 0.0)
         weight = matrix(w_excite, squeezed, hidden, C_SQUEEZED, C_HIDDEN).to(tl.float32)
         z += summed(s[:, None] * weight, 0)
-    if SCALE == 0:
-        g = over_sigmoid(1.0, z)
-    else:
-        g = clip(z + 3.0, 0.0, 6.0) * (1.0 / 6.0)
+    g = over_sigmoid(1.0, z) if SCALE == 0 else hard_sigmoid(z)
     tl.store(gate + image * C_HIDDEN + hidden, g, mask=exists)
 
 

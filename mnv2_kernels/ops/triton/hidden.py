@@ -84,8 +84,8 @@ def pad(
 def under_patches(
     x,
     image,
-    row0,
-    column0,
+    patch_row,
+    patch_column,
     exists,
     H,
     W,
@@ -93,6 +93,7 @@ def under_patches(
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     DILATION: tl.constexpr,
+    PAD_TOP: tl.constexpr,
     PAD_LEFT: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
     PATCH_H: tl.constexpr,
@@ -100,12 +101,13 @@ def under_patches(
     IN_TILE: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    """What `depthwise_chunk` needs of x: the address of slot (0, 0), at row0 and column0 of every
-    patch, and a step of one row from it, masks of slot rows and of columns, and, if KEPT, all of x
-    under the patches, IN_TILES matrices a slot.
+    """What `depthwise_chunk` needs of x: addresses of slot (0, 0) of every patch, the step to the
+    row below, masks of slot rows and of columns, and, if KEPT, all of x, some matrices a slot.
     """
     SLOT_ROWS: tl.constexpr = slots(PATCH_H, KERNEL, STRIDE, DILATION)
     SLOT_COLUMNS: tl.constexpr = slots(PATCH_W, KERNEL, STRIDE, DILATION)
+    row0 = patch_row * (PATCH_H * STRIDE) - PAD_TOP
+    column0 = patch_column * (PATCH_W * STRIDE) - PAD_LEFT
     # Masks are -1 inside the image and 0 outside, so that an `and` applies them.
     row_masks = ()
     for i in tl.static_range(SLOT_ROWS):
@@ -136,6 +138,7 @@ def under_patches(
 @triton.jit
 def depthwise_chunk(
     hidden,
+    exists_hidden,
     under,
     w_expand,
     b_expand,
@@ -181,7 +184,6 @@ def depthwise_chunk(
     first_slot, row_step, row_masks, column_masks, kept = under
     lower_e, upper_e, lower_d, upper_d = bounds
     in_lanes = tl.arange(0, IN_TILE)
-    exists_hidden = hidden < C_HIDDEN
     expand_tiles = ()
     if EXPANSION:
         bias_e = bias(b_expand, hidden, exists_hidden, B_EXPAND)

@@ -96,16 +96,14 @@ def inverted_residual_patch(
     patch_column = (patch % patch_columns).to(tl.int32)
     patch_row = (patch // patch_columns % patch_rows).to(tl.int32)
     image = (patch // patch_columns // patch_rows).to(tl.int64)
-    row0 = patch_row * (PATCH_H * STRIDE) - PAD_TOP
-    column0 = patch_column * (PATCH_W * STRIDE) - PAD_LEFT
     first_out = program % OUT_GROUPS * (OUT_TILE * OUT_TILES)
     out_lanes = tl.arange(0, OUT_TILE)
 
     under = under_patches(
         x,
         image,
-        row0,
-        column0,
+        patch_row,
+        patch_column,
         exists,
         H,
         W,
@@ -113,6 +111,7 @@ def inverted_residual_patch(
         KERNEL,
         STRIDE,
         DILATION,
+        PAD_TOP,
         PAD_LEFT,
         WHOLE_ROW,
         PATCH_H,
@@ -139,6 +138,7 @@ def inverted_residual_patch(
         exists_hidden = hidden < C_HIDDEN
         depthwise = depthwise_chunk(
             hidden,
+            exists_hidden,
             under,
             w_expand,
             b_expand,

@@ -1,4 +1,4 @@
-"""What the kernels do to single values: clips in fp32 and in fp16, curves, and masks of padding."""
+"""What the kernels do to single values: clips, in fp32 and in fp16, curves and masks."""
 
 import triton
 import triton.language as tl
@@ -89,14 +89,20 @@ def last_tap_half(d, e, w, lower, upper, ZERO: tl.constexpr):
 
 @triton.jit
 def summed(v, AXIS: tl.constexpr):
-    """As tl.sum, which cannot be called in the interpreter unless all of Triton was imported for it."""
+    """As tl.sum, which the interpreter has only where all of Triton was imported for it."""
     return tl.reduce(v, AXIS, tl.standard._sum_combine)
 
 
 @triton.jit
 def over_sigmoid(v, z):
-    """v * sigmoid(z) = v / (1 + exp(-z)); 0 * infinity does not occur in it."""
+    """v * sigmoid(z)"""
     return v / (1.0 + tl.exp2(z * -1.4426950408889634))
+
+
+@triton.jit
+def hard_sigmoid(v):
+    """relu6(v + 3) / 6"""
+    return clip(v + 3.0, 0.0, 6.0) * (1.0 / 6.0)
 
 
 @triton.jit
@@ -105,7 +111,7 @@ def activate(v, lower, upper, CURVE: tl.constexpr):
     if CURVE == 0:
         v = clip(v, lower, upper)
     elif CURVE == 1:
-        v = v * (clip(v + 3.0, 0.0, 6.0) * (1.0 / 6.0))
+        v = v * hard_sigmoid(v)
     else:
         # Of -infinity what comes of the lowest finite number: a zero, and not infinity / infinity.
         v = tl.maximum(v, -3.4028234663852886e38, propagate_nan=tl.PropagateNan.ALL)
