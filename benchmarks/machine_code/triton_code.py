@@ -116,16 +116,22 @@ def compile_launch(
 
 
 def compile_block(
-    block: BlockConfig, size: int, dtype: torch.dtype, config: PatchConfig, architecture: int
+    block: BlockConfig,
+    size: int,
+    dtype: torch.dtype,
+    config: PatchConfig,
+    architecture: int,
+    curves: tuple[int, int, int] = (0, 0, 0),
 ) -> Code:
-    """The code for x of size x size, with ReLU6, all biases and aligned tensors.
+    """The code for x of size x size, with ReLU6 where there is no curve, all biases and aligned
+    tensors.
 
     Raises:
         triton.CompilationError: the configuration needs more than a GPU can have.
     """
     clips = (RELU6 if block.expansion else NO_CLIP, RELU6, NO_CLIP)
     biases = (block.expansion, True, True)
-    launch = plan_launch(block, biases, clips, (1, size, size), config, dtype)
+    launch = plan_launch(block, biases, clips, (1, size, size), config, dtype, curves)
 
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     compiled = compile_launch(inverted_residual_patch, launch, dtype, options, architecture)

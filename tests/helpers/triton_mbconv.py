@@ -1,8 +1,9 @@
-"""Blocks with curves and squeeze-excite that are quick in Triton's interpreter, and their launches."""
+"""Blocks with curves and squeeze-excite that are quick in Triton's interpreter."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from mbconv_blocks import MBConvCase, mbconv_cases
 from torch import Tensor
 from triton_cases import DEVICE
@@ -65,3 +66,16 @@ def inputs(case: MBConvCase, dtype) -> tuple[Tensor, FoldedWeights]:
 def run_config(x: Tensor, weights: FoldedWeights, case: MBConvCase, config: PatchConfig) -> Tensor:
     """A call with this configuration up to the depthwise instead of the chosen one."""
     return launch_gate.mbconv(x, *op_arguments(weights, case.config), config)
+
+
+def plan(
+    case: MBConvCase, config: PatchConfig, dtype: torch.dtype, batch: int | None = None
+) -> launch_gate.Launches:
+    """The launches of a block with a gate, for `batch` images if it is given."""
+    _, weights = replace(case, batch=1, height=1, width=1).inputs(dtype)
+    *_, curves, bounds, scale = op_arguments(weights, case.config)
+    biases = [t is not None for t in (*weights.tensors()[1::2], *weights.gate.tensors()[1::2])]
+    size = (batch or case.batch, case.height, case.width)
+    return launch_gate.plan_launches(
+        case.config, tuple(biases), curves, bounds, scale, size, config, dtype
+    )

@@ -16,6 +16,8 @@ from .configs import PatchConfig
 from .gate import depthwise_sums, excitation, gated_projection
 from .launch import Launch, block_of, dense, depthwise_constants, inverted_residual, run
 
+EXCITATION_OPTIONS = {"num_warps": 8}
+PROJECTION_OPTIONS = {"num_warps": 4, "num_stages": 2}
 # Elements of the matrices that a program of `excitation` adds up at a time.
 _ELEMENTS = 8192
 
@@ -151,11 +153,25 @@ def mbconv(
     kept = x.new_empty((batch, *size, hidden))
     sums = x.new_empty((batch, planned.image_tiles, hidden), dtype=torch.float32)
     gate = x.new_empty((batch, hidden), dtype=torch.float32)
-    run(depthwise_sums, (x, *weights[:4], kept, sums), planned.sums, options)
-    run(excitation, (sums, *weights[6:], gate), planned.excitation, {"num_warps": 8})
-    project = (kept, gate, *weights[4:6], x, y)
-    run(gated_projection, project, planned.projection, {"num_warps": 4, "num_stages": 2})
+    run_kernels(planned, options, x, weights, kept, sums, gate, y)
     return y
+
+
+def run_kernels(
+    launches: Launches,
+    options: dict[str, int],
+    x: Tensor,
+    weights: list[Tensor],
+    kept: Tensor,
+    sums: Tensor,
+    gate: Tensor,
+    y: Tensor,
+) -> None:
+    """The launches alone, which read and write just these tensors; options of the first one."""
+    run(depthwise_sums, (x, *weights[:4], kept, sums), launches.sums, options)
+    run(excitation, (sums, *weights[6:], gate), launches.excitation, EXCITATION_OPTIONS)
+    tensors = (kept, gate, *weights[4:6], x, y)
+    run(gated_projection, tensors, launches.projection, PROJECTION_OPTIONS)
 
 
 @lru_cache(maxsize=4096)
