@@ -43,6 +43,14 @@ CURVES_ALONE = replace(
     config=replace(RESIDUAL.config, squeeze_channels=0),
     between=("hardswish", "silu", "gelu"),
 )
+# More tiles than are added up at once, and several groups of output channels.
+MANY = MBConvCase(
+    BlockConfig(6, 6, 70, expansion=False, squeeze_channels=2),
+    33,
+    33,
+    batch=1,
+    between=(NO_CLIP, "silu", NO_CLIP),
+)
 BLOCKS = {"odd": ODD, "residual": RESIDUAL, "t1": T1, "curves alone": CURVES_ALONE}
 
 

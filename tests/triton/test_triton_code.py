@@ -109,7 +109,9 @@ def test_curves_compile(curve):
     block = BlockConfig(24, 144, 24, residual=True)
     config = configs.choose(block, configs.without_half(torch.float16), torch.device("cpu")).config
     code = compile_block(block, 56, torch.float16, config, 90, (curve,) * 3)
-    assert code.spill_bytes <= MOST_SPILL_BYTES or not PINNED
+    # GELU has an erf, whose two polynomials want many registers.
+    most = 10 * MOST_SPILL_BYTES if curve == 3 else MOST_SPILL_BYTES
+    assert code.spill_bytes <= most or not PINNED
 
 
 GATED = {

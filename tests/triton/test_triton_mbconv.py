@@ -8,8 +8,8 @@ import torch
 from cases import expect, mean_error, run, why_wrong
 from mbconv_blocks import MBConvCase
 from torch import Tensor
-from triton_cases import DEVICE, HAS_GPU, each_config, each_dtype
-from triton_mbconv import BLOCKS, ODD, few_pixels, inputs, run_config
+from triton_cases import CONFIGS, DEVICE, HAS_GPU, each_config, each_dtype
+from triton_mbconv import BLOCKS, MANY, ODD, few_pixels, inputs, plan, run_config
 
 from mnv2_kernels import FoldedWeights
 from mnv2_kernels.block.config import CURVES, NO_CLIP, RELU, RELU6, SCALES, BlockConfig
@@ -84,6 +84,16 @@ def test_channels_and_pixels_that_no_tile_divides(name, dtype):
     x, weights = inputs(case, dtype)
     y = run("triton", x, weights, **case.settings)
     assert why_wrong(y, expect(case, x, weights)) is None
+
+
+def test_many_tiles():
+    config = CONFIGS["1x1"]
+    launches = plan(MANY, config, torch.float32)
+    assert launches.image_tiles > launches.excitation.constants["STEP"]
+    assert launches.projection.constants["OUT_TILE"] < MANY.config.out_channels
+    x, weights = inputs(MANY, torch.float32)
+    y = run_config(x, weights, MANY, config)
+    assert why_wrong(y, expect(MANY, x, weights)) is None
 
 
 def test_the_gate_matters():

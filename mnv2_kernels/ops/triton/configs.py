@@ -88,10 +88,12 @@ def without_half(dtype: torch.dtype) -> torch.dtype:
 def of_sums(block: BlockConfig, dtype: torch.dtype, device: torch.device) -> PatchConfig:
     """The configuration for the part of a block before its gate, by the rules.
 
-    It has no sums of a projection, and as many registers as those of 64 channels would take.
+    It has no sums of a projection, but takes as many registers as those of 64 channels would. Eight
+    warps share them: with four, large blocks spill.
     """
     part, limit = replace(block, out_channels=64), _shared_bytes_limit(device)
-    return fallback(part, without_half(dtype), shared_bytes_limit=limit).config
+    config = fallback(part, without_half(dtype), shared_bytes_limit=limit).config
+    return replace(config, num_warps=8)
 
 
 def key(block: BlockConfig, dtype: torch.dtype) -> str:

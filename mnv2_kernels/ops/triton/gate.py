@@ -131,7 +131,7 @@ def depthwise_sums(
             for q in tl.static_range(PATCH_W):
                 d = activate(depthwise[p * PATCH_W + q], lower_dw, upper_dw, CURVE_DW)
                 row, column = patch_row * PATCH_H + p, patch_column * PATCH_W + q
-                inside = exists & (row < H_out) & (column < W_out)
+                inside = (row < H_out) & (column < W_out)
                 pixel = (image * H_out + row) * W_out + column
                 mask = inside[:, None] & exists_hidden[None, :]
                 tl.store(kept + pixel[:, None] * C_HIDDEN + hidden[None, :], d.to(dtype), mask=mask)
