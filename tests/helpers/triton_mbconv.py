@@ -19,7 +19,7 @@ ODD = MBConvCase(
     BlockConfig(9, 37, 21, stride=2, padding=(0, 1, 2, 1), squeeze_channels=5),
     13,
     10,
-    batch=3,
+    batch=2,
     between=("silu", "silu", NO_CLIP),
     squeeze="silu",
     scale="sigmoid",
@@ -28,12 +28,14 @@ RESIDUAL = MBConvCase(
     BlockConfig(20, 41, 20, kernel_size=5, padding=(2,) * 4, residual=True, squeeze_channels=70),
     6,
     5,
+    batch=1,
     between=(RELU6, "hardswish", RELU6),
 )
 T1 = MBConvCase(
     BlockConfig(19, 19, 8, expansion=False, dilation=2, padding=(2,) * 4, squeeze_channels=3),
     5,
     4,
+    batch=1,
     between=(NO_CLIP, "gelu_tanh", "silu"),
     squeeze=RELU,
     scale="sigmoid",
@@ -46,8 +48,8 @@ CURVES_ALONE = replace(
 # More tiles than are added up at once, and several groups of output channels.
 MANY = MBConvCase(
     BlockConfig(6, 6, 70, expansion=False, squeeze_channels=2),
-    33,
-    33,
+    23,
+    23,
     batch=1,
     between=(NO_CLIP, "silu", NO_CLIP),
 )

@@ -104,6 +104,7 @@ def test_rules_for_other_blocks_compile(name):
     assert code.shared_bytes <= bound <= configs.SHARED_BYTES
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("curve", range(1, 5))
 def test_curves_compile(curve):
     block = BlockConfig(24, 144, 24, residual=True)
@@ -123,6 +124,7 @@ GATED = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", GATED)
 def test_kernels_around_a_gate_compile(name, architecture):

@@ -18,7 +18,7 @@ from mnv2_kernels.ops.triton import configs
 
 CASES = list(few_pixels())
 SELECTED = {torch.float32: CASES[5::7], torch.float16: CASES[2::23], torch.bfloat16: CASES[3::23]}
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(5)
 each_block = pytest.mark.parametrize("name", BLOCKS)
 
 
@@ -113,22 +113,22 @@ def test_places_in_a_batch(name, dtype):
     case = replace(BLOCKS[name], batch=1)
     image, weights = inputs(case, dtype)
     alone = run("triton", image, weights, **case.settings)
-    x = torch.randn(4, *image.shape[1:], device=DEVICE).to(dtype)
-    x[[0, 1, 3]] = image
+    x = torch.randn(3, *image.shape[1:], device=DEVICE).to(dtype)
+    x[::2] = image
     together = run("triton", x, weights, **case.settings)
-    assert all(torch.equal(together[i], alone[0]) for i in (0, 1, 3))
-    assert not torch.equal(together[2], alone[0])
+    assert all(torch.equal(y, alone[0]) for y in together[::2])
+    assert not torch.equal(together[1], alone[0])
 
 
 @each_block
 def test_an_image_with_nan_is_the_only_one(name):
-    case = replace(BLOCKS[name], batch=3)
+    case = replace(BLOCKS[name], batch=2)
     x, weights = inputs(case, torch.float32)
     clean = run("triton", x, weights, **case.settings)
     for value in (inf, -inf, nan):
         x[1, 3, 2, 1] = value
         y = run("triton", x, weights, **case.settings)
-        assert torch.equal(y[::2], clean[::2])
+        assert torch.equal(y[0], clean[0])
     # The gate of an image with NaN is NaN, and with it all of its result.
     assert y[1].isnan().all() if weights.gate else y[1].isnan().any()
 

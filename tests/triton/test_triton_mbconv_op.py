@@ -36,9 +36,8 @@ def arguments(case, dtype=torch.float32, requires_grad=False) -> tuple:
     ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"],
 )
 def test_opcheck(utility):
-    for case in BOTH:
-        opcheck(OP, arguments(case), test_utils=utility)
-    opcheck(OP, arguments(BOTH[0], requires_grad=True), test_utils=utility)
+    for case, requires_grad in zip(BOTH, (True, False), strict=True):
+        opcheck(OP, arguments(case, requires_grad=requires_grad), test_utils=utility)
 
 
 def test_the_result_is_what_the_fake_kernel_says():

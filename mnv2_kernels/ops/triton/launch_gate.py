@@ -70,7 +70,7 @@ def plan_launches(
             "CURVE": curves[3],
             "SCALE": scale,
             "HIDDEN": hidden,
-            "STEP": min(64, max(1, _ELEMENTS // hidden)),
+            "STEP": min(32, max(1, _ELEMENTS // hidden)),
         },
     )
     pixels = batch * image_pixels
