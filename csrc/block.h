@@ -29,14 +29,27 @@ constexpr int64_t size_of(Element element) { return element == Element::single ?
 //   x (N, H, W, in_channels)               y (N, H_out, W_out, out_channels)
 //   w_expand (in_channels, hidden_channels), not there where the block has no expansion (t = 1)
 //   w_dw (kernel_size, kernel_size, hidden_channels)   w_project (hidden_channels, out_channels)
+// or, where `dense`, a convolution of all channels in the place of expansion and depthwise:
+//   w_dw (kernel_size, kernel_size, in_channels, hidden_channels)
 struct BlockSizes {
     int64_t N, H, W, H_out, W_out;
     int64_t in_channels, hidden_channels, out_channels;
     int64_t kernel_size, stride, dilation;
     int64_t pad_top, pad_left;
     Clip clip_expand, clip_dw, clip_project;
-    bool expansion, residual;
+    bool expansion, residual, dense;
 };
+
+// Rows (and columns) from the first tap of a depthwise window to the last, at most: 5 taps 36
+// apart.
+constexpr int64_t kMaxExtent = 144;
+
+// Whether a kernel for the op `mbconv` takes a depthwise, or a dense convolution in its place.
+constexpr bool is_known_window(int64_t kernel_size, int64_t dilation, bool dense) {
+    if (dense) return (kernel_size == 1 || kernel_size == 3 || kernel_size == 5) && dilation == 1;
+    const bool known = kernel_size == 3 || kernel_size == 5 || kernel_size == 7;
+    return known && dilation >= 1 && dilation <= kMaxExtent / (kernel_size - 1);
+}
 
 // A squeeze-excite: channel c of the depthwise result is multiplied by
 // scale(w_excite[:, c] . squeeze(w_squeeze^T . means + b_squeeze) + b_excite[c]), the means being

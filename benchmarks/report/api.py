@@ -53,10 +53,13 @@ Example:
     torch.Size([1, 24, 28, 28])
 """,
     "mbconv": """\
-The same for blocks with more than clips between their layers; `mk.inverted_residual` calls it for
-weights that have a curve or a gate. x and the first six weights, `stride`, `padding`, `dilation`
-and `residual` are those of `inverted_residual`.
+The same for all other blocks; `mk.inverted_residual` calls it for weights that have a curve or a
+gate, and for those that `inverted_residual` does not take. x and the first six weights, `stride`,
+`padding`, `dilation` and `residual` are those of `inverted_residual`.
 
+- `w_dw`: (k, k, C_hidden) with k 3, 5 or 7; or (k, k, C_in, C_hidden) with k 1, 3 or 5, which is a
+  convolution of all channels in place of expansion and depthwise, without w_expand and gate.
+- `dilation`: at least 1, and `dilation * (k - 1)` at most 144.
 - `w_squeeze`: (C_hidden, R), `w_excite`: (R, C_hidden), or None without a squeeze-excite.
 - `b_squeeze`, `b_excite`: 1-D, in the dtype of x or float32, or None.
 - `curves`: what follows expansion, depthwise, projection and squeeze: 0 a clip, 1 hardswish,

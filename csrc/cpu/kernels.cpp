@@ -35,7 +35,7 @@ bool runs_on(const Kernel& kernel, const char* capability) {
 bool Kernel::multiplies_pairs(const BlockArgs& args) const {
     const bool even = args.hidden_channels % 2 == 0 && args.in_channels % 2 == 0;
     // Pairs come from the depthwise, before a curve or a gate.
-    const bool plain = args.curve_dw == Curve::clip && args.gate.width == 0;
+    const bool plain = args.curve_dw == Curve::clip && args.gate.width == 0 && !args.dense;
     return args.element == Element::bfloat16 && even && plain && has_pairs();
 }
 

@@ -19,7 +19,12 @@ constexpr int64_t kMinStripCols = 32;  // narrower ones expand too much of their
 constexpr int64_t kGoodChunk = 48;  // three vectors: what register tiles of products are full with
 
 int64_t input_cols(const BlockArgs& args, int64_t strip_cols) {
-    return std::min(args.W, (strip_cols - 1) * args.stride + extent(args) + 1);
+    return std::min(args.W, window_cols(args, strip_cols));
+}
+
+// Of expansion or dense convolution, and projection; as floats.
+int64_t weight_bytes_of(const BlockArgs& args) {
+    return 4 * args.hidden_channels * (weights_of_channel(args) + args.out_channels);
 }
 
 // Whether sums are kept in scratch until y is made of them.
@@ -45,7 +50,13 @@ std::pair<int64_t, int64_t> hidden_range(const BlockArgs& args, const Schedule& 
 }
 
 bool reads_x_in_place(const BlockArgs& args, int64_t lanes) {
-    return !args.expansion && args.in_channels % lanes == 0;
+    return !args.expansion && !args.dense && args.in_channels % lanes == 0;
+}
+
+bool copies_x(const BlockArgs& args) {
+    const bool narrow = args.element != Element::single;
+    const bool is_pointwise = args.kernel_size == 1 && args.stride == 1;
+    return args.dense ? narrow || !is_pointwise : narrow && args.expansion && !args.pairs;
 }
 
 GateLayout gate_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes) {
@@ -72,28 +83,31 @@ ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, in
         end += aligned(floats);
         return begin;
     };
-    layout.chunk_weights_stride = aligned((args.kernel_size * args.kernel_size + 2) * chunk);
+    layout.chunk_weights_stride = aligned((taps_of_channel(args) + 2) * chunk);
     layout.chunk_weights = piece(copies * layout.chunk_weights_stride);
     const int64_t slots = ring_of(args, schedule.rows_per_step).slots;
-    const int64_t ring =
-        reads_x_in_place(args, lanes) ? 0 : slots * input_cols(args, schedule.strip_cols) * chunk;
+    const bool has_ring = !args.dense && !reads_x_in_place(args, lanes);
+    const int64_t cols = input_cols(args, schedule.strip_cols);
+    const int64_t ring = has_ring ? slots * cols * chunk : 0;
     layout.ring_stride = aligned(ring);
     layout.ring = piece(copies * layout.ring_stride);
     const bool gated = args.gate.width > 0;
     layout.depthwise = piece(gated ? 0 : schedule.rows_per_step * schedule.strip_cols * chunk);
     const bool narrow = args.element != Element::single;
     const int64_t in_memory = args.pairs ? 2 : 1;  // numbers in the place of a float
-    const int64_t expand = narrow && args.expansion ? args.in_channels / in_memory * chunk : 0;
+    const int64_t depth = args.dense       ? args.kernel_size * args.in_channels
+                          : args.expansion ? args.in_channels / in_memory
+                                           : 0;
+    const int64_t expand = narrow ? depth * chunk : 0;
     const int64_t project =
         narrow || (gated && gates_weights(args)) ? chunk / in_memory * args.out_channels : 0;
     layout.expand_panel = piece(expand);
     layout.project_panel = piece(project);
     layout.panels_stride = end - layout.expand_panel;
     piece((copies - 1) * layout.panels_stride);
-    const bool converts = narrow && args.expansion && !args.pairs;
-    const int64_t cols = input_cols(args, schedule.strip_cols);
     const int64_t window = window_rows(args, schedule.rows_per_step);
-    layout.x_rows = piece(converts ? window * cols * args.in_channels : 0);
+    const int64_t x_cols = args.dense ? window_cols(args, schedule.strip_cols) : cols;
+    layout.x_rows = piece(copies_x(args) ? window * x_cols * args.in_channels : 0);
     const int64_t sum_rows = schedule.rows_outside ? schedule.rows_per_step : schedule.band_rows;
     const bool sums = sums_apart(args) && schedule.hidden_groups == 1;
     layout.sums = piece(sums ? sum_rows * schedule.strip_cols * args.out_channels : 0);
@@ -147,7 +161,7 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     // for the rows in flight of all chunks.
     const int64_t image_bytes =
         4 * (args.H * args.W * args.in_channels + pixels_out * args.out_channels);
-    const int64_t weight_bytes = 4 * args.hidden_channels * (args.in_channels + args.out_channels);
+    const int64_t weight_bytes = weight_bytes_of(args);
     if (image_bytes > kImageBytes && weight_bytes <= kWeightBytes && !gated) {
         for (; schedule.strip_cols >= kMinStripCols;
              schedule.strip_cols = ceil_div(schedule.strip_cols, 2)) {
@@ -160,13 +174,14 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
     }
 
     // Otherwise chunk by chunk; extreme widths with fewer rows at a time, then in strips. Where
-    // sums are apart, or there is a gate, sums and panels of weights need room: first that for a
-    // second group of hidden channels is given up, then sums of many rows.
+    // sums are apart, or there is a gate, sums and panels of weights need room, and copies of x do
+    // where there is a dense convolution: first that for a second group of hidden channels is given
+    // up, then sums of many rows.
     const bool apart = sums_apart(args);
     const auto over = [&] { return scratch() > kScratchBytes; };
     const int64_t rows_of_sums =
         round_up(ceil_div(kSumBytes, 4 * args.W_out * args.out_channels), schedule.rows_per_step);
-    choose_chunks(apart || gated ? kScratchBytes : INT64_MAX);
+    choose_chunks(apart || gated || args.dense ? kScratchBytes : INT64_MAX);
     if (apart && over()) schedule.hidden_groups = 1;
     if (apart && schedule.hidden_groups == 1) {
         schedule.band_rows = std::min(rows_of_sums, args.H_out);
@@ -186,7 +201,7 @@ Schedule choose_schedule(const BlockArgs& args, int64_t lanes) {
 
 Schedule choose_network_schedule(const BlockArgs& args, int64_t lanes) {
     const Schedule alone = choose_schedule(args, lanes);
-    const int64_t weight_bytes = 4 * args.hidden_channels * (args.in_channels + args.out_channels);
+    const int64_t weight_bytes = weight_bytes_of(args);
     const bool whole_rows = alone.rows_outside && alone.strip_cols == args.W_out;
     if (whole_rows || alone.hidden_groups > 1 || weight_bytes > kWeightBytes || args.gate.width > 0)
         return alone;

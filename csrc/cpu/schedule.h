@@ -13,7 +13,7 @@ namespace mnv2::cpu {
 constexpr int64_t kScratchBytes = 256 * 1024;
 constexpr int64_t kNetworkScratchBytes = 1024 * 1024;  // the same in a network
 constexpr int64_t kMaxRowsPerStep = 8;
-constexpr int64_t kMaxWindow = (kMaxRowsPerStep - 1) * 2 + 4 * 2 + 1;  // stride 2, 5 taps 2 apart
+constexpr int64_t kMaxWindow = (kMaxRowsPerStep - 1) * 2 + kMaxExtent + 1;  // at stride 2
 
 struct Schedule {
     // Rows outside: all hidden channels of a few rows, then the next rows. x and y come from memory
@@ -53,7 +53,8 @@ struct ScratchLayout {
     int64_t ring_stride;
     int64_t depthwise;  // depthwise rows of one step
     // Where x and y are not float32: the weights of a chunk as floats or pairs, input rows as
-    // floats, sums before they are rounded.
+    // floats, sums before they are rounded. Of a dense convolution the weights of one row of the
+    // window.
     int64_t expand_panel;
     int64_t project_panel;
     int64_t panels_stride;
@@ -71,6 +72,9 @@ std::pair<int64_t, int64_t> hidden_range(const BlockArgs& args, const Schedule& 
 
 // The block has no expansion, and its depthwise reads x itself.
 bool reads_x_in_place(const BlockArgs& args, int64_t lanes);
+
+// Input rows are copied as floats, of a dense convolution with its padding.
+bool copies_x(const BlockArgs& args);
 
 // What is kept of an image between the two parts of a block with a gate, in floats: the depthwise
 // result from 0 on, its sums by steps, their means, and the results of the gate's two layers.

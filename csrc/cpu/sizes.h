@@ -15,12 +15,28 @@ constexpr int64_t extent(const BlockSizes& sizes) {
     return sizes.dilation * (sizes.kernel_size - 1);
 }
 
+// Weights of the depthwise that a hidden channel has.
+constexpr int64_t taps_of_channel(const BlockSizes& sizes) {
+    return sizes.dense ? 0 : sizes.kernel_size * sizes.kernel_size;
+}
+
+// Weights of a hidden channel before the projection.
+constexpr int64_t weights_of_channel(const BlockSizes& sizes) {
+    if (sizes.dense) return sizes.kernel_size * sizes.kernel_size * sizes.in_channels;
+    return sizes.expansion ? sizes.in_channels : 0;
+}
+
 // Input rows that `rows` output rows read, padding included.
 constexpr int64_t window_rows(const BlockSizes& sizes, int64_t rows) {
     return (rows - 1) * sizes.stride + extent(sizes) + 1;
 }
 
-// The first of them, negative where it is padding.
+// The same of columns.
+constexpr int64_t window_cols(const BlockSizes& sizes, int64_t cols) {
+    return window_rows(sizes, cols);
+}
+
+// The first of the rows, negative where it is padding.
 constexpr int64_t first_input_row(const BlockSizes& sizes, int64_t out_row) {
     return out_row * sizes.stride - sizes.pad_top;
 }

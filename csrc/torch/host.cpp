@@ -158,12 +158,27 @@ Call make_call(const OpArguments& op) {
     check_dtypes(op.op, call.inputs);
     TORCH_CHECK_VALUE(x.dim() == 4, op.op, ": x must have shape (N, C_in, H, W), got ", shape(x));
     sizes.N = x.size(0), sizes.in_channels = x.size(1), sizes.H = x.size(2), sizes.W = x.size(3);
-    TORCH_CHECK_VALUE(
-        w_dw.dim() == 3 && w_dw.size(0) == w_dw.size(1) && (w_dw.size(0) == 3 || w_dw.size(0) == 5),
-        op.op, ": w_dw must have shape (k, k, C_hidden) with k 3 or 5, got ", shape(w_dw));
-    sizes.kernel_size = w_dw.size(0), sizes.hidden_channels = w_dw.size(2);
+    sizes.dense = op.gate && w_dw.dim() == 4;
+    const bool is_square = (w_dw.dim() == 3 || sizes.dense) && w_dw.size(0) == w_dw.size(1);
+    const int64_t kernel_size = is_square ? w_dw.size(0) : 0;
+    const bool known = op.gate ? is_known_window(kernel_size, 1, sizes.dense)
+                               : kernel_size == 3 || kernel_size == 5;
+    TORCH_CHECK_VALUE(known, op.op, ": w_dw must have shape (k, k, C_hidden) with k ",
+                      op.gate ? "3, 5 or 7, or (k, k, C_in, C_hidden) with k 1, 3 or 5" : "3 or 5",
+                      ", got ", shape(w_dw));
+    sizes.kernel_size = kernel_size, sizes.hidden_channels = w_dw.size(-1);
     sizes.expansion = w_expand.defined();
-    if (!sizes.expansion) {
+    if (sizes.dense) {
+        TORCH_CHECK_VALUE(!w_expand.defined() && !b_expand.defined(), op.op,
+                          ": w_expand and b_expand must be None where w_dw has four dimensions");
+        TORCH_CHECK_VALUE(w_dw.size(2) == sizes.in_channels, op.op, ": w_dw must have shape (",
+                          kernel_size, ", ", kernel_size, ", C_in=", sizes.in_channels,
+                          ", C_hidden), got ", shape(w_dw));
+        TORCH_CHECK_VALUE(!w_squeeze.defined(), op.op,
+                          ": w_squeeze must be None where w_dw has four dimensions");
+        TORCH_CHECK_VALUE(op.dilation == 1, op.op,
+                          ": dilation must be 1 where w_dw has four dimensions, got ", op.dilation);
+    } else if (!sizes.expansion) {
         TORCH_CHECK_VALUE(!b_expand.defined(), op.op,
                           ": b_expand must be None where w_expand is None");
         TORCH_CHECK_VALUE(sizes.hidden_channels == sizes.in_channels, op.op,
@@ -190,8 +205,14 @@ Call make_call(const OpArguments& op) {
     check_gate(op, call);
     TORCH_CHECK_VALUE(op.stride == 1 || op.stride == 2, op.op, ": stride must be 1 or 2, got ",
                       op.stride);
-    TORCH_CHECK_VALUE(op.dilation == 1 || op.dilation == 2, op.op,
-                      ": dilation must be 1 or 2, got ", op.dilation);
+    if (op.gate && !sizes.dense) {
+        TORCH_CHECK_VALUE(is_known_window(kernel_size, op.dilation, false), op.op,
+                          ": dilation must be from 1 to ", kMaxExtent / (kernel_size - 1),
+                          " where k is ", kernel_size, ", got ", op.dilation);
+    } else {
+        TORCH_CHECK_VALUE(op.dilation == 1 || op.dilation == 2, op.op,
+                          ": dilation must be 1 or 2, got ", op.dilation);
+    }
     sizes.stride = op.stride, sizes.dilation = op.dilation;
     const at::IntArrayRef padding = op.padding;
     const int64_t extent = op.dilation * (sizes.kernel_size - 1);

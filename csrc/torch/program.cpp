@@ -140,13 +140,19 @@ BlockStep read_block(Program& p) {
     args.kernel_size = p.size(), args.stride = p.size(), args.dilation = p.size();
     args.pad_top = p.integer(), args.pad_left = p.integer();
     args.residual = p.integer() != 0, args.expansion = p.integer() != 0;
+    args.dense = p.integer() != 0;
+    TORCH_CHECK_VALUE(!args.dense || !args.expansion,
+                      "run_plan: a block in program must have no expansion where it is dense");
     args.N = 1;
     const int64_t hidden = args.hidden_channels;
     if (args.expansion) {
         args.w_expand = p.weight({args.in_channels, hidden});
         args.b_expand = p.bias(hidden);
     }
-    args.w_dw = p.weight({args.kernel_size, args.kernel_size, hidden});
+    if (args.dense)
+        args.w_dw = p.weight({args.kernel_size, args.kernel_size, args.in_channels, hidden});
+    else
+        args.w_dw = p.weight({args.kernel_size, args.kernel_size, hidden});
     args.b_dw = p.bias(hidden);
     args.w_project = p.weight({hidden, args.out_channels});
     args.b_project = p.bias(args.out_channels);
@@ -154,6 +160,8 @@ BlockStep read_block(Program& p) {
     args.clip_expand = expand.clip, args.clip_dw = dw.clip, args.clip_project = project.clip;
     args.curve_expand = expand.curve, args.curve_dw = dw.curve, args.curve_project = project.curve;
     if (p.integer() != 0) args.gate = read_gate(p, hidden);
+    TORCH_CHECK_VALUE(!args.dense || args.gate.width == 0,
+                      "run_plan: a block in program must have no gate where it is dense");
     return {args, {}};
 }
 

@@ -37,7 +37,7 @@ bool fits(const Step& step, const Between& x) {
         return is_x(args.in_channels, args.H, args.W) &&
                is_output_size(args.H_out, x.H, args.pad_top, args.stride, extent(args)) &&
                is_output_size(args.W_out, x.W, args.pad_left, args.stride, extent(args)) &&
-               (args.expansion || args.hidden_channels == args.in_channels);
+               (args.expansion || args.dense || args.hidden_channels == args.in_channels);
     }
     if (const auto* pointwise = std::get_if<PointwiseArgs>(&step.layer))
         return is_x(pointwise->in_channels, pointwise->H, pointwise->W);
@@ -94,9 +94,13 @@ void check_sizes(const Step& step, int64_t number, const Between& x) {
     const auto* const block = std::get_if<BlockStep>(&step.layer);
     if (block) {
         const BlockArgs& args = block->args;
-        const bool known = (args.kernel_size == 3 || args.kernel_size == 5) && args.stride <= 2 &&
-                           args.dilation <= 2;
-        MNV2_CHECK_STEP(known, "must have kernel_size 3 or 5, stride 1 or 2, dilation 1 or 2");
+        const bool known = is_known_window(args.kernel_size, args.dilation, args.dense);
+        MNV2_CHECK_STEP(
+            known && args.stride <= 2,
+            "must have kernel_size 3, 5 or 7, stride 1 or 2, and a dilation of at most ",
+            kMaxExtent,
+            " / (kernel_size - 1); a dense one kernel_size 1, 3 or 5 and"
+            " dilation 1");
     }
     MNV2_CHECK_STEP(fits(step, x), "does not fit its input");
     const Between y = result_of(step);

@@ -21,6 +21,9 @@ Scale = Literal["sigmoid", "hardsigmoid"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 Padding = tuple[int, int, int, int]
 
+# Rows (and columns) from the first tap of a depthwise window to the last, at most: 5 taps 36 apart.
+MAX_EXTENT = 144
+
 NO_PADDING: Padding = (0, 0, 0, 0)
 NO_CLIP: Clip = (-inf, inf)
 RELU: Clip = (0.0, inf)
@@ -65,7 +68,10 @@ class BlockConfig:
 
     `padding` is (top, left, bottom, right). `residual` is independent of the shapes because
     models exist that leave it out; it needs stride 1 and equal input and output sizes. A block with
-    `squeeze_channels` has a squeeze-excite of that many channels before the projection.
+    `squeeze_channels` has a squeeze-excite of that many channels before the projection. A `dense`
+    block has one convolution of all channels in the place of expansion and depthwise: FusedMBConv
+    of EfficientNetV2 (arXiv 2104.00298), and with kernel size 1 the feed-forward block of
+    MobileNetV4 (arXiv 2404.10518).
     """
 
     in_channels: int
@@ -78,6 +84,7 @@ class BlockConfig:
     padding: Padding = (1, 1, 1, 1)
     residual: bool = False
     squeeze_channels: int = 0
+    dense: bool = False
 
     def output_hw(self, height: int, width: int) -> tuple[int, int]:
         """(H_out, W_out) of an input of height x width."""
@@ -87,10 +94,11 @@ class BlockConfig:
 
     @property
     def name(self) -> str:
-        """A short readable id, for example `24x144x24-s1-k3` or `24x72x40-s2-k5-se24`."""
+        """A short readable id: `24x144x24-s1-k3`, `24x72x40-s2-k5-se24`, `24x96x48-s2-k3-dense`."""
         channels = f"{self.in_channels}x{self.hidden_channels}x{self.out_channels}"
         gate = f"-se{self.squeeze_channels}" if self.squeeze_channels else ""
-        return f"{channels}-s{self.stride}-k{self.kernel_size}{gate}"
+        dense = "-dense" if self.dense else ""
+        return f"{channels}-s{self.stride}-k{self.kernel_size}{gate}{dense}"
 
 
 def inverted_residual_config(

@@ -27,7 +27,10 @@ EXECUTIONS: tuple[Execution, ...] = ("eager", "folded", "fused")
 
 
 class TensorBytes(NamedTuple):
-    """Bytes of the tensors of a block: input, expansion (0 at t = 1), depthwise output, result."""
+    """Bytes of the tensors of a block: input, expansion (0 at t = 1), depthwise output, result.
+
+    A dense block has no expansion; its depthwise output is that of the convolution in its place.
+    """
 
     x: int
     expanded: int
@@ -51,9 +54,14 @@ def multiply_adds(block: BlockConfig, height: int, width: int, *, batch: int = 1
     """
     height_out, width_out = block.output_hw(height, width)
     expansion = height * width * block.in_channels if block.expansion else 0
-    per_output = block.kernel_size**2 + block.out_channels
+    per_output = _taps(block) + block.out_channels
     of_a_channel = expansion + height_out * width_out * per_output + 2 * block.squeeze_channels
     return batch * block.hidden_channels * of_a_channel
+
+
+def _taps(block: BlockConfig) -> int:
+    """Weights of a hidden channel of the depthwise, or of the dense convolution in its place."""
+    return block.kernel_size**2 * (block.in_channels if block.dense else 1)
 
 
 def flops(block: BlockConfig, height: int, width: int, *, batch: int = 1) -> int:
@@ -68,7 +76,7 @@ def parameters(block: BlockConfig) -> int:
     """
     hidden, squeezed = block.hidden_channels, block.squeeze_channels
     expansion = hidden * (block.in_channels + 2) if block.expansion else 0
-    depthwise = hidden * (block.kernel_size**2 + 2)
+    depthwise = hidden * (_taps(block) + 2)
     gate = squeezed * (hidden + 1) + hidden * (squeezed + 1) if squeezed else 0
     return expansion + depthwise + gate + block.out_channels * (hidden + 2)
 
@@ -101,7 +109,7 @@ def operators(block: BlockConfig, *, execution: Execution, itemsize: int = 4) ->
         raise ValueError(f"cost: execution must be one of {names}, got {execution!r}")
     hidden, out_channels = block.hidden_channels, block.out_channels
     stages = [
-        ("depthwise", hidden, block.kernel_size**2 * hidden),
+        ("depthwise", hidden, _taps(block) * hidden),
         ("y", out_channels, hidden * out_channels),
     ]
     if block.expansion:

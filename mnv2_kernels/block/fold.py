@@ -4,6 +4,10 @@ Activations are channels_last (NHWC in memory); in every weight the output chann
 
     w_expand  (C_in, C_hidden)      w_dw  (k, k, C_hidden)      w_project  (C_hidden, C_out)
 
+or, of a dense block, which has no w_expand,
+
+    w_dw  (k, k, C_in, C_hidden)    w_project  (C_hidden, C_out)
+
 all contiguous; biases are 1-D, float32 for half-precision weights. A kernel can then load
 consecutive output channels as one vector.
 """
@@ -15,7 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import NO_CLIP, NO_PADDING, RELU, Activation, BlockConfig, Padding, Scale
+from .config import (
+    NO_CLIP,
+    NO_PADDING,
+    RELU,
+    Activation,
+    BlockConfig,
+    Padding,
+    Scale,
+    output_size,
+)
 
 
 @dataclass(frozen=True)
@@ -46,10 +59,11 @@ class FoldedWeights:
 
     w_expand (C_in, C_hidden) and b_expand (C_hidden,) are None for a block without expansion
     (t = 1). w_dw (k, k, C_hidden), b_dw (C_hidden,), w_project (C_hidden, C_out), b_project
-    (C_out,). A clip is (lower, upper): (0, 6) is ReLU6, (0, inf) ReLU, (-inf, inf) none. In its
-    place may be the name of a curve: "hardswish", "silu", "gelu" or "gelu_tanh". `clip_project` is
-    applied before the residual is added. `gate` is the squeeze-excite before the projection, if
-    there is one. Weights have the dtype of x, biases that dtype or float32.
+    (C_out,). A dense block has w_dw (k, k, C_in, C_hidden) and no w_expand. A clip is
+    (lower, upper): (0, 6) is ReLU6, (0, inf) ReLU, (-inf, inf) none. In its place may be the name
+    of a curve: "hardswish", "silu", "gelu" or "gelu_tanh". `clip_project` is applied before the
+    residual is added. `gate` is the squeeze-excite before the projection, if there is one. Weights
+    have the dtype of x, biases that dtype or float32.
 
     Example:
         >>> mk.fold(mk.InvertedResidual(16, 24)).to(torch.bfloat16).w_dw.dtype
@@ -83,9 +97,15 @@ class FoldedWeights:
         return self.clip_expand, self.clip_dw, self.clip_project
 
     @property
-    def only_clips(self) -> bool:
-        """Whether nothing but clips is between the layers: no curve and no squeeze-excite."""
-        return _only_clips(self.clips(), self.gate)
+    def is_dense(self) -> bool:
+        """Whether a convolution of all channels is in the place of expansion and depthwise."""
+        return self.w_expand is None and self.w_dw.dim() == 4
+
+    @property
+    def is_classic(self) -> bool:
+        """Whether it may be a block of MobileNetV2: depthwise 3x3 or 5x5, clips between layers."""
+        is_other = self.is_dense or self.w_dw.shape[:1] == (7,)
+        return not is_other and _only_clips(self.clips(), self.gate)
 
     def __repr__(self) -> str:
         """Shapes instead of values."""
@@ -140,14 +160,29 @@ class GateLayers:
     scale: Scale
 
 
+@dataclass(frozen=True)
+class LeadConv:
+    """A depthwise convolution in front of a block, without an activation (MobileNetV4,
+    arXiv 2404.10518).
+    """
+
+    stage: ConvNorm
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: Padding
+    dilation: tuple[int, int]
+
+
 @dataclass(frozen=True, eq=False)
 class BlockLayers:
     """The layers of one block in the order they run, and the sizes that its forward gives them.
 
     `config.padding` is what the depthwise really sees, whatever applies it, and `config.residual`
-    what the forward does. Where the input is padded before the expansion, `config` describes the
-    block of the padded input, without a residual: `pads` are these zeros, and `adds` says whether
-    the input as it came is added to the result. `gate` comes between depthwise and projection.
+    what the forward does. Where the input is padded before the expansion, or goes through another
+    depthwise first, `config` describes the block of what comes of that, without a residual: `pads`
+    are these zeros, `lead` is that depthwise, and `adds` says whether the input as it came is added
+    to the result. `gate` comes between depthwise and projection. Of a
+    dense block, `depthwise` is the convolution of all channels.
     """
 
     expand: ConvNorm | None
@@ -157,13 +192,32 @@ class BlockLayers:
     pads: Padding = NO_PADDING
     adds: bool = False
     gate: GateLayers | None = None
+    lead: LeadConv | None = None
 
     @property
-    def stages(self) -> tuple[ConvNorm, ...]:
-        """Those that there are; those of the gate last."""
+    def op_stages(self) -> tuple[ConvNorm, ...]:
+        """Those that the op computes; those of the gate last."""
         found = (self.expand, self.depthwise, self.project)
         gate = () if self.gate is None else (self.gate.squeeze, self.gate.excite)
         return (*(stage for stage in found if stage is not None), *gate)
+
+    @property
+    def stages(self) -> tuple[ConvNorm, ...]:
+        """All that there are."""
+        return (*(() if self.lead is None else (self.lead.stage,)), *self.op_stages)
+
+    def op_hw(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of what the op gets, where the block gets height x width."""
+        top, left, bottom, right = self.pads
+        height, width = height + top + bottom, width + left + right
+        if self.lead is None:
+            return height, width
+        top, left, bottom, right = self.lead.padding
+        kernel, stride, dilation = self.lead.kernel_size, self.lead.stride, self.lead.dilation
+        return (
+            output_size(height, kernel[0], stride[0], top, bottom, dilation[0]),
+            output_size(width, kernel[1], stride[1], left, right, dilation[1]),
+        )
 
     @property
     def clips(self) -> tuple[Activation, Activation, Activation]:
@@ -172,9 +226,10 @@ class BlockLayers:
         return expand, self.depthwise.clip, self.project.clip
 
     @property
-    def only_clips(self) -> bool:
-        """Whether nothing but clips is between the layers: no curve and no squeeze-excite."""
-        return _only_clips(self.clips, self.gate)
+    def is_classic(self) -> bool:
+        """Whether the op computes a block of MobileNetV2, with a small depthwise and only clips."""
+        is_small = self.config.kernel_size < 7 and self.config.dilation <= 2
+        return is_small and not self.config.dense and _only_clips(self.clips, self.gate)
 
 
 def _only_clips(between: tuple[Activation, ...], gate: object) -> bool:
@@ -186,6 +241,10 @@ def fold_layers(layers: BlockLayers) -> FoldedWeights:
 
     Differentiable in every parameter, so that gradients of the folded weights reach the layers.
     """
+    return _fold(layers, layers.config.dense)
+
+
+def _fold(layers: BlockLayers, dense: bool) -> FoldedWeights:
     weights: dict[str, Any] = {}
     expand, depthwise, project = layers.expand, layers.depthwise, layers.project
     if expand is not None:
@@ -195,7 +254,9 @@ def fold_layers(layers: BlockLayers) -> FoldedWeights:
     else:
         weights |= {"w_expand": None, "b_expand": None, "clip_expand": NO_CLIP}
     weight, bias = fold_conv_norm(depthwise)
-    weights |= {"w_dw": weight[:, 0].permute(1, 2, 0).contiguous(), "b_dw": bias}
+    weight = weight.permute(2, 3, 1, 0)
+    weights |= {"w_dw": (weight if dense else weight[:, :, 0]).contiguous()}
+    weights |= {"b_dw": bias}
     weight, bias = fold_conv_norm(project)
     weights |= {"w_project": weight[:, :, 0, 0].t().contiguous(), "b_project": bias}
     gate = None if layers.gate is None else fold_gate(layers.gate)
@@ -243,13 +304,13 @@ _STAGE_TENSORS = (
 
 
 def flatten_layers(layers: BlockLayers) -> tuple[list[Tensor], list[int], list[float]]:
-    """(tensors, present, eps): the unfolded layers as plain arguments of an op.
+    """(tensors, present, eps): the unfolded layers that the op computes, as its plain arguments.
 
     `tensors` go stage by stage from the expansion on. By stage, `present` has a bit for each tensor
     it has, and `eps` the norm's eps, 0 without a norm.
     """
     tensors, present, eps = [], [], []
-    for stage in layers.stages:
+    for stage in layers.op_stages:
         bits = 0
         for bit, (module, name) in enumerate(_STAGE_TENSORS):
             owner = getattr(stage, module)
@@ -278,6 +339,8 @@ def fold_flat(
     gate = GateLayers(*stages[-2:], "sigmoid") if len(stages) > 3 else None
     *expand, depthwise, project = stages if gate is None else stages[:-2]
     first = expand[0] if expand else None
-    weights = fold_layers(BlockLayers(first, depthwise, project, config=None, gate=gate))
+    # A dense convolution has more than one input channel.
+    dense = depthwise.tensors()[0].shape[1] > 1
+    weights = _fold(BlockLayers(first, depthwise, project, config=None, gate=gate), dense)
     of_gate = (None,) * 4 if weights.gate is None else weights.gate.tensors()
     return *weights.tensors(), *of_gate

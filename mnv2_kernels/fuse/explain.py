@@ -116,9 +116,10 @@ def _row(name: str, state: State, block: FusedModule, size: tuple[int, int] | No
     if size is not None:
         x = weight.new_empty(()).expand(1, config.in_channels, *size)
         layers = block.call_for(x).layers
-        config = config if layers is None else layers.config
-        chosen_by = Block.of(config, block.block_layers.clips)
-        sizes = tensor_bytes(config, *size, itemsize=weight.element_size())
+        layers = block.block_layers if layers is None else layers
+        config = layers.config
+        chosen_by = Block.of(config, layers.clips)
+        sizes = tensor_bytes(config, *layers.op_hw(*size), itemsize=weight.element_size())
         # With a squeeze-excite, the depthwise result of an image is kept until its gate is known.
         saved = sizes.expanded + (0 if config.squeeze_channels else sizes.depthwise)
     reason, backend, kernel = block.why_plain(x), None, None

@@ -16,6 +16,7 @@ from ..recognizers import (
     guess_channels,
     has_depthwise,
     is_image_weight,
+    may_have_block,
     read_unknown,
     same_layers,
     spans_of,
@@ -79,7 +80,7 @@ def _find(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[Found]
     if isinstance(module, FusedModule):
         yield Found(name, name, module, fused=module)
         return
-    if not has_depthwise(module):
+    if not may_have_block(module):
         return
     if isinstance(module, FusedChain):
         for run in module.runs:
@@ -147,7 +148,9 @@ def _runs(module: nn.Module, reading: Reading | None) -> Iterator[tuple[tuple[in
             shared = (i > 0 and spans[i - 1].last_call == span.first_call) or (
                 i + 1 < len(spans) and spans[i + 1].first_call == span.last_call
             )
-            if isinstance(span.layer, BlockLayers) and end > begin and not shared:
+            # Two convolutions that only follow one another are often no block.
+            is_block = isinstance(span.layer, BlockLayers) and not span.layer.config.dense
+            if is_block and end > begin and not shared:
                 yield (begin, end + 1), Reading((span.layer,), is_sized)
         first = stop
 
@@ -180,6 +183,8 @@ def _is_declined_block(module: nn.Module, inside: list[Found]) -> bool:
     """Whether a declined module is a depthwise convolution with others, and not much more, or has
     that inside it as an nn.Sequential.
     """
+    if not has_depthwise(module):
+        return False
     if len(inside) > 1 or any(found.reason is None for found in inside):
         return False
     kinds = [isinstance(part, nn.Sequential) for part in (module, *(f.module for f in inside))]

@@ -139,6 +139,11 @@ def fold(block: nn.Module) -> FoldedWeights:
             layers = block_of(read_unknown(block))
     except Declined as reason:
         raise ValueError(f"fold: {kind} cannot be folded: {reason}") from None
+    if layers.lead is not None:
+        raise ValueError(
+            f"fold: {kind} cannot be folded: it begins with a depthwise of its own, of which"
+            " FoldedWeights know nothing"
+        )
     return fold_layers(layers)
 
 

@@ -88,7 +88,8 @@ def fold_without_graph(layers: BlockLayers) -> FoldedWeights:
     with torch.inference_mode(False), torch.no_grad():
         present = [stage for stage in tensors_of(layers) if stage is not None]
         tensors = [t for stage in present for t in stage[:_TENSORS]]
-        if _C is None or not _are_plain(tensors) or torch._C._len_torch_dispatch_stack() > 0:
+        in_python = _C is None or torch._C._len_torch_dispatch_stack() > 0
+        if in_python or layers.config.dense or not _are_plain(tensors):
             return fold_layers(layers)
         if not all(t is None or (t.dtype is torch.float32 and t.is_cpu) for t in tensors):
             return fold_layers(layers)

@@ -27,11 +27,11 @@ from .guard import Change, Guard
 def folds_when_run(x: Tensor, block: BlockLayers) -> bool:
     """Whether a program that is being compiled should call such an op on a CPU.
 
-    Not for a block whose input is padded, not for gradients, which go through the folding, not
-    under autocast, which would have to cast the folded weights, and not where inductor folds
+    Not for a block with something before the op, not for gradients, which go through the folding,
+    not under autocast, which would have to cast the folded weights, and not where inductor folds
     constants itself.
     """
-    if block.pads != NO_PADDING:
+    if block.pads != NO_PADDING or block.lead is not None:
         return False
     if not torch.compiler.is_dynamo_compiling() or torch.is_autocast_enabled("cpu") or _freezes():
         return False
@@ -53,7 +53,7 @@ def run_layers(x: Tensor, block: BlockLayers) -> Tensor:
     """The op of such a block on x and its layers."""
     config = block.config
     settings = (config.stride, config.padding, config.dilation, config.residual)
-    if block.only_clips:
+    if block.is_classic:
         op, between = torch.ops.mnv2.inverted_residual_layers.default, block.clips
     else:
         gate = block.gate
@@ -115,9 +115,10 @@ def _flops(x_shape, layers, present, *args, out_shape, **kwargs) -> int:
     weights = [layers[start] for start in starts]
     squeeze = weights[-2][:2] if len(weights) > 3 else None
     *expand, depthwise, _ = weights[:-2] if squeeze else weights
-    hidden, kernel = depthwise[0], depthwise[2]
+    hidden, channels, kernel, _ = depthwise
     w_expand = (expand[0][1], hidden) if expand else None
-    shapes = (x_shape, w_expand, None, (kernel, kernel, hidden), *(None,) * 3, squeeze)
+    w_dw = (kernel, kernel, *((channels,) if channels > 1 else ()), hidden)
+    shapes = (x_shape, w_expand, None, w_dw, *(None,) * 3, squeeze)
     return 2 * sum(multiply_adds(shapes, out_shape))
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.nn import functional as F
 
-from ..block.config import NO_PADDING, BlockConfig
-from ..block.fold import BlockLayers, fold_layers
+from ..block.config import NO_PADDING, BlockConfig, Padding
+from ..block.fold import BlockLayers, fold_conv_norm, fold_layers
 from ..ops.backends import Block, asked_once_a_graph, choose, is_for_layers, why_no_kernel
 from ..ops.inverted_residual import OpArguments, op_arguments, run
 from ..ops.mbconv import MBConvArguments
@@ -127,14 +127,14 @@ class FusedModule(nn.Module):
         if observed:
             if torch.onnx.is_in_onnx_export():
                 return self.plain_forward(x, *args, **kwargs)
-            return _run(layers, backend, x, _fold(layers))
+            return _run(layers, backend, x, *_fold(layers))
         trains = torch.is_grad_enabled() and state.requires_grad
         if trains and backend == "reference":
-            return _run(layers, backend, x, _fold(layers))
+            return _run(layers, backend, x, *_fold(layers))
         # The op would compute its forward pass a second time for the gradients.
-        if trains and not layers.only_clips:
+        if trains and not (layers.is_classic and layers.lead is None):
             return self.plain_forward(x, *args, **kwargs)
-        return _run(layers, backend, x, _folded(state, layers), trains)
+        return _run(layers, backend, x, *_folded(state, layers), trains)
 
     def _compiled_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         backend = None
@@ -145,7 +145,7 @@ class FusedModule(nn.Module):
         layers = self.block_layers
         if backend == "cpu" and folds_when_run(x, layers):
             return run_layers(x, layers)
-        return _run(layers, backend, x, _fold(layers))
+        return _run(layers, backend, x, *_fold(layers))
 
     def _backend_when_compiled(self, x: Tensor) -> str | None:
         """What a compiled call runs on; the modes that the modules have now become a part of it."""
@@ -212,8 +212,8 @@ class FusedModule(nn.Module):
         self._call_for(state, None, (), {})
         if state.why_blind is not None:
             with torch.no_grad():
-                return _fold(self.block_layers)
-        return _folded(state, self.block_layers)
+                return _fold(self.block_layers).arguments
+        return _folded(state, self.block_layers).arguments
 
     def _take_over(self, reading: Reading) -> None:
         """Remember what the plain forward was read as."""
@@ -301,23 +301,37 @@ class FusedModule(nn.Module):
         )
 
 
+class _Folded(NamedTuple):
+    """The op's arguments after x; weight and bias of the depthwise before it, if there is one."""
+
+    arguments: OpArguments | MBConvArguments
+    lead: tuple[Tensor, Tensor] | None
+
+
 def _run(
     layers: BlockLayers,
     backend: str,
     x: Tensor,
     arguments: OpArguments | MBConvArguments,
+    lead: tuple[Tensor, Tensor] | None,
     trains: bool = False,
 ) -> Tensor:
-    """The op, and the padding of its input where that comes first."""
-    padded = x
-    if layers.pads != NO_PADDING:
-        top, left, bottom, right = layers.pads
-        padded = F.pad(x, (left, right, top, bottom))
+    """The op, and what comes before it and after it."""
+    inside = _padded(x, layers.pads)
+    if lead is not None:
+        conv = layers.lead
+        inside, groups = _padded(inside, conv.padding), len(lead[0])
+        inside = F.conv2d(inside, *lead, conv.stride, 0, conv.dilation, groups)
     if trains:
-        y = run_with_gradients(backend, padded, arguments, tensors_of(layers))
+        y = run_with_gradients(backend, inside, arguments, tensors_of(layers))
     else:
-        y = run(backend, padded, arguments)
+        y = run(backend, inside, arguments)
     return x + y if layers.adds else y
+
+
+def _padded(x: Tensor, padding: Padding) -> Tensor:
+    top, left, bottom, right = padding
+    return x if padding == NO_PADDING else F.pad(x, (left, right, top, bottom))
 
 
 def _fits(layers: BlockLayers, x: Tensor) -> bool:
@@ -325,9 +339,8 @@ def _fits(layers: BlockLayers, x: Tensor) -> bool:
     if x.dim() != 4 or x.shape[1] != layers.config.in_channels:
         return False
     weight = layers.project.conv.weight
-    top, left, bottom, right = layers.pads
-    height, width = x.shape[2] + top + bottom, x.shape[3] + left + right
-    if x.device != weight.device or min(layers.config.output_hw(height, width)) < 1:
+    sizes = layers.config.output_hw(*layers.op_hw(*x.shape[2:]))
+    if x.device != weight.device or min(sizes) < 1:
         return False
     return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
 
@@ -341,24 +354,32 @@ def _key_of(args: tuple, kwargs: dict) -> Hashable | None:
     return args, tuple(kwargs.items()), kinds
 
 
-def _folded(state: State, layers: BlockLayers) -> OpArguments | MBConvArguments:
-    """The op's arguments after x, kept until a weight changes."""
+def _folded(state: State, layers: BlockLayers) -> _Folded:
+    """What is folded, kept until a weight changes."""
     kept = state.of_weights()
-    arguments = kept.get(layers)
-    if arguments is None:
+    folded = kept.get(layers)
+    if folded is None:
         # Blocks of several shapes of x have the same weights.
         key = (layers.expand, layers.depthwise, layers.project, layers.gate)
         weights = kept.get(key)
         if weights is None:
             weights = fold_without_graph(layers)
             kept.keep(key, weights)
-        arguments = op_arguments(weights, layers.config)
-        kept.keep(layers, arguments)
-    return arguments
+        with torch.inference_mode(False), torch.no_grad():
+            folded = _Folded(op_arguments(weights, layers.config), _fold_lead(layers))
+        kept.keep(layers, folded)
+    return folded
 
 
-def _fold(layers: BlockLayers) -> OpArguments | MBConvArguments:
-    return op_arguments(fold_layers(layers), layers.config)
+def _fold(layers: BlockLayers) -> _Folded:
+    return _Folded(op_arguments(fold_layers(layers), layers.config), _fold_lead(layers))
+
+
+def _fold_lead(layers: BlockLayers) -> tuple[Tensor, Tensor] | None:
+    if layers.lead is None:
+        return None
+    weight, bias = fold_conv_norm(layers.lead.stage)
+    return weight, bias.to(weight.dtype)
 
 
 class FusedInvertedResidual(StandIn, FusedModule):

@@ -111,6 +111,8 @@ def check_steps(layers: Sequence[Layer]) -> None:
                 raise Declined("only fully connected layers may follow an average over all pixels")
             case BlockLayers() if layer.pads != NO_PADDING:
                 raise Declined("a block pads its input before the expansion")
+            case BlockLayers() if layer.lead is not None:
+                raise Declined("a block has another depthwise before its expansion")
             case ConvLayer() if not layer.is_pointwise:
                 _check_stem(layer)
                 if i > 0:

@@ -183,7 +183,7 @@ def encode(steps: Sequence[Step], shape: Shape, arena: int) -> Program:
                 integers += [*shape[1:], *result[1:]]
                 integers += [c.in_channels, c.hidden_channels, c.out_channels]
                 integers += [c.kernel_size, c.stride, c.dilation, *c.padding[:2]]
-                integers += [int(c.residual), int(c.expansion)]
+                integers += [int(c.residual), int(c.expansion), int(c.dense)]
                 tensors = layer.weights.tensors()
                 weights += tensors if c.expansion else tensors[2:]
                 follow(*layer.weights.clips())

@@ -8,7 +8,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from ..block.config import CURVES, SCALES, Clip, Padding, output_size
+from ..block.config import CURVES, MAX_EXTENT, SCALES, Clip, Padding, output_size
 from ..block.fold import FoldedGate, FoldedWeights
 
 # The tensors of both ops; those of `inverted_residual` are the first seven.
@@ -186,13 +186,20 @@ def _check_block(
     x, w_expand, b_expand, w_dw, b_dw, w_project, b_project = tensors[:7]
     _value(owner, x.dim() == 4, lambda: f"x must have shape (N, C_in, H, W), got {_shape(x)}")
     batch, in_channels, height, width = x.shape
+    is_mbconv = owner == "mbconv"
+    dense = is_mbconv and w_dw.dim() == 4
+    is_square = (w_dw.dim() == 3 or dense) and w_dw.shape[0] == w_dw.shape[1]
+    kernels = (1, 3, 5) if dense else (3, 5, 7) if is_mbconv else (3, 5)
+    known = "3, 5 or 7, or (k, k, C_in, C_hidden) with k 1, 3 or 5" if is_mbconv else "3 or 5"
     _value(
         owner,
-        w_dw.dim() == 3 and w_dw.shape[0] == w_dw.shape[1] and w_dw.shape[0] in (3, 5),
-        lambda: f"w_dw must have shape (k, k, C_hidden) with k 3 or 5, got {_shape(w_dw)}",
+        is_square and w_dw.shape[0] in kernels,
+        lambda: f"w_dw must have shape (k, k, C_hidden) with k {known}, got {_shape(w_dw)}",
     )
-    kernel, _, hidden = w_dw.shape
-    if w_expand is None:
+    kernel, hidden = w_dw.shape[0], w_dw.shape[-1]
+    if dense:
+        _check_dense(owner, tensors, dilation)
+    elif w_expand is None:
         _value(owner, b_expand is None, lambda: "b_expand must be None where w_expand is None")
         _value(
             owner,
@@ -230,7 +237,15 @@ def _check_block(
     _check_bias(owner, "b_project", b_project, "C_out", out_channels)
     _check_gate(owner, tensors[7:], hidden)
     _value(owner, stride in (1, 2), lambda: f"stride must be 1 or 2, got {stride}")
-    _value(owner, dilation in (1, 2), lambda: f"dilation must be 1 or 2, got {dilation}")
+    if is_mbconv and not dense:
+        most = MAX_EXTENT // (kernel - 1)
+        _value(
+            owner,
+            1 <= dilation <= most,
+            lambda: f"dilation must be from 1 to {most} where k is {kernel}, got {dilation}",
+        )
+    else:
+        _value(owner, dilation in (1, 2), lambda: f"dilation must be 1 or 2, got {dilation}")
     extent = dilation * (kernel - 1)
     _value(
         owner,
@@ -260,6 +275,27 @@ def _check_block(
         ),
     )
     return shape
+
+
+def _check_dense(owner: str, tensors: tuple[Tensor | None, ...], dilation: int) -> None:
+    """What holds besides where w_dw has four dimensions."""
+    x, w_expand, b_expand, w_dw = tensors[:4]
+    where = "where w_dw has four dimensions"
+    _value(
+        owner,
+        w_expand is None and b_expand is None,
+        lambda: f"w_expand and b_expand must be None {where}",
+    )
+    _value(
+        owner,
+        w_dw.shape[2] == x.shape[1],
+        lambda: (
+            f"w_dw must have shape ({w_dw.shape[0]}, {w_dw.shape[1]}, C_in={x.shape[1]}, C_hidden),"
+            f" got {_shape(w_dw)}"
+        ),
+    )
+    _value(owner, tensors[7] is None, lambda: f"w_squeeze must be None {where}")
+    _value(owner, dilation == 1, lambda: f"dilation must be 1 {where}, got {dilation}")
 
 
 def _check_gate(owner: str, tensors: tuple[Tensor | None, ...], hidden: int) -> None:

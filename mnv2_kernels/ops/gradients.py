@@ -186,7 +186,7 @@ def _pieces(tensors: Tensors) -> Iterator[tuple[slice, list[tuple]]]:
 def _images(tensors: Tensors) -> Iterator[tuple[slice, list[tuple]]]:
     """Some images with all weights."""
     x, w_dw = tensors[0], tensors[3]
-    count = max(1, _PIECE // (x.shape[2] * x.shape[3] * w_dw.shape[2]))
+    count = max(1, _PIECE // (x.shape[2] * x.shape[3] * w_dw.shape[-1]))
     for image in range(0, max(len(x), 1), count):
         images = slice(image, image + count)
         yield images, [((images,), *((...,),) * (len(tensors) - 1))]

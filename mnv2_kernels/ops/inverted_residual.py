@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..block.config import BlockConfig, Clip, Padding, same_padding
+from ..block.config import MAX_EXTENT, BlockConfig, Clip, Padding, same_padding
 from ..block.fold import FoldedWeights
 from . import gradients, reference, triton
 from .backends import Block, choose, count, load
@@ -90,7 +90,7 @@ def inverted_residual(
         stride: of the depthwise, 1 or 2.
         padding: zeros around the clipped expansion, (top, left, bottom, right), each smaller
             than the kernel's extent; None keeps the size at stride 1.
-        dilation: of the depthwise, 1 or 2.
+        dilation: of the depthwise, at most 144 / (kernel size - 1); 1 for a dense convolution.
         residual: add x to the result; needs x and the result to have the same shape.
         backend: a name from `backends()`; None takes the first that can run.
 
@@ -139,7 +139,7 @@ def op_arguments(weights: FoldedWeights, config: BlockConfig) -> OpArguments | M
 def _arguments(
     weights: FoldedWeights, settings: tuple[int, Padding, int, bool]
 ) -> OpArguments | MBConvArguments:
-    if weights.only_clips:
+    if weights.is_classic and settings[2] <= 2:
         return OpArguments(*weights.tensors(), *settings, *weights.clips())
     return mbconv_arguments(weights, settings)
 
@@ -154,11 +154,14 @@ def _block(arguments: OpArguments | MBConvArguments) -> Block | None:
         clips = [arguments.clip_expand, arguments.clip_dw, arguments.clip_project]
         gate = False
     clips = [clip if isinstance(clip, str) else tuple(clip) for clip in clips]
-    if w_dw.dim() != 3 or w_project.dim() != 2 or (w_expand is not None and w_expand.dim() != 2):
+    dense = w_dw.dim() == 4
+    if w_dw.dim() not in (3, 4) or w_project.dim() != 2:
         return None
-    kernel, _, hidden = w_dw.shape
+    if w_expand is not None and (dense or w_expand.dim() != 2):
+        return None
+    kernel, _, *_, hidden = w_dw.shape
     block = Block(
-        in_channels=hidden if w_expand is None else w_expand.shape[0],
+        in_channels=w_dw.shape[2] if w_expand is None else w_expand.shape[0],
         hidden_channels=hidden,
         out_channels=w_project.shape[1],
         expansion=w_expand is not None,
@@ -171,10 +174,13 @@ def _block(arguments: OpArguments | MBConvArguments) -> Block | None:
         clip_dw=clips[1],
         clip_project=clips[2],
         gate=gate,
+        dense=dense,
     )
-    allowed = block.stride in (1, 2) and block.dilation in (1, 2) and min(block[:3]) > 0
+    allowed = block.stride in (1, 2) and block.dilation > 0 and min(block[:3]) > 0
+    allowed = allowed and block.dilation * (kernel - 1) <= MAX_EXTENT
     lengths = len(block.padding) == 4 and all(isinstance(c, str) or len(c) == 2 for c in clips)
-    return block if kernel in (3, 5) and allowed and lengths else None
+    kernels = (1, 3, 5) if dense else (3, 5, 7)
+    return block if kernel in kernels and allowed and lengths else None
 
 
 def run(backend: str, x: Tensor, arguments: OpArguments | MBConvArguments) -> Tensor:

@@ -1,8 +1,10 @@
-"""The op of blocks with more than clips between their layers, `torch.ops.mnv2.mbconv`.
+"""The op of blocks that MobileNetV2 does not have, `torch.ops.mnv2.mbconv`.
 
 MBConv is EfficientNet's word for an inverted residual with a squeeze-excite and another activation
-(arXiv 1905.11946). The CPU has a kernel (csrc/torch, where the extension is built); everywhere else
-the op is the reference. Triton's kernels have a twin of the op, `mbconv_triton`.
+(arXiv 1905.11946). A w_dw of four dimensions, (k, k, C_in, C_hidden), is a convolution of all
+channels in the place of expansion and depthwise, as in FusedMBConv (arXiv 2104.00298). The CPU has
+a kernel (csrc/torch, where the extension is built); everywhere else the op is the reference.
+Triton's kernels, for most of these blocks, have a twin of the op, `mbconv_triton`.
 """
 
 from typing import NamedTuple

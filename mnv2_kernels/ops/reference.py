@@ -26,7 +26,7 @@ def inverted_residual(
 
     x (N, C_in, H, W) in any layout -> y (N, C_out, H_out, W_out) channels_last, dtype of x.
     Zero padding belongs to the clipped expansion, not to x. The gate is that of `FoldedGate`, one
-    where there is none.
+    where there is none. A dense block has a convolution of all channels in the depthwise's place.
     """
     h = x
     if weights.w_expand is not None:
@@ -34,8 +34,11 @@ def inverted_residual(
         h = activate(h, weights.clip_expand)
     top, left, bottom, right = padding
     h = F.pad(h, (left, right, top, bottom))
-    w_dw = weights.w_dw.permute(2, 0, 1)[:, None]
-    h = F.conv2d(h, w_dw, _bias(weights.b_dw, h), stride, 0, dilation, groups=w_dw.shape[0])
+    if weights.is_dense:
+        w_dw, groups = weights.w_dw.permute(3, 2, 0, 1), 1
+    else:
+        w_dw, groups = weights.w_dw.permute(2, 0, 1)[:, None], weights.w_dw.shape[2]
+    h = F.conv2d(h, w_dw, _bias(weights.b_dw, h), stride, 0, dilation, groups)
     h = activate(h, weights.clip_dw)
     if weights.gate is not None:
         h = h * _gate(h, weights.gate)

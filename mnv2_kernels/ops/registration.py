@@ -167,9 +167,9 @@ def multiply_adds(shapes: Sequence[Any], y_shape: Sequence[int]) -> tuple[int, i
     """Of expansion, depthwise, projection, squeeze and excite; `shapes` are those of the tensors
     that an op takes.
     """
-    (batch, in_channels, height, width), w_expand, _, (kernel, _, hidden) = shapes[:4]
-    out_pixels = batch * math.prod(y_shape[2:])
+    (batch, in_channels, height, width), w_expand, _, w_dw = shapes[:4]
+    out_pixels, hidden = batch * math.prod(y_shape[2:]), w_dw[-1]
     expansion = 0 if w_expand is None else batch * height * width * in_channels * hidden
-    depthwise, projection = out_pixels * kernel * kernel * hidden, out_pixels * hidden * y_shape[1]
+    depthwise, projection = out_pixels * math.prod(w_dw), out_pixels * hidden * y_shape[1]
     gate = batch * math.prod(shapes[7]) if len(shapes) > 7 and shapes[7] is not None else 0
     return expansion, depthwise, projection, gate, gate

@@ -1,5 +1,6 @@
 """Do the kernels give the right numbers on this machine? Checked against the float64 reference."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf
@@ -136,10 +137,11 @@ def example(
         return torch.randn(*shape, generator=generator)
 
     c_in, hidden, kernel = block.in_channels, block.hidden_channels, block.kernel_size
+    of_dw = (kernel, kernel, *((c_in,) if block.dense else ()), hidden)
     weights = FoldedWeights(
         w_expand=(randn(c_in, hidden) * 3 / c_in**0.5).to(dtype),
         b_expand=randn(hidden) + 1,
-        w_dw=(randn(kernel, kernel, hidden) * 3 / kernel).to(dtype),
+        w_dw=(randn(*of_dw) * 3 / (kernel * math.prod(of_dw[2:-1]) ** 0.5)).to(dtype),
         b_dw=randn(hidden) + 1,
         w_project=(randn(hidden, block.out_channels) / hidden**0.5).to(dtype),
         b_project=randn(block.out_channels),

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ..block.config import NO_CLIP, NO_PADDING, BlockConfig, Padding
-from ..block.fold import BlockLayers, ConvNorm
+from ..block.config import MAX_EXTENT, NO_CLIP, NO_PADDING, BlockConfig, Padding
+from ..block.fold import BlockLayers, ConvNorm, LeadConv
 from .declined import Declined
 from .layers import AverageLayer, ConvLayer, Layer, LinearLayer, describe_layers
 from .trace import (
@@ -223,7 +223,7 @@ def _length_of_block(stages: list[_Stage], at: int, sums: dict[int, int]) -> tup
 
     A single stage is no block.
     """
-    for length in (3, 2):
+    for length in (4, 3, 2):
         inside = stages[at : at + length]
         last = at + length - 1
         # A sum that begins or ends inside belongs to another block.
@@ -231,7 +231,7 @@ def _length_of_block(stages: list[_Stage], at: int, sums: dict[int, int]) -> tup
             at < begin <= last or (at <= end <= last and (begin, end) != (at, last))
             for end, begin in sums.items()
         )
-        if len(inside) == length and not crosses and _is_block([s.layer for s in inside]):
+        if len(inside) == length and not crosses and _parts_of([s.layer for s in inside]):
             return length, sums.get(last) == at
     if at in sums:
         inside = describe_layers([stage.layer for stage in stages[sums[at] : at + 1]])
@@ -239,50 +239,120 @@ def _length_of_block(stages: list[_Stage], at: int, sums: dict[int, int]) -> tup
     return 1, False
 
 
-def _is_block(layers: list[Layer]) -> bool:
-    """Whether layers are a depthwise convolution between 1x1 ones; the first may be missing."""
+class _Parts(NamedTuple):
+    """The layers of a block; `middle` is its depthwise, or a dense convolution."""
+
+    lead: ConvLayer | None
+    expand: ConvLayer | None
+    middle: ConvLayer
+    project: ConvLayer
+
+
+# With fewer channels a dense convolution is short work: the first layer of a network is one.
+_LEAST_DENSE_CHANNELS = 8
+
+
+def _parts_of(layers: list[Layer]) -> _Parts | None:
+    """The layers as a block, if they are one."""
     if not all(isinstance(layer, ConvLayer) for layer in layers):
-        return False
-    *expand, depthwise, project = layers
-    if not (depthwise.is_depthwise and project.is_pointwise):
-        return False
-    return all(replace(layer, padding=NO_PADDING).is_pointwise for layer in expand)
+        return None
+    *before, middle, project = layers
+    if not project.is_pointwise:
+        return None
+    expand = None
+    if middle.is_depthwise:
+        expand = before.pop() if before else None
+        if expand is not None and not replace(expand, padding=NO_PADDING).is_pointwise:
+            return None
+    elif not _is_dense(middle, project):
+        return None
+    if not before:
+        return _Parts(None, expand, middle, project)
+    is_led = len(before) == 1 and _is_lead(before[0], expand or middle, project)
+    return _Parts(before[0], expand, middle, project) if is_led else None
+
+
+def _is_dense(layer: ConvLayer, project: ConvLayer) -> bool:
+    """Whether a convolution expands, for the projection to narrow: then it is a part of a block."""
+    hidden, in_channels = layer.stage.conv.weight.shape[:2]
+    out_channels = len(project.stage.conv.weight)
+    has_activations = layer.stage.clip != NO_CLIP and project.stage.clip == NO_CLIP
+    sizes = (layer.kernel_size, layer.stride, layer.dilation, layer.groups)
+    known = [((k, k), (s, s), (1, 1), 1) for k in (1, 3, 5) for s in (1, 2)]
+    # A 1x1 convolution pads what the projection would see.
+    fits = max(layer.padding) < layer.kernel_size[0] and layer.gate is None
+    expands = in_channels >= _LEAST_DENSE_CHANNELS and hidden > max(in_channels, out_channels)
+    return sizes in known and fits and has_activations and expands
+
+
+def _is_lead(layer: ConvLayer, after: ConvLayer, project: ConvLayer) -> bool:
+    """Whether a depthwise belongs to the block after it, not to another one before."""
+    is_linear = layer.stage.clip == NO_CLIP and project.stage.clip == NO_CLIP
+    return (
+        layer.is_depthwise
+        and layer.gate is None
+        and is_linear
+        and after.stage.clip != NO_CLIP
+        and (after.kernel_size != (1, 1) or after.padding == NO_PADDING)
+    )
 
 
 def _block(layers: list[ConvLayer], residual: bool) -> BlockLayers:
-    *expand, depthwise, project = layers
-    for name, allowed in (("kernel_size", (3, 5)), ("stride", (1, 2)), ("dilation", (1, 2))):
-        value = getattr(depthwise, name)
-        if value not in [(a, a) for a in allowed]:
-            raise Declined(f"the depthwise must have a {name} in {allowed}, got {value}")
-    extent = depthwise.dilation[0] * (depthwise.kernel_size[0] - 1)
-    if not all(0 <= p <= extent for p in depthwise.padding):
-        raise Declined(
-            f"the depthwise's padding must be from 0 to {extent}, got {depthwise.padding}"
-        )
-    if residual and depthwise.stride != (1, 1):
+    lead, expand, middle, project = _parts_of(layers)
+    dense = not middle.is_depthwise
+    if not dense:
+        _check_depthwise(middle)
+    if residual and (middle.stride != (1, 1) or (lead is not None and lead.stride != (1, 1))):
         raise Declined("it adds its input to a result at stride 2")
-    hidden = depthwise.stage.conv.weight.shape[0]
+    hidden, in_channels = middle.stage.conv.weight.shape[:2]
+    if expand is not None:
+        in_channels = expand.stage.conv.weight.shape[1]
+    elif not dense:
+        in_channels = hidden
     # A border of zeros is none any more after the expansion.
-    pads = bool(expand) and expand[0].padding != NO_PADDING
+    pads = expand is not None and expand.padding != NO_PADDING
+    adds = residual and (pads or lead is not None)
     config = BlockConfig(
-        in_channels=expand[0].stage.conv.weight.shape[1] if expand else hidden,
+        in_channels=in_channels,
         hidden_channels=hidden,
         out_channels=project.stage.conv.weight.shape[0],
-        stride=depthwise.stride[0],
-        expansion=bool(expand),
-        kernel_size=depthwise.kernel_size[0],
-        dilation=depthwise.dilation[0],
-        padding=depthwise.padding,
-        residual=residual and not pads,
-        squeeze_channels=len(depthwise.gate.squeeze.conv.weight) if depthwise.gate else 0,
+        stride=middle.stride[0],
+        expansion=expand is not None,
+        kernel_size=middle.kernel_size[0],
+        dilation=middle.dilation[0],
+        padding=middle.padding,
+        residual=residual and not adds,
+        squeeze_channels=len(middle.gate.squeeze.conv.weight) if middle.gate else 0,
+        dense=dense,
     )
     return BlockLayers(
-        expand=expand[0].stage if expand else None,
-        depthwise=depthwise.stage,
+        expand=expand.stage if expand else None,
+        depthwise=middle.stage,
         project=project.stage,
         config=config,
-        pads=expand[0].padding if pads else NO_PADDING,
-        adds=residual and pads,
-        gate=depthwise.gate,
+        pads=expand.padding if pads else NO_PADDING,
+        adds=adds,
+        gate=middle.gate,
+        lead=_lead_of(lead) if lead else None,
     )
+
+
+def _lead_of(layer: ConvLayer) -> LeadConv:
+    return LeadConv(layer.stage, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+
+
+def _check_depthwise(layer: ConvLayer) -> None:
+    for name, allowed in (("kernel_size", (3, 5, 7)), ("stride", (1, 2))):
+        value = getattr(layer, name)
+        if value not in [(a, a) for a in allowed]:
+            raise Declined(f"the depthwise must have a {name} in {allowed}, got {value}")
+    rows, cols = layer.dilation
+    extent = rows * (layer.kernel_size[0] - 1)
+    if rows != cols or extent > MAX_EXTENT:
+        most = MAX_EXTENT // (layer.kernel_size[0] - 1)
+        raise Declined(
+            f"the depthwise must have a dilation of at most {most} rows and as many columns,"
+            f" got {layer.dilation}"
+        )
+    if not all(0 <= p <= extent for p in layer.padding):
+        raise Declined(f"the depthwise's padding must be from 0 to {extent}, got {layer.padding}")

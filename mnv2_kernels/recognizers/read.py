@@ -1,6 +1,7 @@
 """What a forward computes, as layers."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +149,19 @@ def guess_channels(modules: Sequence[nn.Module]) -> int:
 def has_depthwise(module: nn.Module) -> bool:
     """Whether a depthwise convolution's weight is inside."""
     return any(map(is_depthwise_weight, module.parameters()))
+
+
+def may_have_block(module: nn.Module) -> bool:
+    """Whether the weight of a depthwise convolution is inside, or of one that expands before a 1x1
+    that narrows.
+    """
+    weights = [p for p in module.parameters() if is_image_weight(p)]
+    narrows = (
+        first.shape[0] == second.shape[1] > max(first.shape[1], second.shape[0])
+        and second.shape[2:] == (1, 1)
+        for first, second in pairwise(weights)
+    )
+    return any(narrows) or any(map(is_depthwise_weight, weights))
 
 
 def is_image_weight(weight: Tensor) -> bool:

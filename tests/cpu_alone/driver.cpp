@@ -69,6 +69,14 @@ BlockCase numbered_case(int number, const Channels& c, int64_t H, int64_t W, int
     return {s, options, number % 7 == 6, number % 2 == 0};
 }
 
+// The same with one convolution of all channels, which may be 1x1, before the projection.
+void make_dense(BlockCase& c, bool pointwise) {
+    BlockSizes& s = c.sizes;
+    s.dense = true, s.expansion = false;
+    c.options.gate_width = 0;
+    if (pointwise) s.kernel_size = 1, s.pad_top = s.pad_left = 0;
+}
+
 constexpr Channels kSmall[] = {{8, 48, 8}, {3, 7, 5},    {17, 33, 9}, {16, 16, 24},
                                {5, 5, 5},  {24, 72, 24}, {1, 2, 1},   {12, 70, 43}};
 constexpr int64_t kSizes[][2] = {{1, 1}, {7, 7}, {13, 10}, {5, 21}};
@@ -77,7 +85,10 @@ void check_blocks(std::mt19937& engine) {
     int number = 0;
     const auto check = [&](const Channels& c, int64_t H, int64_t W, int64_t k, int64_t stride,
                            int64_t dilation, Element element) {
-        check_block(engine, numbered_case(number++, c, H, W, k, stride, dilation, element));
+        BlockCase made = numbered_case(number, c, H, W, k, stride, dilation, element);
+        if (number % 7 == 2 && dilation == 1) make_dense(made, number % 3 == 0);
+        number++;
+        check_block(engine, made);
     };
     for (const Element element : {Element::single, Element::bfloat16, Element::half})
         for (const Channels& c : kSmall)
@@ -153,7 +164,8 @@ BlockCase random_case(std::mt19937& engine) {
         s.in_channels = channels, s.expansion = to(4) > 1;
         s.hidden_channels = !s.expansion ? channels : to(2) == 1 ? 16 * to(8) : to(150);
         s.out_channels = to(2) == 1 ? channels : to(70);
-        s.kernel_size = to(3) == 1 ? 5 : 3, s.stride = to(2), s.dilation = to(4) == 1 ? 2 : 1;
+        s.kernel_size = to(3) == 1 ? 5 : to(6) == 1 ? 7 : 3;
+        s.stride = to(2), s.dilation = to(4) == 1 ? 1 + to(3) : 1;
         const int64_t extent = s.dilation * (s.kernel_size - 1);
         s.pad_top = to(extent + 1) - 1, s.pad_left = to(extent + 1) - 1;
         const int64_t rows = s.H + s.pad_top + to(extent + 1) - 1;
@@ -171,6 +183,7 @@ BlockCase random_case(std::mt19937& engine) {
             for (int64_t& curve : c.options.curves) curve = to(5) - 1;
         if (to(3) == 1) c.options.gate_width = to(70), c.options.hard = to(2) == 1;
         c.nan_in_x = to(8) == 1, c.at_end = to(2) == 1;
+        if (to(5) == 1 && s.dilation == 1) make_dense(c, false);
         return c;
     }
 }
@@ -180,6 +193,7 @@ void check_random(std::mt19937& engine, int64_t count) {
         BlockCase c = random_case(engine);
         check_block(engine, c);
         if (i % 2 == 1) continue;
+        if (c.sizes.dense || c.sizes.kernel_size > 5 || c.sizes.dilation > 2) continue;
         c.options = {Element::single, {true, true, true}, false, 0};
         check_backward(engine, c.sizes, c.options, c.at_end, static_cast<int>(i / 2 % 3));
     }
@@ -197,15 +211,16 @@ void add_layers(Network& network, const NetworkCase& c) {
     const int64_t curve = number % 5;
     network.add_stem(number % 3 == 0 ? 13 : 8, number % 3, curve);
     const auto add = [&](int64_t ratio, int64_t channels, int64_t k, int64_t stride,
-                         int64_t gate_width = 0) {
+                         int64_t gate_width = 0, bool dense = false) {
         const Image& y = network.result;
         BlockSizes s{};
         s.N = 1, s.H = y.H, s.W = y.W, s.kernel_size = k, s.stride = stride, s.dilation = 1;
         s.pad_top = s.pad_left = k / 2;
         s.H_out = (y.H - 1) / stride + 1, s.W_out = (y.W - 1) / stride + 1;
         s.in_channels = y.channels, s.hidden_channels = ratio * y.channels;
-        s.out_channels = channels, s.expansion = ratio > 1;
+        s.out_channels = channels, s.expansion = ratio > 1 && !dense;
         s.residual = stride == 1 && channels == y.channels;
+        s.dense = dense;
         s.clip_expand = s.clip_dw = kClips[0], s.clip_project = kClips[2];
         const int64_t between = gate_width > 0 ? curve : 0;
         network.add_block(s, {network.element,
@@ -221,6 +236,7 @@ void add_layers(Network& network, const NetworkCase& c) {
     add(6, 12, 5, 1);
     if (number % 2 == 1) network.add_pointwise(12, false, curve);
     add(3, 12, 3, 1, 5);
+    if (number % 2 == 0) add(4, 16, 3, 1, 0, true);
     add(6, 21, 3, 2, number % 3 == 2 ? 17 : 0);
     add(4, 21, 3, 1);
     if (number % 4 == 3)
@@ -336,8 +352,9 @@ int main(int count, char** arguments) {
     const Counts& c = counts();
     std::printf(
         "%s: calls %ld low %ld high %ld streams %ld in-place %ld groups %ld chunks %ld"
-        " strips %ld gates %ld curves %ld\n",
+        " strips %ld gates %ld curves %ld dense %ld\n",
         kernel().name, long(c.calls), long(c.low), long(c.high), long(c.streams), long(c.in_place),
-        long(c.groups), long(c.chunks), long(c.strips), long(c.gates), long(c.curves));
+        long(c.groups), long(c.chunks), long(c.strips), long(c.gates), long(c.curves),
+        long(c.dense));
     return faults().empty() ? 0 : 1;
 }

@@ -20,7 +20,7 @@ inline Activation activation_of(int64_t curve, const Clip& clip) {
 }
 
 struct Counts {
-    int64_t calls, low, high, streams, in_place, groups, chunks, strips, gates, curves;
+    int64_t calls, low, high, streams, in_place, groups, chunks, strips, gates, curves, dense;
 };
 
 // What the whole process uses.
@@ -88,7 +88,9 @@ struct Network {
         args.N = 1;  // a network is run image by image
         args.element = element;
         Weights w;
-        const int64_t hidden = args.hidden_channels, taps = args.kernel_size * args.kernel_size;
+        const int64_t hidden = args.hidden_channels, window = args.kernel_size * args.kernel_size;
+        const int64_t taps = window * (args.dense ? args.in_channels : 1);
+        counts().dense += args.dense;
         const auto& [e, biases, for_network, nan_in, curves, gate_width, hard] = options;
         const auto set = [](Curve& curve, Clip& clip, int64_t number) {
             const Activation made = activation_of(number, clip);

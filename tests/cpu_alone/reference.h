@@ -81,6 +81,25 @@ inline Image depthwise(const mnv2::BlockArgs& s, const Weights& w, const Image& 
     return d;
 }
 
+// A convolution of all channels in place of expansion and depthwise.
+inline Image dense(const mnv2::BlockArgs& s, const Weights& w, const Image& x) {
+    Image d{s.H_out, s.W_out, s.hidden_channels, Numbers(s.H_out * s.W_out * s.hidden_channels)};
+    const int64_t k = s.kernel_size, channels = x.channels, hidden = s.hidden_channels;
+    for (int64_t y = 0; y < s.H_out; y++)
+        for (int64_t x_out = 0; x_out < s.W_out; x_out++) {
+            double* const sums = &d.at[(y * s.W_out + x_out) * hidden];
+            for (int64_t c = 0; c < hidden; c++) sums[c] = bias_of(w.b_dw, c);
+            for (int64_t i = 0; i < k * k * channels; i++) {
+                const int64_t tap = i / channels;
+                const double value = x.get(y * s.stride + tap / k - s.pad_top,
+                                           x_out * s.stride + tap % k - s.pad_left, i % channels);
+                for (int64_t c = 0; c < hidden; c++) sums[c] += value * w.dw[i * hidden + c];
+            }
+            for (int64_t c = 0; c < hidden; c++) sums[c] = activated(sums[c], s.after_dw());
+        }
+    return d;
+}
+
 // To 8 bits of mantissa, to nearest even.
 inline double rounded_to_bfloat16(double value) {
     if (!std::isfinite(value)) return value;
@@ -111,7 +130,7 @@ inline Image gate(const mnv2::GateArgs& g, const Weights& w, const Image& d) {
 // With s.pairs the projection multiplies bfloat16 numbers, to which the depthwise's are
 // rounded.
 inline Image block(const mnv2::BlockArgs& s, const Weights& w, const Image& x) {
-    Image d = depthwise(s, w, expansion(s, w, x));
+    Image d = s.dense ? dense(s, w, x) : depthwise(s, w, expansion(s, w, x));
     for (double& value : d.at)
         if (s.pairs) value = rounded_to_bfloat16(value);
     if (s.gate.width > 0) {

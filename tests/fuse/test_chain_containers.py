@@ -12,7 +12,6 @@ from foreign_blocks import (
     conv_norm_act,
     flow,
     transformers_stem,
-    universal_block,
 )
 from same_answers import randomise
 from timm.layers import Conv2dSame
@@ -247,17 +246,6 @@ def test_a_module_whose_children_depend_on_the_size():
     compiled = torch.compile(fused, backend="eager", fullgraph=True, dynamic=False)
     assert_same(compiled, model, image(8, (9, 11)))
     assert_same(copy.deepcopy(fused), model, image(8, (9, 11)))
-
-
-def test_two_blocks_in_one_of_timm():
-    """MobileNetV4's with a depthwise convolution on either side of the expansion."""
-    block = randomise(universal_block(8, 16, stride=2, dw_kernel_size_start=3)).double()
-    fused = fuse(block)
-    assert spans(fused) == ["[0:2]", "[2:5]"]
-    before = ran().get("reference", 0)
-    for size in ((12, 14), (9, 11)):
-        assert_same(fused, block, image(8, size))
-    assert ran()["reference"] == before + 4
 
 
 def test_explain_has_the_sizes_of_runs():

@@ -3,7 +3,6 @@
 import torch
 from foreign_blocks import (
     Flat,
-    conv_norm_act,
     flow,
     mmcv_block,
     timm_block,
@@ -44,17 +43,6 @@ class Opaque(nn.Module):
 
     def forward(self, x):
         return self.steps(x)
-
-
-class FusedMBConv(nn.Module):
-    def __init__(self):
-        super().__init__()
-        layers = [*conv_norm_act(8, 24, 3), *conv_norm_act(24, 8, act=None)]
-        self.block = nn.Sequential(*layers)
-        self.use_res_connect = True
-
-    def forward(self, x):
-        return x + self.block(x)
 
 
 def flat_with(index, module, **settings):

@@ -1,4 +1,4 @@
-"""Blocks with curves and squeeze-excite as layers of torch.nn and torchvision."""
+"""Blocks of the op `mbconv` as layers of torch.nn and torchvision."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -97,8 +97,12 @@ class MBConv(nn.Module):
             self.expand = self._stage(nn.Conv2d(c.in_channels, hidden, 1, bias=False), 0)
         top, left, bottom, right = c.padding
         self.pad = nn.ZeroPad2d((left, right, top, bottom))
-        sizes = (hidden, hidden, c.kernel_size, c.stride, 0, c.dilation, hidden)
-        self.depthwise = self._stage(nn.Conv2d(*sizes, bias=False), 1)
+        sizes = (c.kernel_size, c.stride, 0, c.dilation)
+        if c.dense:
+            middle = nn.Conv2d(c.in_channels, hidden, *sizes, bias=False)
+        else:
+            middle = nn.Conv2d(hidden, hidden, *sizes, hidden, bias=False)
+        self.depthwise = self._stage(middle, 1)
         self.gate = None
         if c.squeeze_channels:
             kinds = (ACTIVATIONS[case.squeeze], SCALING[case.scale])
@@ -146,42 +150,54 @@ GATES = (
 
 def mbconv_cases() -> Iterator[MBConvCase]:
     """Every two properties of a block together in one of them."""
+
+    def is_possible(row: dict) -> bool:
+        if row["residual"] and (row["stride"] == 2 or row["padding"] != "same"):
+            return False
+        if row["kind"] != "dense":
+            # Otherwise it is a block of the other op.
+            is_mbconv = row["gate"][0] > 0 or isinstance(row["between"][1], str)
+            is_mbconv = is_mbconv or row["kernel"] == 7 or row["dilation"] > 2
+            fits = row["kernel"] < 7 or row["dilation"] < 4 or row["padding"] == "same"
+            return is_mbconv and fits and row["kernel"] > 1
+        fits = row["kernel"] > 1 or row["padding"] in ("same", (0, 0, 0, 0))
+        return fits and row["gate"][0] == 0 and row["dilation"] == 1 and row["kernel"] < 7
+
     rows = cases.pairwise(
         {
-            "kernel": (3, 5),
+            "kernel": (1, 3, 5, 7),
             "stride": (1, 2),
-            "dilation": (1, 2),
-            "expansion": (True, False),
+            "dilation": (1, 2, 4),
+            "kind": ("expansion", "t = 1", "dense"),
             "padding": ("same", (0, 0, 1, 1), (1, 0, 2, 1), (0, 0, 0, 0)),
             "residual": (True, False),
             "between": (*BETWEEN, (RELU6, RELU6, NO_CLIP)),
             "gate": GATES,
         },
-        lambda row: (
-            (not row["residual"] or row["stride"] == 1 and row["padding"] == "same")
-            # Otherwise it is a block of the other op.
-            and (row["gate"][0] > 0 or isinstance(row["between"][1], str))
-        ),
+        is_possible,
     )
     for i, row in enumerate(rows):
         extent = row["dilation"] * (row["kernel"] - 1)
         squeezed, squeeze, scale = row["gate"]
         config = BlockConfig(
             in_channels=10,
-            hidden_channels=19 if row["expansion"] else 10,
+            hidden_channels=10 if row["kind"] == "t = 1" else 19,
             out_channels=10 if row["residual"] else 7,
             stride=row["stride"],
-            expansion=row["expansion"],
+            expansion=row["kind"] == "expansion",
             kernel_size=row["kernel"],
             dilation=row["dilation"],
             padding=(extent // 2,) * 4 if row["padding"] == "same" else row["padding"],
             residual=row["residual"],
             squeeze_channels=squeezed,
+            dense=row["kind"] == "dense",
         )
         between = row["between"]
-        if not row["expansion"]:
+        if not config.expansion:
             between = (NO_CLIP, *between[1:])
-        yield MBConvCase(config, 9 + i % 3, 12 - i % 4, 1 + i % 3, between, squeeze, scale)
+        # Room for a window without padding.
+        size = max(9 + i % 3, extent + 1), max(12 - i % 4, extent + 2)
+        yield MBConvCase(config, *size, 1 + i % 3, between, squeeze, scale)
 
 
 class FusedMBConv(FusedModule):

@@ -60,7 +60,12 @@ def largest_error(found, expected) -> float:
 
 def clipped_ends(layers: BlockLayers, x: Tensor) -> Iterator[tuple[str, bool, bool]]:
     """(stage, whether a bound acts, whether it is finite) of expansion and depthwise on x."""
-    config = layers.config
+    config, lead = layers.config, layers.lead
+    if lead is not None:
+        weight, bias = fold_conv_norm(lead.stage)
+        top, left, bottom, right = lead.padding
+        x = F.pad(x, (left, right, top, bottom))
+        x = F.conv2d(x, weight, bias.to(x), lead.stride, 0, lead.dilation, len(weight))
     for name, stage in (("expansion", layers.expand), ("depthwise", layers.depthwise)):
         if stage is None:
             continue
@@ -68,7 +73,8 @@ def clipped_ends(layers: BlockLayers, x: Tensor) -> Iterator[tuple[str, bool, bo
         is_depthwise = stage is layers.depthwise
         top, left, bottom, right = config.padding if is_depthwise else layers.pads
         x = F.pad(x, (left, right, top, bottom))
-        sizes = (config.stride, 0, config.dilation, len(weight)) if is_depthwise else ()
+        groups = 1 if config.dense else len(weight)
+        sizes = (config.stride, 0, config.dilation, groups) if is_depthwise else ()
         x = F.conv2d(x, weight, bias.to(x), *sizes)
         if not isinstance(stage.clip, str):
             lower, upper = stage.clip

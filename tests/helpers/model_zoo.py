@@ -250,6 +250,7 @@ MODELS: dict[str, Model] = {
             "hardcorenas_a",
             "mixnet_s",
             "ghostnet_100",
+            "convnext_atto",
         )
     },
     "timm mobilenetv2_050, features": _timm("mobilenetv2_050", features_only=True),

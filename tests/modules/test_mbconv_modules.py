@@ -37,6 +37,11 @@ CASES = {
     "t = 1": MBConvCase(
         replace(CONFIG, hidden_channels=8, expansion=False), 6, 7, between=(NO_CLIP, "gelu", RELU6)
     ),
+    "dense": MBConvCase(
+        replace(CONFIG, expansion=False, dense=True, squeeze_channels=0),
+        *(6, 7),
+        between=(NO_CLIP, RELU6, NO_CLIP),
+    ),
 }
 
 
@@ -212,4 +217,4 @@ def test_two_readings_of_a_gate_are_the_same():
     assert first.gate is not second.gate and same_layers([first], [second])
     other = replace(first, gate=replace(first.gate, scale="hardsigmoid"))
     assert not same_layers([first], [other])
-    assert len(first.stages) == 5 and not first.only_clips
+    assert len(first.stages) == 5 and not first.is_classic

@@ -1,4 +1,6 @@
-"""The op of blocks with curves and squeeze-excite: values, gradients, and what PyTorch is told."""
+"""The op of blocks with curves, squeeze-excite or a dense convolution: values, gradients, and what
+PyTorch is told.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -15,7 +17,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import mnv2_kernels as mk
-from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, SCALES
+from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, SCALES, BlockConfig
 from mnv2_kernels.block.fold import fold_layers
 from mnv2_kernels.ops import backends, gradients
 from mnv2_kernels.ops.decompositions import DECOMPOSITIONS
@@ -43,6 +45,9 @@ def test_the_cases_are_of_all_kinds():
     assert len(CASES) >= 100 and len(SAMPLES) >= 10
     seen = {a for case in CASES for a in (*case.between, case.squeeze, case.scale)}
     assert seen == {NO_CLIP, RELU, RELU6, *CURVES, *SCALES}
+    assert {case.config.kernel_size for case in CASES if case.config.dense} == {1, 3, 5}
+    assert {case.config.kernel_size for case in CASES if not case.config.dense} == {3, 5, 7}
+    assert {case.config.dilation for case in CASES} == {1, 2, 4}
 
 
 def test_the_reference_is_the_layers():
@@ -202,7 +207,7 @@ def test_compiled_whole():
         found = [f(leaf) for f, leaf in zip((call, compiled), leaves, strict=True)]
         assert torch.equal(*found)
         grads = torch.autograd.grad(sum(y.sum() for y in found), leaves)
-        assert torch.equal(*grads)
+        torch.testing.assert_close(*grads)
 
 
 def test_exported():
@@ -276,20 +281,60 @@ def test_triton_runs_on_gpus_what_the_cuda_kernels_decline(monkeypatch):
         (GATED, "squeeze-excite"),
         (replace(GATED, config=replace(GATED.config, squeeze_channels=0)), "hardswish"),
         (replace(GATED, between=(RELU6, RELU6, NO_CLIP)), "squeeze-excite"),
+        (replace(DENSE, between=(NO_CLIP, RELU6, NO_CLIP)), "a dense convolution"),
     ):
         block = backends.Block.of(case.config, case.between)
         assert block.gate == (case.config.squeeze_channels > 0)
         with FakeTensorMode():
-            x = torch.empty(2, 8, 6, 7, device="cuda", dtype=torch.float16)
+            channels = case.config.in_channels
+            x = torch.empty(2, channels, 6, 7, device="cuda", dtype=torch.float16)
             assert cuda.why_refused(x, block) == f"there is no kernel for {name} yet"
-            assert backends.choose(None, x, block) == ("triton" if triton else "reference")
-            assert (backends.why_no_kernel(x, block) is None) == triton
+            runs = triton and name in ("squeeze-excite", "hardswish")
+            assert backends.choose(None, x, block) == ("triton" if runs else "reference")
+            assert (backends.why_no_kernel(x, block) is None) == runs
             assert backends.cuda_kernel(x, block) is None
             assert backends.choose(None, x.float(), block) == "reference"
 
 
+DENSE = next(case for case in CASES if case.config.dense and case.config.kernel_size == 3)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_convolutions_of_many_channels(name, dtype):
+    """Several chunks of hidden channels, more rows than a step has, and images of every width."""
+    for k, stride, size in ((1, 1, (13, 9)), (3, 1, (30, 41)), (3, 2, (9, 70)), (5, 1, (7, 7))):
+        config = BlockConfig(
+            *(24, 320, 24, stride),
+            expansion=False,
+            kernel_size=k,
+            padding=(k // 2,) * 4,
+            residual=stride == 1,
+            dense=True,
+        )
+        case = MBConvCase(config, *size, 2, between=(NO_CLIP, "silu", NO_CLIP))
+        x, weights = case.inputs(dtype)
+        expected = cases.expect(case, x, weights)
+        y = cases.run(name, x, weights, **case.settings)
+        assert (reason := cases.why_wrong(y, expected)) is None, (case, reason)
+
+
+@pytest.mark.skipif("cpu" not in CPU, reason="needs the compiled extension")
+def test_a_dense_convolution_gives_the_same_bits(set_threads):
+    config = replace(DENSE.config, in_channels=16, hidden_channels=272, padding=(1, 0, 2, 1))
+    case = replace(DENSE, config=replace(config, residual=False), height=11, width=23, batch=3)
+    x, weights = case.inputs()
+    set_threads(1)
+    y = cases.run("cpu", x, weights, **case.settings)
+    for threads in (2, 3):
+        set_threads(threads)
+        assert torch.equal(cases.run("cpu", x, weights, **case.settings), y)
+        one = [cases.run("cpu", image[None], weights, **case.settings) for image in x]
+        assert torch.equal(torch.cat(one), y)
+
+
 def test_a_block_of_clips_alone_is_one_of_the_other_op():
     weights = replace(GATED.inputs()[1], gate=None, clip_expand=RELU6, clip_dw=RELU6)
-    assert weights.only_clips and not isinstance(
+    assert weights.is_classic and not isinstance(
         op_arguments(weights, GATED.config), MBConvArguments
     )

@@ -1,4 +1,4 @@
-"""Wrong arguments of the op of blocks with curves and squeeze-excite: a sentence for each."""
+"""Wrong arguments of the op `mbconv`: a sentence for each."""
 
 import re
 from dataclasses import replace
@@ -39,10 +39,34 @@ def good_mbconv() -> dict:
 
 
 def bad_mbconv():
+    kernels = "with k 3, 5 or 7, or (k, k, C_in, C_hidden) with k 1, 3 or 5, got "
+    dilations = "must be from 1 to 72 where k is 3, got "
     for error, sentence, changes in BAD_CALLS:
-        if not any(name.startswith("clip") for name in changes):
+        is_dense = len(changes.get("w_dw", ())) == 4
+        if not any(name.startswith("clip") for name in changes) and not is_dense:
+            sentence = sentence.replace("with k 3 or 5, got ", kernels)
+            sentence = sentence.replace("dilation must be 1 or 2, got ", f"dilation {dilations}")
             yield error, sentence, fill(changes)
+    for dilation in (73, 2**40):
+        yield ValueError, f"dilation {dilations}{dilation}", {"dilation": dilation}
+    large = {"w_dw": torch.zeros(7, 7, 24), "dilation": 25}
+    yield ValueError, "dilation must be from 1 to 24 where k is 7, got 25", large
     zeros = torch.zeros
+    no_gate = dict.fromkeys(GATE)
+    dense = {**no_gate, "w_expand": None, "b_expand": None, "w_dw": zeros(3, 3, 8, 24)}
+    for shape in ((7, 7, 8, 24), (3, 5, 8, 24), (2, 2, 8, 24), (1, 1, 24), (3, 3, 1, 8, 24)):
+        sentence = f"w_dw must have shape (k, k, C_hidden) {kernels}{shape}"
+        yield ValueError, sentence, dense | {"w_dw": zeros(shape)}
+    sentence = "w_dw must have shape (3, 3, C_in=8, C_hidden), got (3, 3, 7, 24)"
+    yield ValueError, sentence, dense | {"w_dw": zeros(3, 3, 7, 24)}
+    where = "where w_dw has four dimensions"
+    for name in ("w_expand", "b_expand"):
+        value = {name: good_mbconv()[name]}
+        yield ValueError, f"w_expand and b_expand must be None {where}", dense | value
+    gate = {name: good_mbconv()[name] for name in GATE}
+    yield ValueError, f"w_squeeze must be None {where}", dense | gate
+    padding = {"dilation": 2, "padding": [2] * 4}
+    yield ValueError, f"dilation must be 1 {where}, got 2", dense | padding
     sentence = "w_squeeze must have shape (C_hidden=24, R) with R at least 1, got "
     for shape in ((24,), (23, 6), (6, 24, 1), (24, 0), ()):
         yield ValueError, f"{sentence}{shape}", {"w_squeeze": zeros(shape)}

@@ -37,6 +37,7 @@ def test_blocks():
     found = counts(run("blocks"))
     assert found["calls"] >= 1500 and found["low"] >= 1000 and found["high"] >= 1000
     assert found["chunks"] >= 100 and found["groups"] >= 2 and found["strips"] >= 1
+    assert found["dense"] >= 50
 
 
 def test_networks():

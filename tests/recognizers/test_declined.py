@@ -7,7 +7,6 @@ import pytest
 import torch
 import torchvision
 from declined_blocks import (
-    FusedMBConv,
     OddDropout,
     OddNorm,
     OddReLU,
@@ -107,10 +106,6 @@ DECLINED = {
         lambda: timm_block(pw_kernel_size=3),
         "its shortcut must go around one block, got",
     ),
-    "timm universal, depthwise first": (
-        lambda: universal_block(dw_kernel_size_start=3),
-        "its shortcut must go around one block, got",
-    ),
     "timm universal, depthwise last": (
         lambda: universal_block(dw_kernel_size_end=3),
         "its shortcut must go around one block, got",
@@ -140,10 +135,11 @@ DECLINED = {
         lambda: Flat(flow(padding_mode="reflect"), True),
         "its padding is reflect and not of zeros",
     ),
-    "kernel 7": (lambda: Flat(flow(kernel=7), True), r"kernel_size in \(3, 5\), got \(7, 7\)"),
+    "kernel 9": (lambda: Flat(flow(kernel=9), True), r"in \(3, 5, 7\), got \(9, 9\)"),
     "stride 3": (lambda: Flat(flow(stride=3), False), r"stride in \(1, 2\), got \(3, 3\)"),
     "uneven stride": (lambda: Flat(flow(stride=(1, 2)), False), r"got \(1, 2\)"),
-    "dilation 3": (lambda: Flat(flow(padding=3, dilation=3), True), "dilation"),
+    "dilation 73": (lambda: Flat(flow(padding=73, dilation=73), True), "at most 72 rows"),
+    "uneven dilation": (lambda: Flat(flow(dilation=(1, 2)), False), r"columns, got \(1, 2\)"),
     "too much padding": (lambda: Flat(flow(padding=3), False), "padding must be from 0 to 2"),
     "grouped projection": (
         lambda: flat_with(6, nn.Conv2d(24, 8, 1, groups=2)),
@@ -361,12 +357,12 @@ def test_a_layer_without_its_tensors_yet(build):
         nn.Conv2d(8, 8, 3, groups=8),
         ConvBNReLU(*conv_norm_act(8, 8)),
         Flat(conv_norm_act(8, 8, 3), True),
-        FusedMBConv(),
-        TorchvisionFusedMBConv(FusedMBConvConfig(3, 3, 1, 8, 8, 1), 0.1, nn.BatchNorm2d),
         timm_block(group_size=8),
-        timm_block(EdgeResidual),
+        # It does not expand; the next one has a gate, and the one after that no activation.
+        TorchvisionFusedMBConv(FusedMBConvConfig(1, 3, 1, 8, 8, 1), 0.1, nn.BatchNorm2d),
+        timm_block(EdgeResidual, exp_ratio=3.0, se_layer=SqueezeExcite),
+        timm_block(EdgeResidual, exp_ratio=3.0, act_layer=nn.Identity),
         timm_block(CondConvResidual, exp_ratio=3.0, num_experts=2),
-        universal_block(dw_kernel_size_mid=0),
         nn.ModuleList(flow()),
     ],
     ids=lambda m: type(m).__name__,

@@ -29,16 +29,17 @@ from foreign_blocks import (
     v3,
 )
 from same_answers import randomise
-from timm.layers import Conv2dSame, SeparableConv2d, SeparableConvNormAct
+from timm.layers import Conv2dSame, ConvMlp, SeparableConv2d, SeparableConvNormAct
 from timm.layers.norm_act import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models._efficientnet_blocks import (
     DepthwiseSeparableConv,
+    EdgeResidual,
 )
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models.efficientnet import MBConv, MBConvConfig
+from torchvision.models.efficientnet import FusedMBConv, FusedMBConvConfig, MBConv, MBConvConfig
 from torchvision.models.mnasnet import _InvertedResidual as MnasnetBlock
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 from torchvision.models.quantization.mobilenetv2 import QuantizableInvertedResidual
@@ -93,6 +94,11 @@ def mbconv():
     for name in ("0.2", "1.2"):
         edited(block, f"block.{name}", nn.ReLU6())
     return edited(block, "block.2", nn.Identity())
+
+
+def fused_mbconv(expand_ratio, stride, out_channels):
+    config = FusedMBConvConfig(expand_ratio, 3, stride, 8, out_channels, 1)
+    return FusedMBConv(config, 0.1, nn.BatchNorm2d)
 
 
 def prefolded():
@@ -154,6 +160,39 @@ RECOGNISED = {
         False,
         1,
     ),
+    "timm-universal-feed-forward": (lambda: universal_block(dw_kernel_size_mid=0), True, 1),
+    # Its input goes through another depthwise first, so that the op has no residual.
+    "timm-universal-two-depthwise": (lambda: universal_block(dw_kernel_size_start=3), False, 1),
+    "timm-universal-two-depthwise-stride2": (
+        lambda: universal_block(8, 16, stride=2, dw_kernel_size_start=5, drop_path_rate=0.5),
+        False,
+        2,
+    ),
+    "timm-universal-convnext": (
+        lambda: universal_block(dw_kernel_size_start=5, dw_kernel_size_mid=0),
+        False,
+        1,
+    ),
+    # The stride is that of the first depthwise.
+    "timm-universal-convnext-stride2": (
+        lambda: universal_block(8, 16, stride=2, dw_kernel_size_start=3, dw_kernel_size_mid=0),
+        False,
+        1,
+    ),
+    "timm-edge": (lambda: timm_block(EdgeResidual, exp_ratio=3.0, drop_path_rate=0.5), True, 1),
+    "timm-edge-k5-stride2": (
+        lambda: timm_block(EdgeResidual, 8, 16, exp_ratio=3.0, exp_kernel_size=5, stride=2),
+        False,
+        2,
+    ),
+    "timm-edge-same-stride2": (
+        lambda: timm_block(EdgeResidual, 8, 16, exp_ratio=3.0, stride=2, pad_type="same"),
+        False,
+        2,
+    ),
+    "timm-conv-mlp": (lambda: ConvMlp(8, 24, act_layer=nn.GELU), False, 1),
+    "torchvision-fused-mbconv": (lambda: fused_mbconv(3, 1, 8), True, 1),
+    "torchvision-fused-mbconv-stride2": (lambda: fused_mbconv(4, 2, 16), False, 2),
     "timm-separable-layer": (lambda: SeparableConvNormAct(8, 16, 5), False, 1),
     "timm-separable-layer-no-norm": (lambda: SeparableConv2d(8, 16, stride=2), False, 2),
     "transformers": (transformers_block, True, 1),
@@ -207,6 +246,9 @@ RECOGNISED = {
     "flat-same": (lambda: Flat(flow(kernel=5, padding="same"), True), True, 1),
     "flat-valid": (lambda: Flat(flow(padding="valid"), False), False, 1),
     "flat-pad-hw": (lambda: Flat(flow(padding=(1, 0)), False), False, 1),
+    "flat-k7": (lambda: Flat(flow(kernel=7), True), True, 1),
+    "flat-k7-stride2": (lambda: Flat(flow(kernel=7, stride=2), False), False, 2),
+    "flat-dilated-by-5": (lambda: Flat(flow(padding=5, dilation=5), True), True, 1),
     "flat-dilated": (lambda: Flat(flow(padding=2, dilation=2), True), True, 1),
     "flat-hardtanh": (lambda: Flat(flow(act=lambda: nn.Hardtanh(-1, 2)), True), True, 1),
     "flat-no-activation": (lambda: Flat(flow(act=None), True), True, 1),

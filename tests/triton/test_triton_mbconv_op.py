@@ -177,3 +177,15 @@ def test_a_million_images():
     launches = plan(replace(ODD, height=112, width=112), QUICK, torch.float32, 10**6)
     assert launches.sums.programs < 2**31 and launches.projection.programs < 2**31
     assert launches.projection.sizes == (10**6 * 56 * 56, 56 * 56)
+
+
+def test_other_convolutions_are_refused():
+    for case in mbconv_cases():
+        block = case.config
+        if not (block.dense or block.kernel_size > 5 or block.dilation > 2):
+            continue
+        x, weights = inputs(case, torch.float32)
+        with pytest.raises(RuntimeError, match="'triton' cannot run here: there is no kernel for"):
+            inverted_residual(x, weights, backend="triton", **case.settings)
+        with pytest.raises(RuntimeError, match="^mbconv: Triton's kernels take a depthwise of"):
+            OP(x, *op_arguments(weights, block))

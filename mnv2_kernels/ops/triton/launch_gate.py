@@ -116,7 +116,16 @@ def mbconv(
     scale: int,
     config: PatchConfig | None = None,
 ) -> Tensor:
-    """As `launch.inverted_residual`, for arguments that `contract.check_mbconv` has passed."""
+    """As `launch.inverted_residual`, for arguments that `contract.check_mbconv` has passed.
+
+    Raises:
+        RuntimeError: no kernel has such a convolution between the 1x1 ones.
+    """
+    if w_dw.dim() != 3 or w_dw.shape[0] > 5 or dilation > 2:
+        raise RuntimeError(
+            "mbconv: Triton's kernels take a depthwise of kernel size 3 or 5 and dilation 1 or 2,"
+            f" got w_dw {tuple(w_dw.shape)} and dilation {dilation}"
+        )
     settings = (stride, tuple(padding), dilation, residual)
     curves, bounds = tuple(curves), tuple(bounds)
     of_block = (w_expand, b_expand, w_dw, b_dw, w_project, b_project)
