@@ -18,7 +18,7 @@ from mnv2_kernels.ops.triton import configs
 
 CASES = list(few_pixels())
 SELECTED = {torch.float32: CASES[::3], torch.float16: CASES[1::9], torch.bfloat16: CASES[5::9]}
-pytestmark = pytest.mark.sampled(5)
+pytestmark = pytest.mark.sampled(10)
 each_block = pytest.mark.parametrize("name", BLOCKS)
 
 
@@ -46,7 +46,7 @@ RATCHET = {
     torch.float32: 1.0,
     torch.float16: 1.0,
     # The interpreter cuts bfloat16 off where a GPU rounds to nearest.
-    torch.bfloat16: 1.0 if HAS_GPU else 2.2,
+    torch.bfloat16: 1.0 if HAS_GPU else 2.5,
 }
 
 

@@ -12,7 +12,7 @@ from triton_mbconv import BLOCKS, inputs, plan
 
 from mnv2_kernels.ops.triton import launch_gate
 
-pytestmark = pytest.mark.sampled(3)
+pytestmark = pytest.mark.sampled(6)
 
 GATED = {name: case for name, case in BLOCKS.items() if case.config.squeeze_channels}
 OPTIONS = {"num_warps": 4, "num_stages": 1}

@@ -15,7 +15,7 @@ from triton_mutants import SOURCES, interpret, mutate
 
 from mnv2_kernels.block.config import NO_CLIP
 
-pytestmark = pytest.mark.sampled(8)
+pytestmark = pytest.mark.sampled(12)
 
 CALLS = {"odd": BLOCKS["odd"], "t1": replace(BLOCKS["t1"], batch=2)}
 # Curves that the other blocks do not have where they would show.
