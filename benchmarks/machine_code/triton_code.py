@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
 from mnv2_kernels.ops.triton import configs
 from mnv2_kernels.ops.triton.configs import PatchConfig
-from mnv2_kernels.ops.triton.launch import plan_launch
+from mnv2_kernels.ops.triton.launch import Launch, plan_launch
 from mnv2_kernels.ops.triton.patch import inverted_residual_patch
 
 from ..harness import distinct_blocks
@@ -36,8 +36,8 @@ ARITHMETIC = ("float16", "bfloat16", "tf32")
 WARP = 32
 
 _TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_FP32_POINTERS = ("b_expand", "b_dw", "b_project")
-_ACTIVATIONS = ("x", "w_expand", "w_dw", "w_project", "y")
+_FP32_POINTERS = ("b_expand", "b_dw", "b_project", "b_squeeze", "b_excite", "sums", "gate")
+_POINTERS = ("x", "w_expand", "w_dw", "w_project", "y", "kept", "w_squeeze", "w_excite")
 
 
 @dataclass(frozen=True)
@@ -89,37 +89,52 @@ def arithmetic(name: str) -> Iterator[torch.dtype]:
         products.fp32_precision = before
 
 
-def compile_block(
-    block: BlockConfig, size: int, dtype: torch.dtype, config: PatchConfig, architecture: int
-) -> Code:
-    """The code for x of size x size, with ReLU6, all biases and aligned tensors.
-
-    Raises:
-        triton.CompilationError: the configuration needs more than a GPU can have.
-    """
-    clips = (RELU6 if block.expansion else NO_CLIP, RELU6, NO_CLIP)
-    biases = (block.expansion, True, True)
-    launch = plan_launch(block, biases, clips, (1, size, size), config, dtype)
+def compile_launch(
+    kernel, launch: Launch, dtype: torch.dtype, options: dict[str, int], architecture: int
+) -> triton.compiler.CompiledKernel:
+    """A kernel of the Triton backend for a launch, with all biases in fp32 and aligned tensors."""
 
     def kind(name: str) -> str:
         if name in launch.constants:
             return "constexpr"
         if name in _FP32_POINTERS:
             return "*fp32"
-        if name in _ACTIVATIONS:
+        if name in _POINTERS:
             return "*" + _TRITON_TYPES[dtype]
         return "fp32" if name.startswith(("lower", "upper")) else "i32"
 
-    names = inverted_residual_patch.arg_names
+    names = kernel.arg_names
     signature = {name: kind(name) for name in names}
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
     }
-    compiled = triton.compile(
-        ASTSource(inverted_residual_patch, signature, launch.constants, aligned),
+    return triton.compile(
+        ASTSource(kernel, signature, launch.constants, aligned),
         target=GPUTarget("cuda", architecture, WARP),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        options=options,
     )
+
+
+def compile_block(
+    block: BlockConfig,
+    size: int,
+    dtype: torch.dtype,
+    config: PatchConfig,
+    architecture: int,
+    curves: tuple[int, int, int] = (0, 0, 0),
+) -> Code:
+    """The code for x of size x size, with ReLU6 where there is no curve, all biases and aligned
+    tensors.
+
+    Raises:
+        triton.CompilationError: the configuration needs more than a GPU can have.
+    """
+    clips = (RELU6 if block.expansion else NO_CLIP, RELU6, NO_CLIP)
+    biases = (block.expansion, True, True)
+    launch = plan_launch(block, biases, clips, (1, size, size), config, dtype, curves)
+
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = compile_launch(inverted_residual_patch, launch, dtype, options, architecture)
     registers, spill_bytes = resources(compiled.asm["cubin"])
     (listing,) = disassemble(compiled.asm["cubin"]).values()
     loop = listing.longest_loop()

@@ -129,24 +129,34 @@ def _why_not_triton_asked(x: Tensor | None, block: Block | None = None) -> str |
         return f"x must be on a GPU, or on the CPU for Triton's interpreter, got {x.device}"
     if x.is_cuda and (reason := _why_not_gpu(x.device)) is not None:
         return reason
-    return _why_not_dtype(x) or _why_not_block(block)
+    return _why_not_dtype(x) or _why_not_window(block)
 
 
 def _why_not_block(block: Block | None) -> str | None:
-    """Why the kernels for GPUs do not run a block with more than clips between its layers."""
+    """Why the CUDA kernels do not run a block; they are for those of MobileNetV2."""
     if block is None:
         return None
+    if (reason := _why_not_window(block)) is not None:
+        return reason
     clips = (block.clip_expand, block.clip_dw, block.clip_project)
     names = [clip for clip in clips if isinstance(clip, str)]
     if block.gate:
         names.append("squeeze-excite")
-    if block.dense:
-        names.append("a dense convolution")
-    if block.dilation > 2:
-        names.append(f"dilation {block.dilation}")
-    if block.kernel_size > 5:
-        names.append(f"kernel size {block.kernel_size}")
     return f"there is no kernel for {names[-1]} yet" if names else None
+
+
+def _why_not_window(block: Block | None) -> str | None:
+    """Why no kernel for GPUs runs a block with such a convolution between its 1x1 ones."""
+    if block is None:
+        return None
+    name = None
+    if block.kernel_size > 5:
+        name = f"kernel size {block.kernel_size}"
+    elif block.dilation > 2:
+        name = f"dilation {block.dilation}"
+    elif block.dense:
+        name = "a dense convolution"
+    return name and f"there is no kernel for {name} yet"
 
 
 def _why_not_dtype(x: Tensor) -> str | None:

@@ -1,5 +1,6 @@
 """The op's contract: which arguments it takes, and the sentence for every other."""
 
+from collections.abc import Callable
 from itertools import chain
 from operator import index
 from typing import SupportsIndex
@@ -334,12 +335,15 @@ def _check_bias(owner: str, name: str, bias: Tensor | None, letter: str, channel
     )
 
 
+# Arguments of both ops, which differ in number.
 _passed: set[tuple] = set()
 
 
-def check_once(*arguments) -> None:
-    """`check`, for arguments of one kind the first time only: it takes longer than a launch."""
-    tensors, settings = arguments[:7], arguments[7:]
+def check_once(check: Callable[..., object], count: int, *arguments) -> None:
+    """`check` of an op that takes `count` tensors, for arguments of one kind the first time only:
+    it takes longer than a launch.
+    """
+    tensors, settings = arguments[:count], arguments[count:]
     kinds = [t if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors]
     values = [tuple(v) if isinstance(v, list) else v for v in settings]
     try:

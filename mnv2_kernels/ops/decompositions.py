@@ -27,5 +27,6 @@ DECOMPOSITIONS = {
     torch.ops.mnv2.inverted_residual_triton.default: reference.inverted_residual_op,
     torch.ops.mnv2.inverted_residual_layers.default: _layers_decomposed,
     torch.ops.mnv2.mbconv.default: reference.mbconv_op,
+    torch.ops.mnv2.mbconv_triton.default: reference.mbconv_op,
     torch.ops.mnv2.mbconv_layers.default: _mbconv_layers_decomposed,
 }

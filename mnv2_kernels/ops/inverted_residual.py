@@ -7,29 +7,20 @@ kernel has a twin of the op, `inverted_residual_triton`, into which torch.compil
 with more than clips between their layers go to another op, `mbconv`.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd import forward_ad
 
 from ..block.config import MAX_EXTENT, BlockConfig, Clip, Padding, same_padding
 from ..block.fold import FoldedWeights
 from . import gradients, reference, triton
 from .backends import Block, choose, count, load
-from .contract import check, check_kinds, check_once
+from .contract import check, check_kinds
 from .mbconv import MBCONV, MBConvArguments, mbconv_arguments
-from .registration import (
-    AUTOCAST_KEYS,
-    Op,
-    cast_for_autocast,
-    register,
-    register_fake,
-    register_forward,
-)
+from .registration import AUTOCAST_KEYS, Op, cast_for_autocast, register
+from .twins import register_twin
 
 _TENSORS = (
     "Tensor x, Tensor? w_expand, Tensor? b_expand, Tensor w_dw, Tensor? b_dw,"
@@ -57,68 +48,21 @@ _library.define(
     " Tensor w_dw, Tensor? b_dw, Tensor w_project, int stride, int[4] padding, int dilation,"
     " float[2] clip_expand, float[2] clip_dw, bool[6] needs_grad) -> Tensor[]"
 )
-# What the Triton op runs on CPU tensors; tracing stops there.
-_library.define(
-    f"inverted_residual_interpreted({_TENSORS}, {_SETTINGS}) -> Tensor",
-    tags=[torch.Tag.pt2_compliant_tag],
-)
-_library.impl("inverted_residual_interpreted", lambda *args: triton.inverted_residual(*args), "CPU")
 _op = torch.ops.mnv2.inverted_residual.default
 INVERTED_RESIDUAL = Op("inverted_residual", 7, _SETTINGS, check, gradients.gradients)
-
-
-def inverted_residual_triton(
-    x: Tensor,
-    w_expand: Tensor | None,
-    b_expand: Tensor | None,
-    w_dw: Tensor,
-    b_dw: Tensor | None,
-    w_project: Tensor,
-    b_project: Tensor | None,
-    stride: int,
-    padding: Sequence[int],
-    dilation: int,
-    residual: bool,
-    clip_expand: Sequence[float],
-    clip_dw: Sequence[float],
-    clip_project: Sequence[float],
-) -> Tensor:
-    """What the Triton op does: a launch on CUDA tensors, the interpreter on others."""
-    settings = (stride, padding, dilation, residual, clip_expand, clip_dw, clip_project)
-    arguments = (x, w_expand, b_expand, w_dw, b_dw, w_project, b_project, *settings)
-    check_once(*arguments)
-    if x.is_cuda:
-        return triton.inverted_residual(*arguments)
-    return torch.ops.mnv2.inverted_residual_interpreted(*arguments)
-
-
-_triton_op = torch.library.custom_op("mnv2::inverted_residual_triton", mutates_args=())(
-    inverted_residual_triton
+_twin = register_twin(
+    _library,
+    INVERTED_RESIDUAL,
+    f"({_TENSORS}, {_SETTINGS}) -> Tensor",
+    lambda *args: triton.inverted_residual(*args),
 )
-load(_library, _triton_op)
-
-
-@_triton_op.register_torch_dispatch(FunctionalTensorMode)
-def _look_inside(mode, op, types, args, kwargs):
-    """The launch in place of the op, for a compiler that traces it.
-
-    As in `torch.library.triton_op`, which imports Triton and the compiler when it registers an op.
-    """
-    from torch.export._trace import custom_triton_ops_decomposition_disabled
-
-    if custom_triton_ops_decomposition_disabled():
-        return mode.__torch_dispatch__(op, types, args, kwargs)
-    if not all(issubclass(t, FakeTensor) or t in (Tensor, FunctionalTensor) for t in types):
-        return NotImplemented
-    with mode:
-        return inverted_residual_triton(*args, **kwargs)
-
-
+load(_library, _twin)
 register(_library, INVERTED_RESIDUAL)
-register_forward(_library, INVERTED_RESIDUAL, "inverted_residual_triton")
-register_fake(_library, INVERTED_RESIDUAL, "inverted_residual_interpreted")
 _ops = {"cpu": _op, "cuda": _op, "triton": torch.ops.mnv2.inverted_residual_triton.default}
-_mbconv = torch.ops.mnv2.mbconv.default
+_mbconv_ops = {
+    "cpu": torch.ops.mnv2.mbconv.default,
+    "triton": torch.ops.mnv2.mbconv_triton.default,
+}
 
 
 def inverted_residual(
@@ -241,16 +185,16 @@ def _block(arguments: OpArguments | MBConvArguments) -> Block | None:
 
 def run(backend: str, x: Tensor, arguments: OpArguments | MBConvArguments) -> Tensor:
     """The op of these arguments on a backend that `choose` has named."""
-    is_mbconv = isinstance(arguments, MBConvArguments)
+    ops = _mbconv_ops if isinstance(arguments, MBConvArguments) else _ops
     if torch.compiler.is_compiling():
         if backend == "reference":
             return _reference(x, arguments)
-        return (_mbconv if is_mbconv else _ops[backend])(x, *arguments)
+        return ops[backend](x, *arguments)
     count(backend)
     # The ops have no forward-mode derivative; the reference has.
     if backend == "reference" or forward_ad._current_level >= 0:
         return _reference(x, arguments)
-    op = _mbconv if is_mbconv else _ops[backend]
+    op = ops[backend]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *arguments):
         return op(x, *arguments)
     # The dispatcher would find out in Python that there is nothing to differentiate, which takes a

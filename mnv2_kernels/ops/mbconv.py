@@ -4,6 +4,7 @@ MBConv is EfficientNet's word for an inverted residual with a squeeze-excite and
 (arXiv 1905.11946). A w_dw of four dimensions, (k, k, C_in, C_hidden), is a convolution of all
 channels in the place of expansion and depthwise, as in FusedMBConv (arXiv 2104.00298). The CPU has
 a kernel (csrc/torch, where the extension is built); everywhere else the op is the reference.
+Triton's kernels, for most of these blocks, have a twin of the op, `mbconv_triton`.
 """
 
 from typing import NamedTuple
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from ..block.config import CURVES, NO_CLIP, SCALES, Activation, Padding, Scale
 from ..block.fold import FoldedWeights
-from . import gradients, reference
+from . import gradients, reference, triton
 from .contract import check_mbconv
 from .registration import Op, register
+from .twins import register_twin
 
 _TENSORS = (
     "Tensor x, Tensor? w_expand, Tensor? b_expand, Tensor w_dw, Tensor? b_dw,"
@@ -91,3 +93,9 @@ def _kernel(*arguments) -> Tensor:
 # A kernel of a device comes before it.
 _library.impl("mbconv", _kernel, "CompositeExplicitAutograd")
 register(_library, MBCONV)
+register_twin(
+    _library,
+    MBCONV,
+    f"({_TENSORS}, {_SETTINGS}) -> Tensor",
+    lambda *args: triton.mbconv(*args),
+)

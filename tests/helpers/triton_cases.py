@@ -28,6 +28,7 @@ if HAS_GPU:
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 
+KERNEL = inverted_residual_patch.__name__
 # Few large operations: what is quick in the interpreter.
 QUICK = PatchConfig(32, 2, 2, 64, 64, 64, 2, True, False, 4)
 # Between them, every field has every kind of value; no two differ in one field alone.
@@ -96,7 +97,7 @@ def launch_into(
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         inverted_residual_patch[(planned.programs,)](*arguments, **planned.constants, **options)
     else:
-        interpreter.run((planned.programs,), arguments, planned.constants)
+        interpreter.run(KERNEL, (planned.programs,), arguments, planned.constants)
 
 
 def chosen(case: Case, dtype: torch.dtype = torch.float32) -> PatchConfig:

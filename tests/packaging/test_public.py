@@ -84,7 +84,7 @@ def test_interpreting_needs_numpy(python):
     if util.find_spec("triton") is None:
         pytest.skip("needs Triton")
     program = "import sys; sys.modules['numpy'] = None\n"
-    program += "from mnv2_kernels.ops.triton import interpreter\ninterpreter.run((1,), (), {})"
+    program += "from mnv2_kernels.ops.triton import interpreter\ninterpreter.run('', (1,), (), {})"
     done = python("-c", program)
     last = done.stderr.splitlines()[-1]
     assert last.endswith("needs numpy, not installed here: pip install numpy"), done.stderr

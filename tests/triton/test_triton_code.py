@@ -1,4 +1,4 @@
-"""The patch kernel compiled for GPUs that are not here: registers, spills, instructions.
+"""The kernels compiled for GPUs that are not here: registers, spills, instructions.
 
 The budget holds what the pinned Triton makes of every row of the tables; it may only fall.
 `python -m benchmarks.machine_code.triton_code --budget tests/triton/triton_budget.json` writes it
@@ -13,15 +13,22 @@ import torch
 import triton
 from cases import LONG
 
+from benchmarks.machine_code.read import resources
 from benchmarks.machine_code.triton_code import (
     ARCHITECTURES,
     arithmetic,
     code_of,
     compile_block,
+    compile_launch,
     table_rows,
 )
-from mnv2_kernels.block.config import BlockConfig, mobilenet_v2_blocks
-from mnv2_kernels.ops.triton import configs
+from mnv2_kernels.block.config import NO_CLIP, BlockConfig, mobilenet_v2_blocks
+from mnv2_kernels.ops.triton import configs, gate
+from mnv2_kernels.ops.triton.launch_gate import (
+    EXCITATION_OPTIONS,
+    PROJECTION_OPTIONS,
+    plan_launches,
+)
 
 BUDGET = json.loads((Path(__file__).parent / "triton_budget.json").read_text())
 ROWS = {row.name: row for row in table_rows()}
@@ -95,6 +102,55 @@ def test_rules_for_other_blocks_compile(name):
         code = compile_block(block, 14, dtype, choice.config, 90)
         bound = configs.shared_bytes(block, choice.config, dtype)
     assert code.shared_bytes <= bound <= configs.SHARED_BYTES
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("curve", range(1, 5))
+def test_curves_compile(curve):
+    block = BlockConfig(24, 144, 24, residual=True)
+    config = configs.choose(block, configs.without_half(torch.float16), torch.device("cpu")).config
+    code = compile_block(block, 56, torch.float16, config, 90, (curve,) * 3)
+    # GELU has an erf, whose two polynomials want many registers.
+    most = 10 * MOST_SPILL_BYTES if curve == 3 else MOST_SPILL_BYTES
+    assert code.spill_bytes <= most or not PINNED
+
+
+GATED = {
+    "stride 2": (BlockConfig(16, 96, 24, stride=2, squeeze_channels=4), "float16"),
+    "t1": (BlockConfig(32, 32, 16, expansion=False, squeeze_channels=8), "bfloat16"),
+    "1152 channels": (BlockConfig(192, 1152, 320, squeeze_channels=48), "tf32"),
+    "no tensor cores": (BlockConfig(24, 144, 24, residual=True, squeeze_channels=6), "float32"),
+    "odd": (BlockConfig(17, 961, 3, squeeze_channels=1), "float16"),
+}
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", GATED)
+def test_kernels_around_a_gate_compile(name, architecture):
+    block, kind = GATED[name]
+    silu, bounds = (2 if block.expansion else 0, 2, 0, 2), (*NO_CLIP,) * 4
+    with arithmetic(kind) as dtype:
+        config = configs.of_sums(block, dtype, torch.device("cpu"))
+        launches = plan_launches(block, (True,) * 5, silu, bounds, 0, (1, 14, 14), config, dtype)
+        bound = configs.shared_bytes(block, config, dtype)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        sums, *others = (
+            compile_launch(kernel, launch, dtype, options, architecture)
+            for kernel, launch, options in (
+                (gate.depthwise_sums, launches.sums, options),
+                (gate.excitation, launches.excitation, EXCITATION_OPTIONS),
+                (gate.gated_projection, launches.projection, PROJECTION_OPTIONS),
+            )
+        )
+    assert sums.metadata.shared <= bound <= configs.SHARED_BYTES
+    # What every GPU since compute capability 8.0 has.
+    assert all(other.metadata.shared <= 99 * 1024 for other in others)
+    if PINNED:
+        spilled = [resources(kernel.asm["cubin"])[1] for kernel in (sums, *others)]
+        assert max(spilled) <= MOST_SPILL_BYTES
+    if kind != "float32":
+        assert all("mma.sync" in k.asm["ptx"] or "wgmma" in k.asm["ptx"] for k in others[1:])
 
 
 @pytest.mark.parametrize("width_mult", (0.35, 0.5, 0.75, 1.0, 1.4))

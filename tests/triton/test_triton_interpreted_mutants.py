@@ -4,39 +4,30 @@ Each mutant is the source with one text replaced, which must occur exactly once:
 longer applies is an error, not a pass. All run in the interpreter, also where there is a GPU.
 """
 
-import importlib.util
 import mmap
 import re
 from dataclasses import replace
+from functools import partial
 from math import inf
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import triton
 from cases import Case, expect, make_inputs, why_wrong
 from special_values import skipping_reference, why_unlike
 from torch import Tensor
-from triton_cases import QUICK, launch_into, plan, with_biases_in_float
+from triton_cases import KERNEL, QUICK, launch_into, plan, with_biases_in_float
+from triton_mutants import SOURCES, interpret, mutate
 
 from mnv2_kernels import FoldedWeights
 from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
-from mnv2_kernels.ops.triton import interpreter, patch
+from mnv2_kernels.ops.triton import interpreter
 from mnv2_kernels.ops.triton.configs import PatchConfig
 
 pytestmark = pytest.mark.sampled(4)
 
 
-def whole_source() -> str:
-    """The kernel's module with the source of those it imports from its package put in place."""
-    folder = Path(patch.__file__).parent
-    imports = r"^from \.(\w+) import .*$"
-    source = Path(patch.__file__).read_text()
-    return re.sub(imports, lambda m: (folder / f"{m[1]}.py").read_text(), source, flags=re.M)
-
-
-SOURCE = whole_source()
+OF_PATCHES = ("geometry", "values", "hidden", "patch")
 SMALL = replace(QUICK, patches=16, chunk=16, in_tile=16, out_tile=8, out_tiles=1)
 TWO_TILES = replace(SMALL, patch_h=1, out_tiles=2)
 RESIDUAL = Case(BlockConfig(20, 28, 20, residual=True), 5, 6, batch=2, clips=(RELU6,) * 3)
@@ -68,12 +59,18 @@ PADDED = "e = tl.where((rows & columns)[:, None] != 0, e, 0.0)"
 MUTANTS = {
     "no upper clip": ("return tl.minimum(v, upper, propagate_nan=tl.PropagateNan.ALL)", "return v"),
     "no lower clip": ("v = tl.maximum(v, lower, propagate_nan=tl.PropagateNan.ALL)", "v = v + 0"),
-    "no clip after the expansion": ("e = _clip(e, lower_e, upper_e)", "e = e"),
-    "no clip after the depthwise": ("d = _clip(d, lower_d, upper_d)", "d = d"),
-    "clips swapped": ("e = _clip(e, lower_e, upper_e)", "e = _clip(e, lower_d, upper_d)"),
-    "no clip after the projection": ("v = _clip(v, lower_project, upper_project)", "v = v"),
-    "no clip of half": ("v = _clip(v.to(tl.float16), lower, upper)", "v = v.to(tl.float16)"),
-    "no clip of the last half tap": ("d = _clip(tl.fma(e, w, d), lower, upper)", "d = d + e * w"),
+    "no clip after the expansion": ("e = activate(e, lower_e, upper_e, CURVE_EXPAND)", "e = e"),
+    "no clip after the depthwise": ("d = activate(d, lower_d, upper_d, CURVE_DW)", "d = d"),
+    "clips swapped": (
+        "e = activate(e, lower_e, upper_e, CURVE_EXPAND)",
+        "e = activate(e, lower_d, upper_d, CURVE_EXPAND)",
+    ),
+    "no clip after the projection": (
+        "v = activate(v, lower_project, upper_project, CURVE_PROJECT)",
+        "v = v",
+    ),
+    "no clip of half": ("v = clip(v.to(tl.float16), lower, upper)", "v = v.to(tl.float16)"),
+    "no clip of the last half tap": ("d = clip(tl.fma(e, w, d), lower, upper)", "d = d + e * w"),
     "padding not masked": (PADDED, "e = e"),
     "padding of half not masked": ("v = tl.where((rows & columns) != 0, v, 0.0)", "v = v"),
     "padding only of rows": (
@@ -105,16 +102,16 @@ MUTANTS = {
     "no bias of the projection": ("out < C_OUT, B_PROJECT)", "out < C_OUT, False)"),
     "no residual": ("if RESIDUAL:", "if False:"),
     "residual before the clip": (
-        "v = _clip(v, lower_project, upper_project)",
-        "v = _clip(v + 1, lower_project, upper_project) - 1",
+        "v = activate(v, lower_project, upper_project, CURVE_PROJECT)",
+        "v = activate(v + 1, lower_project, upper_project, CURVE_PROJECT) - 1",
     ),
     "residual twice": (
         ".to(tl.float32)\n                tl.store(",
         ".to(tl.float32) * 2\n                tl.store(",
     ),
     "only the last chunk is projected": (
-        "_dot(d.to(dtype), project_tiles[o], sums[p * OUT_TILES + o], PRECISION)",
-        "_dot(d.to(dtype), project_tiles[o], sums[p * OUT_TILES + o] * 0, PRECISION)",
+        "dot(d.to(dtype), project_tiles[o], sums[p * OUT_TILES + o], PRECISION)",
+        "dot(d.to(dtype), project_tiles[o], sums[p * OUT_TILES + o] * 0, PRECISION)",
     ),
     "first tile of outputs for all": ("project_tiles[o], sums", "project_tiles[0], sums"),
     "first tile of inputs for all": (
@@ -150,34 +147,17 @@ MUTANTS = {
     ),
     "group of output channels": ("first_out = program % OUT_GROUPS", "first_out = 0 * OUT_GROUPS"),
     "half for float": (
-        "tl.float16 if HALF else tl.float32",
-        "tl.float16",
+        "tl.float16 if HALF else tl.float32\n    first_slot",
+        "tl.float16\n    first_slot",
     ),
-    "projection in half": ("_dot(d.to(dtype),", "_dot(d.to(tl.float16),"),
+    "projection in half": ("dot(d.to(dtype),", "dot(d.to(tl.float16),"),
 }
-
-
-def load(source: str, folder: Path):
-    """The kernel of a source, as `interpreter` loads its own."""
-    file = folder / "mutant.py"
-    file.write_text(source)
-    spec = importlib.util.spec_from_file_location("mutant", file)
-    module = importlib.util.module_from_spec(spec)
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        spec.loader.exec_module(module)
-    return module.inverted_residual_patch
 
 
 @pytest.fixture
 def use(monkeypatch, tmp_path):
-    """Makes the interpreter run another source."""
-
-    def use(source: str) -> None:
-        kernel = load(source, tmp_path)
-        monkeypatch.setattr(interpreter, "_kernel", lambda: kernel)
-
-    return use
+    """Makes the interpreter run other sources."""
+    return partial(interpret, monkeypatch, tmp_path)
 
 
 def prepare(name: str) -> tuple[Tensor, FoldedWeights, Case, PatchConfig]:
@@ -201,34 +181,29 @@ def why_found(name: str) -> str | None:
     return why_unlike(y, skipping_reference(x, weights, case), clean)
 
 
-def mutate(old: str, new: str) -> str:
-    assert SOURCE.count(old) == 1, f"{SOURCE.count(old)} times in the source: {old}"
-    return SOURCE.replace(old, new)
-
-
 def test_the_source_itself_passes(use):
-    use(SOURCE)
+    use(SOURCES)
     assert {name: why_found(name) for name in CALLS} == dict.fromkeys(CALLS)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_found(name, use):
-    use(mutate(*MUTANTS[name]))
+    use(mutate(*MUTANTS[name], OF_PATCHES))
     assert any(why_found(call) for call in CALLS)
 
 
 def test_minima_and_maxima_keep_nan():
     """In the interpreter all do, so that these mutants could not be found by values."""
-    calls = re.findall(r"tl\.(?:minimum|maximum)\(.*", SOURCE)
+    calls = re.findall(r"tl\.(?:minimum|maximum)\(.*", SOURCES["values"])
     assert len(calls) >= 2 and all("propagate_nan=tl.PropagateNan.ALL" in c for c in calls)
-    instructions = re.findall(r"\b(?:min|max)\.\S*f16x2", SOURCE)
+    instructions = re.findall(r"\b(?:min|max)\.\S*f16x2", SOURCES["values"])
     assert len(instructions) >= 4 and all(".NaN." in i for i in instructions)
 
 
 FAR = 2**14
 
 
-def far_images(use, source: str) -> str | None:
+def far_images(use, sources: dict[str, str]) -> str | None:
     """The first pixel of each of 12 images of 2**28: their addresses exceed 32 bits.
 
     Only the pages that are touched take memory; what wraps around finds zeros below the images.
@@ -253,8 +228,8 @@ def far_images(use, source: str) -> str | None:
     # The patches of 2 x 2 images, in images whose other pixels lie far away.
     sizes = (count, FAR, FAR, FAR, FAR, 1, 1)
     constants = planned.constants | {"SAFE_ROWS": 0, "SAFE_COLUMNS": 0, "WHOLE_ROW": 0}
-    use(source)
-    interpreter.run((1,), (x, *weights.tensors(), y, *sizes, *planned.bounds), constants)
+    use(sources)
+    interpreter.run(KERNEL, (1,), (x, *weights.tensors(), y, *sizes, *planned.bounds), constants)
     # The same images with a border of the zeros that surround these.
     wide = torch.zeros(count, channels, 3, 3, dtype=torch.float16)
     wide[:, :, :2, :2] = near
@@ -271,7 +246,8 @@ def test_addresses_are_64_bit(use):
     narrow = mutate(
         "(patch // patch_columns // patch_rows).to(tl.int64)",
         "(patch // patch_columns // patch_rows).to(tl.int32)",
+        OF_PATCHES,
     )
     with np.errstate(all="ignore"):
-        assert far_images(use, SOURCE) is None
+        assert far_images(use, SOURCES) is None
         assert far_images(use, narrow) is not None

@@ -11,7 +11,7 @@ from cases import Case
 from triton_cases import CONFIGS, DTYPES, chosen, each_config, each_dtype, plan
 
 from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
-from mnv2_kernels.ops.triton import configs, launch, patch
+from mnv2_kernels.ops.triton import configs, geometry, launch, patch
 from mnv2_kernels.ops.triton.configs import PatchConfig
 
 ALL = [case for group in cases.groups().values() for case in group if case.batch > 0]
@@ -61,7 +61,7 @@ def test_safe_slots_are_all_those_inside_in_every_patch(config):
 
 def test_slots_and_taps_are_those_of_a_convolution():
     """Output p reads slot p * stride + k * dilation through tap k and no other."""
-    plain = {f: getattr(patch, f).fn for f in ("slots", "tap", "is_read")}
+    plain = {f: getattr(geometry, f).fn for f in ("slots", "tap", "is_read")}
     for size, kernel, stride, dilation in product((1, 2, 3, 4), (3, 5), (1, 2), (1, 2)):
         sizes = kernel, stride, dilation
         case = Case(BlockConfig(1, 1, 1, stride, True, kernel, dilation), 40, 40)

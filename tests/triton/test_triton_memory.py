@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import LAYOUTS, Case, expect, why_wrong
+from memory_bands import BAND, bytes_of, in_bands
 from memory_layouts import at_offset, in_memory_order, inside_nan
 from torch import Tensor
 from triton_cases import (
@@ -25,7 +26,6 @@ from mnv2_kernels.block.config import BlockConfig
 
 pytestmark = pytest.mark.sampled(3)
 
-BAND = 67
 TENSORS = ("w_expand", "b_expand", "w_dw", "b_dw", "w_project", "b_project")
 CASES = [
     Case(BlockConfig(5, 19, 7, padding=(0, 2, 1, 0)), 4, 5, batch=2),
@@ -35,20 +35,6 @@ CASES = [
     Case(BlockConfig(3, 17, 10, dilation=2, padding=(2,) * 4), 4, 3),
 ]
 QUICK_16 = replace(QUICK, patches=16, chunk=32, in_tile=32, out_tile=16)
-
-
-def bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.uint8)
-
-
-def in_bands(tensor: Tensor, fill: str) -> tuple[Tensor, Tensor]:
-    """A copy of a contiguous tensor inside a buffer of NaN or of 0xA5 bytes, and that buffer."""
-    buffer = torch.empty(2 * BAND + tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-    if fill == "nan":
-        buffer.fill_(torch.nan)
-    else:
-        bytes_of(buffer).fill_(0xA5)
-    return buffer[BAND:-BAND].view(tensor.shape).copy_(tensor), buffer
 
 
 @each_dtype

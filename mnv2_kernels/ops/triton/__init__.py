@@ -1,4 +1,4 @@
-"""The block in Triton: one kernel for fp16, bf16 and fp32, its configurations and its launch.
+"""The block in Triton: kernels for fp16, bf16 and fp32, their configurations and their launches.
 
 Nothing here imports Triton before a call needs it: PyTorch's CPU builds have none.
 """
@@ -36,6 +36,15 @@ def inverted_residual(*arguments) -> Tensor:
     """`launch.inverted_residual`, or RuntimeError where there is no Triton."""
     if missing() is not None:
         raise RuntimeError(f"inverted_residual: {missing()}")
-    from .launch import inverted_residual as launch
+    from . import launch
 
-    return launch(*arguments)
+    return launch.inverted_residual(*arguments)
+
+
+def mbconv(*arguments) -> Tensor:
+    """`launch_gate.mbconv`, or RuntimeError where there is no Triton."""
+    if missing() is not None:
+        raise RuntimeError(f"mbconv: {missing()}")
+    from . import launch_gate
+
+    return launch_gate.mbconv(*arguments)

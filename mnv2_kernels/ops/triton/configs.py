@@ -30,7 +30,8 @@ _REGISTERS = 160
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """The constants of `patch.inverted_residual_patch` that change nothing but its rounding.
+    """The constants of `patch.inverted_residual_patch`, and of `gate.depthwise_sums` some of them,
+    that change nothing but their rounding.
 
     `patches` of `patch_h` x `patch_w` output pixels make a tile; `chunk` hidden channels are
     computed at a time. `in_tile` and `out_tile` are the channels in one matrix product: powers of
@@ -77,6 +78,22 @@ def choose(
         if config is not None and shared_bytes(block, config, dtype) <= shared_bytes_limit:
             return Choice(config, f"table {table}")
     return fallback(block, dtype, width_out, shared_bytes_limit)
+
+
+def without_half(dtype: torch.dtype) -> torch.dtype:
+    """A dtype of the same size, whose configurations compute the depthwise in fp32."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def of_sums(block: BlockConfig, dtype: torch.dtype, device: torch.device) -> PatchConfig:
+    """The configuration for the part of a block before its gate, by the rules.
+
+    It has no sums of a projection, but takes as many registers as those of 64 channels would. Eight
+    warps share them: with four, large blocks spill.
+    """
+    part, limit = replace(block, out_channels=64), _shared_bytes_limit(device)
+    config = fallback(part, without_half(dtype), shared_bytes_limit=limit).config
+    return replace(config, num_warps=8)
 
 
 def key(block: BlockConfig, dtype: torch.dtype) -> str:
