@@ -9,7 +9,7 @@
 namespace mnv2::cpu {
 
 // Upper bound of a thread's scratch; 16-bit blocks pass it where the weights of 16 hidden channels
-// are a quarter of it or more (thousands of channels).
+// are a quarter of it or more (thousands of channels; of a dense convolution, hundreds).
 constexpr int64_t kScratchBytes = 256 * 1024;
 constexpr int64_t kNetworkScratchBytes = 1024 * 1024;  // the same in a network
 constexpr int64_t kMaxRowsPerStep = 8;

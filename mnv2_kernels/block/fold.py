@@ -181,8 +181,8 @@ class BlockLayers:
     what the forward does. Where the input is padded before the expansion, or goes through another
     depthwise first, `config` describes the block of what comes of that, without a residual: `pads`
     are these zeros, `lead` is that depthwise, and `adds` says whether the input as it came is added
-    to the result. `gate` comes between depthwise and projection. Of a
-    dense block, `depthwise` is the convolution of all channels.
+    to the result. `gate` comes between depthwise and projection. Of a dense block, `depthwise` is
+    the convolution of all channels.
     """
 
     expand: ConvNorm | None

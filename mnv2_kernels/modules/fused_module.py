@@ -319,14 +319,18 @@ def _run(
     """The op, and what comes before it and after it."""
     inside = _padded(x, layers.pads)
     if lead is not None:
-        conv = layers.lead
-        inside, groups = _padded(inside, conv.padding), len(lead[0])
-        inside = F.conv2d(inside, *lead, conv.stride, 0, conv.dilation, groups)
+        conv, padding = layers.lead, (0, 0)
+        top, left, bottom, right = conv.padding
+        if (top, left) == (bottom, right):
+            padding = top, left
+        else:
+            inside = _padded(inside, conv.padding)
+        inside = F.conv2d(inside, *lead, conv.stride, padding, conv.dilation, len(lead[0]))
     if trains:
         y = run_with_gradients(backend, inside, arguments, tensors_of(layers))
     else:
         y = run(backend, inside, arguments)
-    return x + y if layers.adds else y
+    return y + x if layers.adds else y
 
 
 def _padded(x: Tensor, padding: Padding) -> Tensor:
@@ -391,4 +395,6 @@ class FusedInvertedResidual(StandIn, FusedModule):
         self._take_over(reading)
 
     def extra_repr(self) -> str:
-        return f"fused {self.config.name}, residual={self.config.residual}"
+        layers = self.block_layers
+        lead = ", another depthwise first" if layers.lead else ""
+        return f"fused {self.config.name}, residual={self.config.residual or layers.adds}{lead}"

@@ -61,6 +61,8 @@ register(_library, INVERTED_RESIDUAL)
 _ops = {"cpu": _op, "cuda": _op, "triton": torch.ops.mnv2.inverted_residual_triton.default}
 _mbconv_ops = {
     "cpu": torch.ops.mnv2.mbconv.default,
+    # For arguments that break the contract, which it says.
+    "cuda": torch.ops.mnv2.mbconv.default,
     "triton": torch.ops.mnv2.mbconv_triton.default,
 }
 

@@ -1,5 +1,6 @@
 """From the operations of a trace to layers: convolutions with what follows them, then blocks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -61,13 +62,13 @@ def spans_of(trace: Trace, calls: int) -> list[Span]:
     spans: list[Span] = []
     at = 0
     while at < len(stages):
-        length, residual = _length_of_block(stages, at, sums)
+        before = spans[-1].layer if spans else None
+        # Layers of one pixel are fully connected ones.
+        lengths = () if isinstance(before, AverageLayer | LinearLayer) else (4, 3, 2)
+        length, residual = _length_of_block(stages, at, sums, lengths)
         inside = stages[at : at + length]
         layers = [stage.layer for stage in inside]
-        if length > 1:
-            layer = _block(layers, residual)
-        else:
-            layer = _single(layers[0], spans[-1].layer if spans else None)
+        layer = _block(layers, residual) if length > 1 else _single(layers[0], before)
         spans.append(Span(layer, inside[0].first_call, inside[-1].last_call))
         at += length
     return _with_flatness(spans, len(trace.shapes[result]) == 2)
@@ -218,12 +219,14 @@ def _added(first: Padding | None, second: Padding) -> Padding:
     return second if first is None else tuple(a + b for a, b in zip(first, second, strict=True))
 
 
-def _length_of_block(stages: list[_Stage], at: int, sums: dict[int, int]) -> tuple[int, bool]:
+def _length_of_block(
+    stages: list[_Stage], at: int, sums: dict[int, int], lengths: Sequence[int]
+) -> tuple[int, bool]:
     """How many stages from `at` on are one block, and whether its input is added to its result.
 
     A single stage is no block.
     """
-    for length in (4, 3, 2):
+    for length in lengths:
         inside = stages[at : at + length]
         last = at + length - 1
         # A sum that begins or ends inside belongs to another block.
@@ -274,15 +277,19 @@ def _parts_of(layers: list[Layer]) -> _Parts | None:
 
 def _is_dense(layer: ConvLayer, project: ConvLayer) -> bool:
     """Whether a convolution expands, for the projection to narrow: then it is a part of a block."""
-    hidden, in_channels = layer.stage.conv.weight.shape[:2]
-    out_channels = len(project.stage.conv.weight)
     has_activations = layer.stage.clip != NO_CLIP and project.stage.clip == NO_CLIP
     sizes = (layer.kernel_size, layer.stride, layer.dilation, layer.groups)
     known = [((k, k), (s, s), (1, 1), 1) for k in (1, 3, 5) for s in (1, 2)]
     # A 1x1 convolution pads what the projection would see.
     fits = max(layer.padding) < layer.kernel_size[0] and layer.gate is None
-    expands = in_channels >= _LEAST_DENSE_CHANNELS and hidden > max(in_channels, out_channels)
-    return sizes in known and fits and has_activations and expands
+    is_wide = layer.stage.conv.weight.shape[1] >= _LEAST_DENSE_CHANNELS
+    return sizes in known and fits and has_activations and is_wide and _widens(layer, project)
+
+
+def _widens(layer: ConvLayer, project: ConvLayer) -> bool:
+    """Whether what is between two convolutions is wider than before and after them."""
+    hidden, in_channels = layer.stage.conv.weight.shape[:2]
+    return hidden > max(in_channels, len(project.stage.conv.weight))
 
 
 def _is_lead(layer: ConvLayer, after: ConvLayer, project: ConvLayer) -> bool:
@@ -293,6 +300,7 @@ def _is_lead(layer: ConvLayer, after: ConvLayer, project: ConvLayer) -> bool:
         and layer.gate is None
         and is_linear
         and after.stage.clip != NO_CLIP
+        and _widens(after, project)
         and (after.kernel_size != (1, 1) or after.padding == NO_PADDING)
     )
 
