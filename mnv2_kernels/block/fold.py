@@ -103,9 +103,8 @@ class FoldedWeights:
 
     @property
     def is_classic(self) -> bool:
-        """Whether it may be a block of MobileNetV2: depthwise 3x3 or 5x5, clips between layers."""
-        is_other = self.is_dense or self.w_dw.shape[:1] == (7,)
-        return not is_other and _only_clips(self.clips(), self.gate)
+        """Whether it is a block of MobileNetV2 but for its window: depthwise, with clips alone."""
+        return not self.is_dense and _only_clips(self.clips(), self.gate)
 
     def __repr__(self) -> str:
         """Shapes instead of values."""

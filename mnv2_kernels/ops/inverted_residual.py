@@ -109,7 +109,8 @@ def inverted_residual(
     stride, padding, dilation = check_kinds(x, weights, stride, padding, dilation, residual)
     if padding is None:
         padding = same_padding(weights.w_dw.shape[0] if weights.w_dw.dim() else 0, dilation)
-    arguments = _arguments(weights, (stride, padding, dilation, residual))
+    kernel_size = weights.w_dw.shape[0] if weights.w_dw.dim() else 0
+    arguments = _arguments(weights, kernel_size, (stride, padding, dilation, residual))
     block = _block(arguments) if x.is_cuda or backend == "triton" else None
     return run(choose(backend, x, block), x, arguments)
 
@@ -135,13 +136,13 @@ class OpArguments(NamedTuple):
 def op_arguments(weights: FoldedWeights, config: BlockConfig) -> OpArguments | MBConvArguments:
     """The arguments of the op that runs a block of these sizes."""
     sizes = (config.stride, config.padding, config.dilation, config.residual)
-    return _arguments(weights, sizes)
+    return _arguments(weights, config.kernel_size, sizes)
 
 
 def _arguments(
-    weights: FoldedWeights, settings: tuple[int, Padding, int, bool]
+    weights: FoldedWeights, kernel_size: int, settings: tuple[int, Padding, int, bool]
 ) -> OpArguments | MBConvArguments:
-    if weights.is_classic and settings[2] <= 2:
+    if weights.is_classic and kernel_size != 7 and settings[2] <= 2:
         return OpArguments(*weights.tensors(), *settings, *weights.clips())
     return mbconv_arguments(weights, settings)
 

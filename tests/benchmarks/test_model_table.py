@@ -15,7 +15,7 @@ from mnv2_kernels.profiling import timing
     [
         ("torchvision:mnasnet0_5", "17 of 17", True),
         ("timm:mobilenetv3_small_050", "11 of 11", True),
-        ("timm:mobilenetv4_conv_small_035", "12 of 14", False),
+        ("timm:mobilenetv4_conv_small_035", "12 of 12", False),
     ],
 )
 def test_rows_and_table_of_a_model(name, fused, planned):

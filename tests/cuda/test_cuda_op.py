@@ -199,5 +199,5 @@ def test_kernels_are_known_by_the_op_as_by_python():
 def test_bad_questions_about_kernels():
     block = backends.Block.of(PATCH.config, PATCH.clips)
     with pytest.raises(ValueError, match="dtype must be float16, bfloat16 or float32, got 'int8'"):
-        _C.cuda_kernel(*block[:-1], 8, 8, "int8")
+        _C.cuda_kernel(*block[:-2], 8, 8, "int8")
     assert backends.cuda_kernel(torch.empty(3), block) is None

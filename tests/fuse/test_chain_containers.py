@@ -127,8 +127,8 @@ DECLINED = {
         lambda: [*depthwise()[:1], nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 1)],
         "group_norm is not supported, in 1",
     ),
-    "kernel 7": (lambda: pair(kernel=7), "kernel_size"),
-    "dilation 12": (lambda: [*flow(8, 8, 8, padding=12, dilation=12)], "dilation"),
+    "kernel 9": (lambda: pair(kernel=9), "kernel_size"),
+    "dilation 73": (lambda: [*flow(8, 8, 8, padding=73, dilation=73)], "dilation"),
     "parts of children": (
         lambda: [nn.Sequential(nn.Tanh(), *depthwise()), *conv_norm_act(8, 8)],
         "tanh is not supported, in 0.0",

@@ -59,7 +59,7 @@ def one_by_one(x: Tensor, weights: list[Tensor], integers: list[int], bounds: li
             x = activated(F.conv2d(x, taps, tensor(c_out), 2))
         elif kind == 1:
             _, _, rows, cols, c_in, hidden, c_out, k, stride, dilation, top, left = take(12)
-            residual, expansion = take(2)
+            residual, expansion, dense = take(3)
             y = x
             if expansion:
                 w_expand = tensor(c_in, hidden).t()[:, :, None, None]
@@ -69,8 +69,11 @@ def one_by_one(x: Tensor, weights: list[Tensor], integers: list[int], bounds: li
             y = expanded if expansion else y
             reach = dilation * (k - 1) + 1
             y = pad(y, top, left, (rows - 1) * stride + reach, (cols - 1) * stride + reach)
-            w_dw = tensor(k, k, hidden).permute(2, 0, 1)[:, None]
-            y = activated(F.conv2d(y, w_dw, tensor(hidden), stride, 0, dilation, hidden))
+            if dense:
+                w_dw, groups = tensor(k, k, c_in, hidden).permute(3, 2, 0, 1), 1
+            else:
+                w_dw, groups = tensor(k, k, hidden).permute(2, 0, 1)[:, None], hidden
+            y = activated(F.conv2d(y, w_dw, tensor(hidden), stride, 0, dilation, groups))
             w_project = tensor(hidden, c_out).t()[:, :, None, None]
             b_project = tensor(c_out)
             (after,), clip = take(1), (next(bound), next(bound))

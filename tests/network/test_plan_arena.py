@@ -378,7 +378,7 @@ def test_very_many_channels_in_sixteen_bits(channels, hidden, out_channels, size
         numbers(out_channels),
     ]
     image = [channels, size, size]
-    sizes = [*image[1:], *image[1:], channels, hidden, out_channels, 3, 1, 1, 1, 1, 0, 1]
+    sizes = [*image[1:], *image[1:], channels, hidden, out_channels, 3, 1, 1, 1, 1, 0, 1, 0]
     program = [*image, 3, out_channels, *image[1:], 0, 1, 1, 0, 0, 0, *sizes, 0, 0, 0, 0]
     bounds = [0.0, 6.0, 0.0, 6.0, -math.inf, math.inf]
     x = numbers(2, *image).half().contiguous(memory_format=torch.channels_last)

@@ -128,8 +128,8 @@ DECLINED = {
         STEM + "stride=(1, 1), dilation=(1, 1), groups=8",
     ),
     "depthwise of another size": (
-        lambda: behind(*conv_norm_act(8, 8, 7, 1, groups=8), *conv_norm_act(8, 9)),
-        "the depthwise must have a kernel_size in (3, 5), got (7, 7)",
+        lambda: behind(*conv_norm_act(8, 8, 9, 1, groups=8), *conv_norm_act(8, 9)),
+        "the depthwise must have a kernel_size in (3, 5, 7), got (9, 9)",
     ),
     "replaced forward of the stem": (
         lambda: replaced_forward("features.0.0"),
