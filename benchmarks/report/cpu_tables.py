@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..harness import REFERENCE_SIZE, RESULTS, Row, geometric_mean, load
 from ..markdown import MIB, markdown, percent
-from .peer_tables import OF_FLOAT32_PEAK, is_of_network, peer_sections
+from .peer_tables import OF_FLOAT32_PEAK, is_of_network, is_of_relative, peer_sections
 from .section import Section
 
 SUITES = ("block", "network", "memory", "peers", "peers-memory", "widths", "training", "models")
@@ -14,19 +14,29 @@ KEY += ("width", "resolution")
 
 
 def latest(folder: Path = RESULTS) -> dict[str, list[Row]]:
-    """The newest row of every workload and provider, by suite, of the machine that ran last."""
+    """The newest row of every workload and provider, by suite, of the machine that ran last.
+
+    Rows of another network beside other runtimes have a last machine of their own.
+    """
     rows = [row for suite in SUITES for row in load(suite, folder)]
     if not rows:
         return {suite: [] for suite in SUITES}
-    cpu = max(rows, key=lambda row: row["date"])["cpu"]
+    of_models: dict[tuple, Row] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        of_models[_measured(row)] = row
     newest: dict[tuple, Row] = {}
     for row in rows:
-        if row["cpu"] == cpu:
+        if row["cpu"] == of_models[_measured(row)]["cpu"]:
             newest[tuple(row.get(field) for field in KEY)] = row
     found: dict[str, list[Row]] = {suite: [] for suite in SUITES}
     for row in newest.values():
         found[row["suite"]].append(row)
     return found
+
+
+def _measured(row: Row) -> tuple:
+    """What a machine is chosen for: another network beside other runtimes, or all the rest."""
+    return (row["model"],) if row["suite"] == "peers" and is_of_relative(row) else ()
 
 
 def sections(results: Mapping[str, list[Row]]) -> dict[str, Section]:
