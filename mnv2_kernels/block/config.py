@@ -29,6 +29,17 @@ NO_CLIP: Clip = (-inf, inf)
 RELU: Clip = (0.0, inf)
 RELU6: Clip = (0.0, 6.0)
 
+
+def is_classic(
+    clips: tuple[Activation, ...], gated: bool, dense: bool, kernel_size: int, dilation: int
+) -> bool:
+    """Whether a block is one of MobileNetV2, which the op `inverted_residual` takes: clips alone
+    between its layers, and a depthwise of a small window. Every other one is for the op `mbconv`.
+    """
+    only_clips = not gated and not any(isinstance(clip, str) for clip in clips)
+    return only_clips and not dense and kernel_size != 7 and dilation <= 2
+
+
 # (expand_ratio t, out_channels c, repeats n, stride s of the first repeat), paper Table 2.
 MOBILENET_V2_SETTINGS = (
     (1, 16, 1, 1),

@@ -27,6 +27,7 @@ from .config import (
     BlockConfig,
     Padding,
     Scale,
+    is_classic,
     output_size,
 )
 
@@ -100,11 +101,6 @@ class FoldedWeights:
     def is_dense(self) -> bool:
         """Whether a convolution of all channels is in the place of expansion and depthwise."""
         return self.w_expand is None and self.w_dw.dim() == 4
-
-    @property
-    def is_classic(self) -> bool:
-        """Whether it is a block of MobileNetV2 but for its window: depthwise, with clips alone."""
-        return not self.is_dense and _only_clips(self.clips(), self.gate)
 
     def __repr__(self) -> str:
         """Shapes instead of values."""
@@ -226,13 +222,9 @@ class BlockLayers:
 
     @property
     def is_classic(self) -> bool:
-        """Whether the op computes a block of MobileNetV2, with a small depthwise and only clips."""
-        is_small = self.config.kernel_size < 7 and self.config.dilation <= 2
-        return is_small and not self.config.dense and _only_clips(self.clips, self.gate)
-
-
-def _only_clips(between: tuple[Activation, ...], gate: object) -> bool:
-    return gate is None and not any(isinstance(activation, str) for activation in between)
+        """Whether the op that computes them is `inverted_residual`."""
+        c = self.config
+        return is_classic(self.clips, self.gate is not None, c.dense, c.kernel_size, c.dilation)
 
 
 def fold_layers(layers: BlockLayers) -> FoldedWeights:

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..block.config import MAX_EXTENT, BlockConfig, Clip, Padding, same_padding
+from ..block.config import (
+    MAX_EXTENT,
+    BlockConfig,
+    Clip,
+    Padding,
+    is_classic,
+    same_padding,
+)
 from ..block.fold import FoldedWeights
 from . import gradients, reference, triton
 from .backends import Block, choose, count, load
@@ -142,7 +149,8 @@ def op_arguments(weights: FoldedWeights, config: BlockConfig) -> OpArguments | M
 def _arguments(
     weights: FoldedWeights, kernel_size: int, settings: tuple[int, Padding, int, bool]
 ) -> OpArguments | MBConvArguments:
-    if weights.is_classic and kernel_size != 7 and settings[2] <= 2:
+    kind = (weights.gate is not None, weights.is_dense, kernel_size, settings[2])
+    if is_classic(weights.clips(), *kind):
         return OpArguments(*weights.tensors(), *settings, *weights.clips())
     return mbconv_arguments(weights, settings)
 

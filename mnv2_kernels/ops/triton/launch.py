@@ -160,12 +160,12 @@ def inverted_residual(
     if x.shape[0] == 0:
         return y
     x = x.contiguous(memory_format=torch.channels_last)
-    tensors = dense((w_expand, b_expand, w_dw, b_dw, w_project, b_project), w_dw)
+    tensors = contiguous((w_expand, b_expand, w_dw, b_dw, w_project, b_project), w_dw)
     run(inverted_residual_patch, (x, *tensors, y), prepared.launch, prepared.options)
     return y
 
 
-def dense(tensors: tuple[Tensor | None, ...], instead: Tensor) -> list[Tensor]:
+def contiguous(tensors: tuple[Tensor | None, ...], instead: Tensor) -> list[Tensor]:
     """Contiguous; for a missing tensor `instead`, a pointer that the kernel never follows."""
     return [(instead if t is None else t).contiguous() for t in tensors]
 

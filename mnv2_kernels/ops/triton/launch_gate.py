@@ -14,7 +14,7 @@ from ...block.config import NO_CLIP, BlockConfig, Padding
 from . import configs, precision
 from .configs import PatchConfig
 from .gate import depthwise_sums, excitation, gated_projection
-from .launch import Launch, block_of, dense, depthwise_constants, inverted_residual, run
+from .launch import Launch, block_of, contiguous, depthwise_constants, inverted_residual, run
 
 EXCITATION_OPTIONS = {"num_warps": 8}
 PROJECTION_OPTIONS = {"num_warps": 4, "num_stages": 2}
@@ -158,7 +158,7 @@ def mbconv(
         return y
     hidden = block.hidden_channels
     x = x.contiguous(memory_format=torch.channels_last)
-    weights = dense((*of_block, w_squeeze, b_squeeze, w_excite, b_excite), w_dw)
+    weights = contiguous((*of_block, w_squeeze, b_squeeze, w_excite, b_excite), w_dw)
     kept = x.new_empty((batch, *size, hidden))
     sums = x.new_empty((batch, planned.image_tiles, hidden), dtype=torch.float32)
     gate = x.new_empty((batch, hidden), dtype=torch.float32)
