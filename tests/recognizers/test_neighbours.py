@@ -1,4 +1,4 @@
-"""What belongs to a block: a depthwise before it, or one of two convolutions that follow each other."""
+"""What belongs to a block: a depthwise before it, or one of two convolutions in a row."""
 
 from math import inf
 
