@@ -10,6 +10,8 @@ namespace {
 // Expansion, depthwise output and their gradients of one band: they stay in L2.
 constexpr int64_t kBandFloats = 96 * 1024;
 constexpr int64_t kMostChannels = 64;
+// The same of one chunk of a whole batch, which is worth more: nothing is computed twice.
+constexpr int64_t kWholeBatchFloats = 512 * 1024;
 // More tasks than most machines have cores would cost more memory than they save time.
 constexpr int64_t kTasks = 8;
 
@@ -47,14 +49,32 @@ BackwardSchedule choose_backward_schedule(const BlockSizes& sizes, int64_t lanes
     return schedule;
 }
 
+BackwardSchedule choose_training_schedule(const BlockSizes& sizes, int64_t lanes) {
+    const int64_t pixels = sizes.N * 2 * (sizes.H * sizes.W + sizes.H_out * sizes.W_out);
+    const int64_t fit = kWholeBatchFloats / pixels / lanes * lanes;
+    if (fit < std::min(2 * lanes, round_up(sizes.hidden_channels, lanes)))
+        return choose_backward_schedule(sizes, lanes);
+    BackwardSchedule schedule{};
+    const int64_t most = std::min({round_up(sizes.hidden_channels, lanes), kMostChannels, fit});
+    const int64_t chunks = ceil_div(sizes.hidden_channels, most);
+    schedule.chunk = round_up(ceil_div(sizes.hidden_channels, chunks), lanes);
+    schedule.chunks = ceil_div(sizes.hidden_channels, schedule.chunk);
+    schedule.groups = std::min(schedule.chunks, kTasks);
+    schedule.rows = sizes.H_out, schedule.in_rows = sizes.H;
+    schedule.grad_rows = schedule.rows + rows_kept(sizes);
+    schedule.images = sizes.N, schedule.whole_batch = true;
+    return schedule;
+}
+
 int64_t backward_scratch(const BlockSizes& sizes, const BackwardSchedule& schedule) {
-    const int64_t weights = 2 * sizes.kernel_size * sizes.kernel_size + 2 +
+    const int64_t weights = 2 * sizes.kernel_size * sizes.kernel_size + 6 +
                             sizes.in_channels * sizes.expansion + sizes.out_channels;
     const int64_t pixels = 2 * schedule.in_rows * sizes.W + 2 * schedule.rows * sizes.W_out;
     return schedule.chunk * (schedule.images * pixels + rows_kept(sizes) * sizes.W_out + weights);
 }
 
 BackwardSplit choose_backward_split(const BlockSizes& sizes, const BackwardSchedule& schedule) {
+    if (schedule.whole_batch) return {1, schedule.groups};
     const int64_t x = sizes.N * sizes.H * sizes.W * sizes.in_channels;
     const int64_t weights =
         sizes.hidden_channels * (sizes.in_channels * sizes.expansion +
@@ -70,6 +90,21 @@ BackwardSplit choose_backward_split(const BlockSizes& sizes, const BackwardSched
             best = {images, hidden}, best_floats = floats;
     }
     return best;
+}
+
+BackwardSplit choose_moments_split(const BlockSizes& sizes, const BackwardSchedule& schedule) {
+    const int64_t images = schedule.whole_batch ? 1 : ceil_div(kTasks, schedule.groups);
+    return {std::clamp<int64_t>(images, 1, std::max<int64_t>(sizes.N, 1)), schedule.groups};
+}
+
+void merge_moments(Moments more, int64_t channels, double count, double before, Moments moments) {
+    for (int64_t i = 0; i < channels; i++) {
+        double &mean = moments.mean[i], &squares = moments.squares[i];
+        if (before == 0) mean = more.mean[i], squares = 0;
+        const double apart = more.mean[i] - mean;
+        mean += apart * count / (before + count);
+        squares += more.squares[i] + apart * apart * before * count / (before + count);
+    }
 }
 
 const BackwardKernel& select_backward_kernel(const char* name) {

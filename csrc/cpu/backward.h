@@ -7,11 +7,37 @@
 
 namespace mnv2::cpu {
 
+// Means of channels and sums of squared deviations from them.
+struct Moments {
+    double *mean, *squares;
+};
+
+// Adds the moments of `count` pixels to those of `before` (Chan, Golub, LeVeque: Updating formulae
+// and a pairwise algorithm for computing sample variances, 1979).
+void merge_moments(Moments more, int64_t channels, double count, double before, Moments moments);
+
+// A batch norm between depthwise and clip_dw that uses the statistics of the batch. w_dw and b_dw
+// give what is normalised already, v, and clip_dw is applied to z = gamma * v + beta. The gradient
+// of v needs sums over the whole batch first; where all images go through together they are there
+// in time, otherwise two calls share the work.
+struct LiveNorm {
+    enum class Pass { together, sums, gradients };
+
+    Pass pass;
+    const float *gamma, *beta;  // (hidden_channels,)
+    double* sums;               // (2, hidden_channels): of the gradient of z, of that times v
+    double pixels;              // N * H_out * W_out
+};
+
 // A float32 block with its weights and the gradient of what its projection gives; its clip_project
 // and residual are the caller's. Where the block has no expansion, w_expand is nullptr.
 struct BackwardArgs : BlockArgs {
-    const float* x;       // (N, H, W, in_channels)
-    const float* grad_y;  // (N, H_out, W_out, out_channels)
+    const float* x;        // (N, H, W, in_channels)
+    const float* grad_y;   // (N, H_out, W_out, out_channels)
+    const LiveNorm* norm;  // nullptr: the depthwise has none, or it is folded
+    // Where this is not nullptr, a call only writes the moments of the depthwise result over its
+    // images, and needs no grad_y.
+    const Moments* moments;
 };
 
 // Where gradients go; nullptr: not needed. Those of weights and biases are laid out like these and
@@ -26,9 +52,10 @@ struct Gradients {
 struct BackwardSchedule {
     int64_t chunk;  // hidden channels, a multiple of the lanes
     int64_t chunks;
-    int64_t groups;  // of chunks: each has a sum for grad_x, and these are added up in order
-    int64_t rows;    // output rows of a band
-    int64_t images;  // that go through together: 1 where an image has several bands
+    int64_t groups;    // of chunks: each has a sum for grad_x, and these are added up in order
+    int64_t rows;      // output rows of a band
+    int64_t images;    // that go through together: 1 where an image has several bands
+    bool whole_batch;  // all of them, at any number of tasks
     // Of the scratch: input rows (expansion and its gradient), output rows of the gradient.
     int64_t in_rows, grad_rows;
 };
@@ -37,6 +64,10 @@ struct BackwardSchedule {
 constexpr int64_t rows_kept(const BlockSizes& sizes) { return extent(sizes) / sizes.stride; }
 
 BackwardSchedule choose_backward_schedule(const BlockSizes& sizes, int64_t lanes);
+
+// The same for batch norms that use the statistics of the batch: all images go through together
+// where a chunk of them fits the cache, so that nothing is computed twice.
+BackwardSchedule choose_training_schedule(const BlockSizes& sizes, int64_t lanes);
 
 // Floats of one thread's scratch.
 int64_t backward_scratch(const BlockSizes& sizes, const BackwardSchedule& schedule);
@@ -50,6 +81,9 @@ struct BackwardSplit {
 };
 
 BackwardSplit choose_backward_split(const BlockSizes& sizes, const BackwardSchedule& schedule);
+
+// The same of a call that only writes moments: chunks are split first, since they share nothing.
+BackwardSplit choose_moments_split(const BlockSizes& sizes, const BackwardSchedule& schedule);
 
 // Images [image_begin, image_end) of groups [group_begin, group_end). `sum_of_x` has room for the
 // gradient of these images' x; it is only used for more than one group of a block with expansion.
@@ -65,12 +99,66 @@ using FoldFn = void (*)(const float* weight, const double* scale, int64_t rows, 
 using UnfoldFn = void (*)(const float* gradient, const float* weight, const double* scale,
                           int64_t rows, int64_t columns, float* of_weight, double* of_scale);
 
+// What batch norms over whole batches need, of rows of `channels` numbers, one a pixel. `before` is
+// the number of pixels that are in `moments` already.
+using AddMomentsFn = void (*)(const float* rows, int64_t pixels, int64_t channels, int64_t before,
+                              Moments moments);
+
+// covariance (channels, channels) += the sum of d' d, d being a row less `mean`. The scratch has
+// room for `covariance_scratch` floats.
+using AddCovarianceFn = void (*)(const float* rows, int64_t pixels, int64_t channels,
+                                 const float* mean, double* covariance, float* scratch);
+
+// A vector of every channel.
+struct Affine {
+    const float *mean, *scale, *shift;
+};
+
+// out = (rows - mean) * scale + shift, then + residual unless that is nullptr.
+using NormalizeFn = void (*)(const float* rows, int64_t pixels, int64_t channels, Affine affine,
+                             const float* residual, float* out);
+
+// sums (2, channels) += the gradient, and the gradient times (row - mean).
+using AddNormSumsFn = void (*)(const float* gradient, const float* rows, int64_t pixels,
+                               int64_t channels, const float* mean, double* sums);
+
+// out = gradient * factor - ((rows - mean) * scale + shift).
+using NormGradientFn = void (*)(const float* gradient, const float* rows, int64_t pixels,
+                                int64_t channels, const float* factor, Affine affine, float* out);
+
+// out (pixels, columns) += (rows - mean) weight + bias, then + residual unless that is nullptr; the
+// weight is (channels, columns). The scratch is that of a covariance.
+struct CentredProduct {
+    const float *rows, *mean, *weight, *bias, *residual;
+    int64_t pixels, channels, columns;
+    float *out, *scratch;
+};
+using AddCentredProductFn = void (*)(const CentredProduct& product);
+
+// out (rows, columns) = a (rows, depth) b (depth, columns), and the same with a (depth, rows).
+using MultiplyFn = void (*)(const float* a, const float* b, int64_t rows, int64_t depth,
+                            int64_t columns, float* out);
+
+// Pixels that are centred at once.
+constexpr int64_t kCentredPixels = 256;
+
+constexpr int64_t covariance_scratch(int64_t channels) {
+    return kCentredPixels * channels + channels * channels;
+}
+
 // The same for every instruction set, by the name of its row in kernels.h.
 struct BackwardKernel {
     const char* name;
     BackwardFn run;
     FoldFn fold;
     UnfoldFn unfold;
+    AddMomentsFn add_moments;
+    AddCovarianceFn add_covariance;
+    NormalizeFn normalize;
+    AddNormSumsFn add_norm_sums;
+    NormGradientFn norm_gradient;
+    AddCentredProductFn add_centred_product;
+    MultiplyFn multiply, multiply_transposed;
 };
 
 const BackwardKernel& select_backward_kernel(const char* name);

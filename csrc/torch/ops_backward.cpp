@@ -8,7 +8,7 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
+#include <utility>
 #include <vector>
 
 #include "../cpu/backward.h"
@@ -20,7 +20,7 @@ namespace mnv2::cpu {
 
 namespace {
 
-constexpr size_t kTensors = 6;
+constexpr size_t kTensors = BackwardCall::kTensors;
 
 using Tensors = std::array<at::Tensor, kTensors>;
 
@@ -35,46 +35,59 @@ Gradients pointers(const Tensors& tensors) {
     return {p[0], p[1], p[2], p[3], p[4], p[5]};
 }
 
+// run(image range, group range, scratch) for every task of a split, on torch's threads.
+template <class Run>
+void run_tasks(const BackwardSplit& split, int64_t floats, const Run& run) {
+    const int64_t threads = std::min<int64_t>(at::get_num_threads(), split.images * split.hidden);
+    const at::Tensor scratch = at::empty({threads * floats}, at::TensorOptions().dtype(at::kFloat));
+    auto* const begin = scratch.mutable_data_ptr<float>();
+    torch_threads(threads).run(split.images * split.hidden, [&](int64_t task, int64_t thread) {
+        run(task / split.hidden, task % split.hidden, begin + thread * floats);
+    });
+}
+
+// Part `index` of `parts` of [0, size).
+std::pair<int64_t, int64_t> part_of(int64_t size, int64_t index, int64_t parts) {
+    return {index * size / parts, (index + 1) * size / parts};
+}
+
 }  // namespace
 
-std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor& x,
-                                     const OptionalTensor& w_expand, const OptionalTensor& b_expand,
-                                     const at::Tensor& w_dw, const OptionalTensor& b_dw,
-                                     const at::Tensor& w_project, int64_t stride,
-                                     at::IntArrayRef padding, int64_t dilation,
-                                     at::ArrayRef<double> clip_expand, at::ArrayRef<double> clip_dw,
-                                     std::array<bool, kTensors> needs_grad) {
-    constexpr double kUnbounded[] = {-INFINITY, INFINITY};
-    const OptionalTensor no_bias;
-    Call call =
-        make_call({"inverted_residual", x, w_expand, b_expand, w_dw, b_dw, w_project, no_bias,
-                   stride, padding, dilation, false, clip_expand, clip_dw, kUnbounded});
-    TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat && grad_y.scalar_type() == at::kFloat,
-                     "inverted_residual: x and grad_y must be float32 for the CPU kernel, got ",
-                     x.scalar_type(), " and ", grad_y.scalar_type());
-    TORCH_CHECK_VALUE(grad_y.sizes() == call.y.sizes(),
-                      "inverted_residual: grad_y must have the shape of the result, ",
-                      call.y.sizes(), ", got ", grad_y.sizes());
-    check_memory("inverted_residual", "grad_y", grad_y);
-    call.y.reset();
-    const at::Tensor grad = grad_y.contiguous(at::MemoryFormat::ChannelsLast);
-
-    BackwardArgs args{};
+BackwardCall::BackwardCall(const OpArguments& arguments) : call(make_call(arguments)) {
+    TORCH_CHECK_TYPE(arguments.x.scalar_type() == at::kFloat,
+                     "inverted_residual: x must be float32 for the CPU kernel, got ",
+                     arguments.x.scalar_type());
     static_cast<BlockSizes&>(args) = call.sizes;
     args.element = Element::single;
     call.set_weights(args);
     args.x = static_cast<const float*>(call.pointer(0));
+    call.y.reset();
+}
+
+void BackwardCall::set_grad_y(const at::Tensor& grad_y) {
+    const std::array<int64_t, 4> sizes{args.N, args.out_channels, args.H_out, args.W_out};
+    const at::IntArrayRef shape(sizes);
+    TORCH_CHECK_TYPE(grad_y.scalar_type() == at::kFloat,
+                     "inverted_residual: grad_y must be float32 for the CPU kernel, got ",
+                     grad_y.scalar_type());
+    TORCH_CHECK_VALUE(grad_y.sizes() == shape,
+                      "inverted_residual: grad_y must have the shape of the result, ", shape,
+                      ", got ", grad_y.sizes());
+    check_memory("inverted_residual", "grad_y", grad_y);
+    grad = grad_y.contiguous(at::MemoryFormat::ChannelsLast);
     args.grad_y = grad.const_data_ptr<float>();
+}
 
-    const BackwardSchedule schedule = choose_backward_schedule(args, kernel().lanes);
+std::vector<at::Tensor> BackwardCall::gradients(const BackwardSchedule& schedule,
+                                                std::array<bool, kTensors> needs_grad) const {
     const BackwardSplit split = choose_backward_split(args, schedule);
-
     // parts[i] of range i of images, x_parts[i] of range i of groups.
     std::vector<Tensors> parts(split.images);
     std::vector<at::Tensor> x_parts(split.hidden);
     for (size_t i = 1; i < kTensors; i++)
         if (needs_grad[i] && call.inputs[i].defined())
             for (Tensors& part : parts) part[i] = zeros_like(call.inputs[i]);
+    const at::Tensor& x = call.inputs[0];
     if (needs_grad[0])
         // All channels of a pixel are one slice of hidden ones where there is no expansion.
         for (size_t i = 0; i < x_parts.size(); i++)
@@ -86,20 +99,47 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor&
     const bool sums_x = needs_grad[0] && args.expansion && split.hidden < schedule.groups;
     const int64_t most_images = ceil_div(args.N, split.images);
     const int64_t x_floats = sums_x ? aligned(most_images * args.H * args.W * args.in_channels) : 0;
-    const int64_t threads = std::min<int64_t>(at::get_num_threads(), split.images * split.hidden);
-    const at::Tensor scratch =
-        at::empty({threads * (floats + x_floats)}, at::TensorOptions().dtype(at::kFloat));
-    auto* const scratch_begin = scratch.mutable_data_ptr<float>();
     const BackwardFn run = select_backward_kernel(kernel().name).run;
-    torch_threads(threads).run(split.images * split.hidden, [&](int64_t task, int64_t thread) {
-        const int64_t images = task / split.hidden, hidden = task % split.hidden;
+    const auto run_pass = [&](const BackwardArgs& of_pass, int64_t images, int64_t hidden,
+                              const Gradients& out, float* scratch) {
+        const auto [image_begin, image_end] = part_of(args.N, images, split.images);
+        const auto [group_begin, group_end] = part_of(schedule.groups, hidden, split.hidden);
+        run(of_pass, schedule, out, image_begin, image_end, group_begin, group_end,
+            scratch + floats, scratch);
+    };
+    const auto outputs = [&](int64_t images, int64_t hidden) {
         Tensors own = parts[images];
         own[0] = x_parts[hidden];
-        float* const mine = scratch_begin + thread * (floats + x_floats);
-        run(args, schedule, pointers(own), images * args.N / split.images,
-            (images + 1) * args.N / split.images, hidden * schedule.groups / split.hidden,
-            (hidden + 1) * schedule.groups / split.hidden, mine + floats, mine);
-    });
+        return pointers(own);
+    };
+    LiveNorm norm = args.norm == nullptr ? LiveNorm{} : *args.norm;
+    BackwardArgs of_pass = args;
+    if (args.norm != nullptr) of_pass.norm = &norm;
+    norm.pass = LiveNorm::Pass::together;
+    bool has_gradients = true;
+    if (args.norm != nullptr && !schedule.whole_batch) {
+        const int64_t numbers = 2 * args.hidden_channels;
+        std::vector<double> sums(split.images * numbers, 0);
+        run_tasks(split, floats, [&](int64_t images, int64_t hidden, float* scratch) {
+            LiveNorm own = norm;
+            own.pass = LiveNorm::Pass::sums, own.sums = &sums[images * numbers];
+            BackwardArgs with_own = args;
+            with_own.norm = &own;
+            Gradients out{};
+            out.w_project = outputs(images, hidden).w_project;
+            run_pass(with_own, images, hidden, out, scratch);
+        });
+        for (size_t i = 0; i < sums.size(); i++) norm.sums[i % numbers] += sums[i];
+        norm.pass = LiveNorm::Pass::gradients;
+        has_gradients = std::any_of(needs_grad.begin(), needs_grad.end() - 1,
+                                    [](bool needed) { return needed; });
+    }
+    if (has_gradients)
+        run_tasks(split, floats + x_floats, [&](int64_t images, int64_t hidden, float* scratch) {
+            Gradients out = outputs(images, hidden);
+            if (norm.pass == LiveNorm::Pass::gradients) out.w_project = nullptr;
+            run_pass(of_pass, images, hidden, out, scratch);
+        });
 
     std::vector<at::Tensor> gradients;
     for (size_t i = 0; i < kTensors; i++) {
@@ -112,6 +152,46 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor&
         gradients.push_back(sum);
     }
     return gradients;
+}
+
+void BackwardCall::depthwise_moments(double* mean, double* squares) const {
+    const BackwardSchedule schedule = choose_training_schedule(args, kernel().lanes);
+    const BackwardSplit split = choose_moments_split(args, schedule);
+    const int64_t channels = args.hidden_channels;
+    std::vector<double> means(split.images * channels), sums(split.images * channels);
+    const BackwardFn run = select_backward_kernel(kernel().name).run;
+    run_tasks(split, backward_scratch(args, schedule),
+              [&](int64_t images, int64_t hidden, float* scratch) {
+                  const Moments own{&means[images * channels], &sums[images * channels]};
+                  BackwardArgs with_own = args;
+                  with_own.moments = &own;
+                  const auto [image_begin, image_end] = part_of(args.N, images, split.images);
+                  const auto [begin, end] = part_of(schedule.groups, hidden, split.hidden);
+                  run(with_own, schedule, {}, image_begin, image_end, begin, end, nullptr, scratch);
+              });
+    double before = 0;
+    for (int64_t images = 0; images < split.images; images++) {
+        const auto [image_begin, image_end] = part_of(args.N, images, split.images);
+        const auto pixels =
+            static_cast<double>((image_end - image_begin) * args.H_out * args.W_out);
+        merge_moments({&means[images * channels], &sums[images * channels]}, channels, pixels,
+                      before, {mean, squares});
+        before += pixels;
+    }
+}
+
+std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor& x,
+                                     const OptionalTensor& w_expand, const OptionalTensor& b_expand,
+                                     const at::Tensor& w_dw, const OptionalTensor& b_dw,
+                                     const at::Tensor& w_project, int64_t stride,
+                                     at::IntArrayRef padding, int64_t dilation,
+                                     at::ArrayRef<double> clip_expand, at::ArrayRef<double> clip_dw,
+                                     std::array<bool, kTensors> needs_grad) {
+    const OptionalTensor no_bias;
+    BackwardCall call({"inverted_residual", x, w_expand, b_expand, w_dw, b_dw, w_project, no_bias,
+                       stride, padding, dilation, false, clip_expand, clip_dw, kUnbounded});
+    call.set_grad_y(grad_y);
+    return call.gradients(choose_backward_schedule(call.args, kernel().lanes), needs_grad);
 }
 
 TORCH_LIBRARY_IMPL(mnv2, CPU, m) { m.impl("inverted_residual_backward_cpu", &backward_cpu); }

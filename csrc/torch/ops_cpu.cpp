@@ -1,4 +1,6 @@
 // The op on CPU tensors: scratch for torch's threads, and one call of the kernel.
+#include "ops_cpu.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -11,7 +13,6 @@
 
 #include "../cpu/run_block.h"
 #include "cpu.h"
-#include "host.h"
 
 namespace mnv2::cpu {
 
@@ -29,6 +30,8 @@ void print_once(const BlockStep& block) {
     if (printed.insert(line).second)
         std::fprintf(stderr, "mnv2 %s %s\n", kernel().name, line.c_str());
 }
+
+}  // namespace
 
 at::Tensor run_op(const OpArguments& arguments) {
     Call call = make_call(arguments);
@@ -53,6 +56,8 @@ at::Tensor run_op(const OpArguments& arguments) {
               begin + threads * floats, torch_threads(threads));
     return call.y;
 }
+
+namespace {
 
 // mnv2_kernels/ops/mbconv.py. bounds: of the clips after expansion, depthwise, projection, squeeze.
 at::Tensor mbconv(const at::Tensor& x, const OptionalTensor& w_expand,

@@ -47,6 +47,16 @@ _library.define(
     " Tensor?[] layers, float[] eps, int stride, int[4] padding, int dilation, bool residual,"
     " float[2] clip_expand, float[2] clip_dw, bool[19] needs_grad) -> Tensor[]"
 )
+_library.define(
+    "inverted_residual_training_cpu(Tensor x, Tensor?[] layers, float[] eps, bool[3] live,"
+    " int stride, int[4] padding, int dilation, bool residual, float[2] clip_expand,"
+    " float[2] clip_dw) -> Tensor[]"
+)
+_library.define(
+    "inverted_residual_training_backward_cpu(Tensor grad_y, Tensor x, Tensor?[] layers,"
+    " Tensor[] saved, float[] eps, bool[3] live, int stride, int[4] padding, int dilation,"
+    " bool residual, float[2] clip_expand, float[2] clip_dw, bool[19] needs_grad) -> Tensor[]"
+)
 
 
 def run_with_gradients(
