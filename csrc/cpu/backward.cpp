@@ -50,7 +50,7 @@ BackwardSchedule choose_backward_schedule(const BlockSizes& sizes, int64_t lanes
 }
 
 BackwardSchedule choose_training_schedule(const BlockSizes& sizes, int64_t lanes) {
-    const int64_t pixels = sizes.N * 2 * (sizes.H * sizes.W + sizes.H_out * sizes.W_out);
+    const int64_t pixels = sizes.N * (3 * sizes.H * sizes.W + 2 * sizes.H_out * sizes.W_out);
     const int64_t fit = kWholeBatchFloats / pixels / lanes * lanes;
     if (fit < std::min(2 * lanes, round_up(sizes.hidden_channels, lanes)))
         return choose_backward_schedule(sizes, lanes);
@@ -67,9 +67,11 @@ BackwardSchedule choose_training_schedule(const BlockSizes& sizes, int64_t lanes
 }
 
 int64_t backward_scratch(const BlockSizes& sizes, const BackwardSchedule& schedule) {
-    const int64_t weights = 2 * sizes.kernel_size * sizes.kernel_size + 6 +
+    const int64_t weights = 2 * sizes.kernel_size * sizes.kernel_size + 10 +
                             sizes.in_channels * sizes.expansion + sizes.out_channels;
-    const int64_t pixels = 2 * schedule.in_rows * sizes.W + 2 * schedule.rows * sizes.W_out;
+    const int64_t of_expansion = schedule.whole_batch ? 3 : 2;
+    const int64_t pixels =
+        of_expansion * schedule.in_rows * sizes.W + 2 * schedule.rows * sizes.W_out;
     return schedule.chunk * (schedule.images * pixels + rows_kept(sizes) * sizes.W_out + weights);
 }
 

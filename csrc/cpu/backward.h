@@ -16,25 +16,27 @@ struct Moments {
 // and a pairwise algorithm for computing sample variances, 1979).
 void merge_moments(Moments more, int64_t channels, double count, double before, Moments moments);
 
-// A batch norm between depthwise and clip_dw that uses the statistics of the batch. w_dw and b_dw
-// give what is normalised already, v, and clip_dw is applied to z = gamma * v + beta. The gradient
-// of v needs sums over the whole batch first; where all images go through together they are there
-// in time, otherwise two calls share the work.
+// A batch norm that uses the statistics of the batch, after the expansion or the depthwise. The
+// weights and the bias before it give what is normalised already, v, and the clip after it is
+// applied to z = gamma * v + beta. The gradient of v needs sums over the whole batch first.
 struct LiveNorm {
-    enum class Pass { together, sums, gradients };
-
-    Pass pass;
     const float *gamma, *beta;  // (hidden_channels,)
     double* sums;               // (2, hidden_channels): of the gradient of z, of that times v
-    double pixels;              // N * H_out * W_out
+    double pixels;              // of the batch: N * H * W, or N * H_out * W_out
 };
+
+// Where all images go through together the sums are there in time; otherwise two calls share the
+// work, and the expansion has no live norm.
+enum class Pass { together, sums, gradients };
 
 // A float32 block with its weights and the gradient of what its projection gives; its clip_project
 // and residual are the caller's. Where the block has no expansion, w_expand is nullptr.
 struct BackwardArgs : BlockArgs {
-    const float* x;        // (N, H, W, in_channels)
-    const float* grad_y;   // (N, H_out, W_out, out_channels)
-    const LiveNorm* norm;  // nullptr: the depthwise has none, or it is folded
+    const float* x;       // (N, H, W, in_channels)
+    const float* grad_y;  // (N, H_out, W_out, out_channels)
+    // nullptr: there is none, or it is folded.
+    const LiveNorm *norm_expand, *norm_dw;
+    Pass pass;
     // Where this is not nullptr, a call only writes the moments of the depthwise result over its
     // images, and needs no grad_y.
     const Moments* moments;
@@ -90,6 +92,22 @@ BackwardSplit choose_moments_split(const BlockSizes& sizes, const BackwardSchedu
 using BackwardFn = void (*)(const BackwardArgs&, const BackwardSchedule&, const Gradients&,
                             int64_t image_begin, int64_t image_end, int64_t group_begin,
                             int64_t group_end, float* sum_of_x, float* scratch);
+
+// The same norm in the forward pass. The weights before it are as they are, and its statistics are
+// written: the mean and the biased variance of what they give.
+struct ForwardNorm {
+    const float *gamma, *beta;
+    double eps;
+    double *mean, *var;
+};
+
+// What the projection gives of some groups of chunks, for a schedule of the whole batch, without
+// the projection's bias. Overwrites `projected` (N, H_out, W_out, out_channels); nullptr in the
+// place of a norm: there is none, or it is folded.
+using TrainingForwardFn = void (*)(const BackwardArgs&, const BackwardSchedule&,
+                                   const ForwardNorm* norm_expand, const ForwardNorm* norm_dw,
+                                   int64_t group_begin, int64_t group_end, float* projected,
+                                   float* scratch);
 
 // The folded weight (columns, rows) of a convolution's weight (rows, columns).
 using FoldFn = void (*)(const float* weight, const double* scale, int64_t rows, int64_t columns,
@@ -152,6 +170,7 @@ struct BackwardKernel {
     BackwardFn run;
     FoldFn fold;
     UnfoldFn unfold;
+    TrainingForwardFn train;
     AddMomentsFn add_moments;
     AddCovarianceFn add_covariance;
     NormalizeFn normalize;

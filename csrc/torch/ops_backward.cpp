@@ -112,32 +112,30 @@ std::vector<at::Tensor> BackwardCall::gradients(const BackwardSchedule& schedule
         own[0] = x_parts[hidden];
         return pointers(own);
     };
-    LiveNorm norm = args.norm == nullptr ? LiveNorm{} : *args.norm;
     BackwardArgs of_pass = args;
-    if (args.norm != nullptr) of_pass.norm = &norm;
-    norm.pass = LiveNorm::Pass::together;
+    of_pass.pass = Pass::together;
     bool has_gradients = true;
-    if (args.norm != nullptr && !schedule.whole_batch) {
+    if (args.norm_dw != nullptr && !schedule.whole_batch) {
         const int64_t numbers = 2 * args.hidden_channels;
         std::vector<double> sums(split.images * numbers, 0);
         run_tasks(split, floats, [&](int64_t images, int64_t hidden, float* scratch) {
-            LiveNorm own = norm;
-            own.pass = LiveNorm::Pass::sums, own.sums = &sums[images * numbers];
+            LiveNorm own = *args.norm_dw;
+            own.sums = &sums[images * numbers];
             BackwardArgs with_own = args;
-            with_own.norm = &own;
+            with_own.norm_dw = &own, with_own.pass = Pass::sums;
             Gradients out{};
             out.w_project = outputs(images, hidden).w_project;
             run_pass(with_own, images, hidden, out, scratch);
         });
-        for (size_t i = 0; i < sums.size(); i++) norm.sums[i % numbers] += sums[i];
-        norm.pass = LiveNorm::Pass::gradients;
+        for (size_t i = 0; i < sums.size(); i++) args.norm_dw->sums[i % numbers] += sums[i];
+        of_pass.pass = Pass::gradients;
         has_gradients = std::any_of(needs_grad.begin(), needs_grad.end() - 1,
                                     [](bool needed) { return needed; });
     }
     if (has_gradients)
         run_tasks(split, floats + x_floats, [&](int64_t images, int64_t hidden, float* scratch) {
             Gradients out = outputs(images, hidden);
-            if (norm.pass == LiveNorm::Pass::gradients) out.w_project = nullptr;
+            if (of_pass.pass == Pass::gradients) out.w_project = nullptr;
             run_pass(of_pass, images, hidden, out, scratch);
         });
 
@@ -154,8 +152,25 @@ std::vector<at::Tensor> BackwardCall::gradients(const BackwardSchedule& schedule
     return gradients;
 }
 
-void BackwardCall::depthwise_moments(double* mean, double* squares) const {
-    const BackwardSchedule schedule = choose_training_schedule(args, kernel().lanes);
+at::Tensor BackwardCall::train(const BackwardSchedule& schedule, const ForwardNorm* norm_expand,
+                               const ForwardNorm* norm_dw) const {
+    std::vector<at::Tensor> parts(schedule.groups);
+    for (at::Tensor& part : parts)
+        part = at::empty({args.N, args.out_channels, args.H_out, args.W_out},
+                         call.inputs[0].options(), at::MemoryFormat::ChannelsLast);
+    const TrainingForwardFn run = select_backward_kernel(kernel().name).train;
+    run_tasks({1, schedule.groups}, backward_scratch(args, schedule),
+              [&](int64_t, int64_t group, float* scratch) {
+                  run(args, schedule, norm_expand, norm_dw, group, group + 1,
+                      parts[group].mutable_data_ptr<float>(), scratch);
+              });
+    for (size_t i = 1; i < parts.size(); i++) parts[0].add_(parts[i]);
+    if (call.inputs[6].defined()) parts[0].add_(call.inputs[6].view({1, -1, 1, 1}));
+    return parts[0];
+}
+
+void BackwardCall::depthwise_moments(const BackwardSchedule& schedule, double* mean,
+                                     double* squares) const {
     const BackwardSplit split = choose_moments_split(args, schedule);
     const int64_t channels = args.hidden_channels;
     std::vector<double> means(split.images * channels), sums(split.images * channels);

@@ -17,8 +17,7 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
-#include <tuple>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -185,8 +184,8 @@ struct TrainedBlock {
     int64_t stride, dilation;
     at::IntArrayRef padding;
     at::ArrayRef<double> clip_expand, clip_dw;
-    OptionalTensor w_expand, b_expand, b_dw, b_project;
-    at::Tensor w_dw, w_project;
+    // Folded.
+    std::array<OptionalTensor, kStages> weights, biases;
 
     TrainedBlock(const c10::List<OptionalTensor>& layers, at::ArrayRef<double> eps_of,
                  const Live& live, int64_t stride, at::IntArrayRef padding, int64_t dilation,
@@ -209,28 +208,40 @@ struct TrainedBlock {
     bool expands() const { return stages[kExpand][kWeight].defined(); }
     bool is_live(InStages stage) const { return live[stage] && stages[stage][kWeight].defined(); }
 
-    void fold_expand() {
-        if (expands()) std::tie(w_expand, b_expand) = folded(kExpand, stages[kExpand]);
+    // A stage with a live norm as the convolution alone, without its bias but for the projection's:
+    // the statistics are those of what it gives.
+    Stage as_it_is(InStages stage) const {
+        if (!is_live(stage)) return stages[stage];
+        Stage plain = without_norm(stages[stage]);
+        if (stage != kProject) plain[kBias] = at::Tensor();
+        return plain;
     }
-    void fold_depthwise(const Stage& stage) { std::tie(w_dw, b_dw) = folded(kDepthwise, stage); }
-    // A live norm is left to what comes after the op.
-    void fold_project() {
-        const Stage& stage = stages[kProject];
-        std::tie(w_project, b_project) =
-            folded(kProject, live[kProject] ? without_norm(stage) : stage);
+
+    // Sets the op's weight and bias.
+    void fold(InStages which, const Stage& stage) {
+        if (!stage[kWeight].defined()) return;
+        Tensors found;
+        cpu::fold(stage, eps[which], found);
+        weights[which] = found[0];
+        biases[which] = found[1];
     }
 
     OpArguments arguments(const at::Tensor& x) const {
-        return {"inverted_residual", x,         w_expand,  b_expand, w_dw,     b_dw,
-                w_project,           b_project, stride,    padding,  dilation, false,
-                clip_expand,         clip_dw,   kUnbounded};
-    }
-
- private:
-    std::pair<at::Tensor, at::Tensor> folded(InStages which, const Stage& stage) const {
-        Tensors found;
-        fold(stage, eps[which], found);
-        return {found[0], found[1]};
+        return {"inverted_residual",
+                x,
+                weights[kExpand],
+                biases[kExpand],
+                *weights[kDepthwise],
+                biases[kDepthwise],
+                *weights[kProject],
+                biases[kProject],
+                stride,
+                padding,
+                dilation,
+                false,
+                clip_expand,
+                clip_dw,
+                kUnbounded};
     }
 };
 
@@ -242,6 +253,57 @@ at::Tensor like(const at::Tensor& images) {
     return at::empty(images.sizes(), images.options(), at::MemoryFormat::ChannelsLast);
 }
 
+// What a live norm computes with in a forward pass, and the statistics that it finds.
+struct Forward {
+    std::vector<float> gamma, beta;
+    Statistics found;
+    ForwardNorm norm;
+
+    Forward(const Stage& stage, double eps)
+        : gamma(rounded(numbers(stage[kGamma], stage[kWeight].size(0), 1))),
+          beta(rounded(numbers(stage[kBeta], stage[kWeight].size(0), 0))),
+          found{Numbers(gamma.size()), Numbers(gamma.size())},
+          norm{gamma.data(), beta.data(), eps, found.mean.data(), found.var.data()} {}
+};
+
+at::Tensor project_whole_batch(TrainedBlock& block, const BackwardCall& call,
+                               const BackwardSchedule& schedule) {
+    std::array<std::optional<Forward>, 2> norms;
+    for (const InStages stage : {kExpand, kDepthwise})
+        if (block.is_live(stage)) norms[stage].emplace(block.stages[stage], block.eps[stage]);
+    const auto norm = [&](InStages stage) { return norms[stage] ? &norms[stage]->norm : nullptr; };
+    const at::Tensor projected = call.train(schedule, norm(kExpand), norm(kDepthwise));
+    for (const InStages stage : {kExpand, kDepthwise})
+        if (norms[stage]) set_statistics(block.stages[stage], norms[stage]->found);
+    return projected;
+}
+
+// Statistics first, then the op as in inference; sets mean and covariance of x.
+at::Tensor project_by_bands(TrainedBlock& block, const at::Tensor& x,
+                            const BackwardSchedule& schedule, at::Tensor& x_mean,
+                            at::Tensor& x_covariance) {
+    if (block.is_live(kExpand)) {
+        Stage& stage = block.stages[kExpand];
+        const Rows rows(x);
+        const Statistics of_x = statistics(rows);
+        x_mean = vector_of(of_x.mean, at::kFloat);
+        x_covariance = covariance(rows, x_mean.const_data_ptr<float>());
+        set_statistics(stage, of_expansion(stage[kWeight], of_x.mean, x_covariance));
+        block.fold(kExpand, stage);
+    }
+    if (block.is_live(kDepthwise)) {
+        Stage& stage = block.stages[kDepthwise];
+        const BackwardCall call(block.arguments(x));
+        Statistics found{Numbers(call.args.hidden_channels), Numbers(call.args.hidden_channels)};
+        call.depthwise_moments(schedule, found.mean.data(), found.var.data());
+        const auto pixels = static_cast<double>(call.args.N * call.args.H_out * call.args.W_out);
+        for (double& n : found.var) n /= pixels;
+        set_statistics(stage, found);
+        block.fold(kDepthwise, stage);
+    }
+    return run_op(block.arguments(x));
+}
+
 // y, what the projection gives, mean and covariance of x, then mean and biased variance of every
 // stage (float64); empty: not there.
 Tensors train_forward(const at::Tensor& x_given, const c10::List<OptionalTensor>& layers,
@@ -251,31 +313,14 @@ Tensors train_forward(const at::Tensor& x_given, const c10::List<OptionalTensor>
     TrainedBlock block(layers, eps, live, stride, padding, dilation, clip_expand, clip_dw);
     const at::Tensor x = channels_last(x_given), none = at::empty({0}, at::kFloat);
     Tensors found(4 + 2 * kStages, none);
-    if (block.is_live(kExpand)) {
-        const Rows rows(x);
-        const Statistics of_x = statistics(rows);
-        const std::vector<float> mean = rounded(of_x.mean);
-        found[2] = vector_of(of_x.mean, at::kFloat);
-        found[3] = covariance(rows, mean.data());
-        set_statistics(block.stages[kExpand],
-                       of_expansion(block.stages[kExpand][kWeight], of_x.mean, found[3]));
-    }
-    block.fold_expand();
-    block.fold_project();
-    if (block.is_live(kDepthwise)) {
-        Stage& stage = block.stages[kDepthwise];
-        Stage plain = without_norm(stage);
-        plain[kBias] = at::Tensor();
-        block.fold_depthwise(plain);
-        const BackwardCall call(block.arguments(x));
-        Statistics of_dw{Numbers(call.args.hidden_channels), Numbers(call.args.hidden_channels)};
-        call.depthwise_moments(of_dw.mean.data(), of_dw.var.data());
-        const auto pixels = static_cast<double>(call.args.N * call.args.H_out * call.args.W_out);
-        for (double& n : of_dw.var) n /= pixels;
-        set_statistics(stage, of_dw);
-    }
-    block.fold_depthwise(block.stages[kDepthwise]);
-    const at::Tensor projected = run_op(block.arguments(x));
+    block.fold(kExpand, block.as_it_is(kExpand));
+    block.fold(kDepthwise, block.as_it_is(kDepthwise));
+    block.fold(kProject, block.as_it_is(kProject));
+    const BackwardCall call(block.arguments(x));
+    const BackwardSchedule schedule = choose_training_schedule(call.args, kernel().lanes);
+    const at::Tensor projected = schedule.whole_batch
+                                     ? project_whole_batch(block, call, schedule)
+                                     : project_by_bands(block, x, schedule, found[2], found[3]);
     if (!live[kProject]) {
         found[0] = residual ? projected.add(x) : projected;
     } else {
@@ -407,6 +452,23 @@ struct ExpansionNorm {
     }
 };
 
+// What a live norm computes with in a backward pass, and the gradients that it finds.
+struct OfNorm {
+    std::vector<float> gamma, beta;
+    // The kernel adds to them.
+    mutable Numbers sums;
+    LiveNorm norm;
+
+    OfNorm(const Stage& stage, int64_t channels, int64_t pixels)
+        : gamma(rounded(numbers(stage[kGamma], channels, 1))),
+          beta(rounded(numbers(stage[kBeta], channels, 0))),
+          sums(2 * channels, 0),
+          norm{gamma.data(), beta.data(), sums.data(), static_cast<double>(pixels)} {}
+
+    Numbers of_beta() const { return {sums.begin(), sums.begin() + sums.size() / 2}; }
+    Numbers of_gamma() const { return {sums.begin() + sums.size() / 2, sums.end()}; }
+};
+
 // Gradients, as far as they are needed, of x and of the layers. `saved`: what the forward pass gave
 // after y; the layers have its statistics in the place of theirs.
 Tensors train_backward(const at::Tensor& grad_y_given, const at::Tensor& x_given,
@@ -425,10 +487,16 @@ Tensors train_backward(const at::Tensor& grad_y_given, const at::Tensor& x_given
         const bool* const of_stage = &needs_grad[1 + stage * kOfStage];
         return std::any_of(of_stage, of_stage + kOfStage, [](bool n) { return n; });
     };
-    block.fold_expand();
-    block.fold_project();
+    block.fold(kExpand, block.stages[kExpand]);
+    block.fold(kProject, block.as_it_is(kProject));
     const Stage& depthwise = block.stages[kDepthwise];
-    block.fold_depthwise(live[kDepthwise] ? without_affine(depthwise) : depthwise);
+    block.fold(kDepthwise, live[kDepthwise] ? without_affine(depthwise) : depthwise);
+    const BackwardSchedule schedule =
+        choose_training_schedule(BackwardCall(block.arguments(x)).args, kernel().lanes);
+    const bool is_expand_live = block.is_live(kExpand);
+    // Otherwise what a live norm of the expansion adds follows from the covariance of x.
+    const bool is_norm_expand = is_expand_live && schedule.whole_batch;
+    if (is_norm_expand) block.fold(kExpand, without_affine(block.stages[kExpand]));
 
     BackwardCall call(block.arguments(x));
     OfProjection of_projection{grad_y, {}, {}};
@@ -437,27 +505,24 @@ Tensors train_backward(const at::Tensor& grad_y_given, const at::Tensor& x_given
     call.set_grad_y(of_projection.projected);
 
     const int64_t hidden = call.args.hidden_channels;
-    const auto pixels = static_cast<double>(call.args.N * call.args.H_out * call.args.W_out);
-    const std::vector<float> gamma = rounded(numbers(depthwise[kGamma], hidden, 1)),
-                             beta = rounded(numbers(depthwise[kBeta], hidden, 0));
-    Numbers sums(2 * hidden, 0);
-    const LiveNorm norm{LiveNorm::Pass::together, gamma.data(), beta.data(), sums.data(), pixels};
-    if (live[kDepthwise]) call.args.norm = &norm;
-    const bool is_expand_live = block.is_live(kExpand);
+    const OfNorm norm_expand(block.stages[kExpand], hidden,
+                             call.args.N * call.args.H * call.args.W);
+    const OfNorm norm_dw(depthwise, hidden, call.args.N * call.args.H_out * call.args.W_out);
+    if (is_norm_expand) call.args.norm_expand = &norm_expand.norm;
+    if (live[kDepthwise]) call.args.norm_dw = &norm_dw.norm;
     // A live norm of the expansion hands its gradient on to x through the sums of all of these.
-    const bool through_expand = needs_any(kExpand) || (is_expand_live && needs_grad[0]);
+    const bool through_expand =
+        block.expands() && (needs_any(kExpand) || (is_expand_live && needs_grad[0]));
     const bool needs_dw = needs_any(kDepthwise);
-    const Tensors gradients = call.gradients(
-        live[kDepthwise] ? choose_training_schedule(call.args, kernel().lanes)
-                         : choose_backward_schedule(call.args, kernel().lanes),
-        {needs_grad[0], through_expand && block.expands(), through_expand && block.expands(),
-         needs_dw, needs_dw && !live[kDepthwise], needs_any(kProject)});
+    const Tensors gradients =
+        call.gradients(schedule, {needs_grad[0], through_expand, through_expand && !is_norm_expand,
+                                  needs_dw, needs_dw && !live[kDepthwise], needs_any(kProject)});
 
     size_t next = 0;
     const auto take = [&](bool is_there) { return is_there ? gradients[next++] : at::Tensor(); };
     const at::Tensor of_x = take(needs_grad[0]);
-    const at::Tensor of_w_expand = take(through_expand && block.expands());
-    const at::Tensor of_b_expand = take(through_expand && block.expands());
+    const at::Tensor of_w_expand = take(through_expand);
+    const at::Tensor of_b_expand = take(through_expand && !is_norm_expand);
     const at::Tensor of_w_dw = take(needs_dw), of_b_dw = take(needs_dw && !live[kDepthwise]);
     const at::Tensor of_w_project = take(needs_any(kProject));
 
@@ -483,7 +548,10 @@ Tensors train_backward(const at::Tensor& grad_y_given, const at::Tensor& x_given
 
     const float* const added = residual ? grad_y.const_data_ptr<float>() : nullptr;
     if (needs_grad[0]) found.push_back(of_x);
-    if (is_expand_live) {
+    if (is_norm_expand) {
+        add_live(kExpand, without_affine(block.stages[kExpand]), of_w_expand,
+                 norm_expand.of_gamma(), norm_expand.of_beta());
+    } else if (is_expand_live) {
         if (through_expand) {
             const Stage& stage = block.stages[kExpand];
             const at::Tensor of_weight = at::empty(stage[kWeight].sizes(), at::kFloat);
@@ -503,14 +571,13 @@ Tensors train_backward(const at::Tensor& grad_y_given, const at::Tensor& x_given
             add(kExpand, kGamma, expand.of_gamma), add(kExpand, kBeta, expand.of_beta);
             if (needs_grad[0]) expand.add_to_x(of_x, added);
         }
-    } else {
-        if (block.expands()) add_frozen(kExpand, of_w_expand, of_b_expand);
-        if (needs_grad[0] && residual) of_x.add_(grad_y);
+    } else if (block.expands()) {
+        add_frozen(kExpand, of_w_expand, of_b_expand);
     }
+    if (needs_grad[0] && residual && (is_norm_expand || !is_expand_live)) of_x.add_(grad_y);
     if (live[kDepthwise])
-        add_live(kDepthwise, without_affine(depthwise), of_w_dw,
-                 Numbers(sums.begin() + hidden, sums.end()),
-                 Numbers(sums.begin(), sums.begin() + hidden));
+        add_live(kDepthwise, without_affine(depthwise), of_w_dw, norm_dw.of_gamma(),
+                 norm_dw.of_beta());
     else
         add_frozen(kDepthwise, of_w_dw, of_b_dw);
     if (live[kProject])
