@@ -47,16 +47,6 @@ _library.define(
     " Tensor?[] layers, float[] eps, int stride, int[4] padding, int dilation, bool residual,"
     " float[2] clip_expand, float[2] clip_dw, bool[19] needs_grad) -> Tensor[]"
 )
-_library.define(
-    "inverted_residual_training_cpu(Tensor x, Tensor?[] layers, float[] eps, bool[3] live,"
-    " int stride, int[4] padding, int dilation, bool residual, float[2] clip_expand,"
-    " float[2] clip_dw) -> Tensor[]"
-)
-_library.define(
-    "inverted_residual_training_backward_cpu(Tensor grad_y, Tensor x, Tensor?[] layers,"
-    " Tensor[] saved, float[] eps, bool[3] live, int stride, int[4] padding, int dilation,"
-    " bool residual, float[2] clip_expand, float[2] clip_dw, bool[19] needs_grad) -> Tensor[]"
-)
 
 
 def run_with_gradients(
@@ -99,7 +89,7 @@ def fold_without_graph(layers: BlockLayers) -> FoldedWeights:
         present = [stage for stage in tensors_of(layers) if stage is not None]
         tensors = [t for stage in present for t in stage[:_TENSORS]]
         in_python = _C is None or torch._C._len_torch_dispatch_stack() > 0
-        if in_python or layers.config.dense or not _are_plain(tensors):
+        if in_python or layers.config.dense or not are_plain(tensors):
             return fold_layers(layers)
         if not all(t is None or (t.dtype is torch.float32 and t.is_cpu) for t in tensors):
             return fold_layers(layers)
@@ -110,7 +100,7 @@ def fold_without_graph(layers: BlockLayers) -> FoldedWeights:
     return FoldedWeights(*(None,) * (6 - len(folded)), *folded, *layers.clips, gate)
 
 
-def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
+def are_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether none of them is of a class of its own."""
     return all(type(t) in _PLAIN for t in tensors)
 
@@ -133,7 +123,7 @@ class _FromLayers(torch.autograd.Function):
                 " implemented; a model fused with backend='reference' has them"
             )
         x, *tensors = ctx.saved_tensors
-        needed = _asked_for(ctx, (x, *tensors))
+        needed = asked_for(ctx, (x, *tensors))
         if ctx.autocast is None and _is_compiled(ctx, grad_y, x, tensors):
             op = torch.ops.mnv2.inverted_residual_layers_backward_cpu.default
             folded, settings = ctx.arguments[:6], ctx.arguments[6:12]
@@ -152,7 +142,7 @@ def _is_compiled(ctx, grad_y: Tensor, x: Tensor, tensors: Sequence[Tensor | None
         and grad_y.dtype is torch.float32
         and ctx.arguments[12] == NO_CLIP
         and torch._C._len_torch_dispatch_stack() == 0
-        and _are_plain((grad_y, x, *tensors))
+        and are_plain((grad_y, x, *tensors))
     )
 
 
@@ -185,7 +175,7 @@ def _casts(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _asked_for(ctx, tensors: Sequence[Tensor | None]) -> Sequence[bool]:
+def asked_for(ctx, tensors: Sequence[Tensor | None]) -> Sequence[bool]:
     """Which of the function's tensors need a gradient in this backward pass.
 
     `needs_input_grad` says which needed one in the forward pass; `torch.autograd.grad` and

@@ -23,6 +23,7 @@ from ..recognizers import (
     Reading,
     Recorded,
     block_of,
+    norms_at_rest,
     read,
     read_unknown,
     unrecorded,
@@ -32,6 +33,7 @@ from .compiled import folds_when_run, run_layers
 from .kept import Kept, State
 from .stand_in import StandIn
 from .tracing import has_global_hooks, is_observed, trace_symbolically
+from .training import can_train, train_block, why_no_training
 
 
 class Call(NamedTuple):
@@ -70,6 +72,7 @@ class FusedModule(nn.Module):
     backend: str | None = None
     _block: "_Block"
     _kept: Kept
+    _kept_live: Kept
 
     def plain_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The block layer by layer; further arguments go to the original module."""
@@ -108,10 +111,11 @@ class FusedModule(nn.Module):
             backend == "reference" != self.backend
             or torch._C._are_functorch_transforms_active()
             or has_global_hooks()
-            or (self._block.uses_batches() and self._holds_norms())
         ):
             self._pass_on_mode()
             return self.plain_forward(x, *args, **kwargs)
+        if self._uses_batches():
+            return self._training_forward(backend, x, args, kwargs)
         state = self._look()
         observed = is_observed()
         with unrecorded() if observed else nullcontext():
@@ -135,6 +139,15 @@ class FusedModule(nn.Module):
         if trains and not (layers.is_classic and layers.lead is None):
             return self.plain_forward(x, *args, **kwargs)
         return _run(layers, backend, x, *_folded(state, layers), trains)
+
+    def _training_forward(self, backend: str, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        self._pass_on_mode()
+        if backend == "cpu" and not is_observed():
+            layers = self._call_for(self._kept_live.look(), x, args, kwargs, live=True).layers
+            if layers is not None and _fits(layers, x) and can_train(layers, x):
+                y = train_block(_padded(x, layers.pads), layers)
+                return y + x if layers.adds else y
+        return self.plain_forward(x, *args, **kwargs)
 
     def _compiled_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         backend = None
@@ -201,6 +214,9 @@ class FusedModule(nn.Module):
 
     def call_for(self, x: Tensor | None) -> "Call":
         """What a call with x comes to as far as the layers decide it; None is an x of any size."""
+        if self._uses_batches():
+            self._pass_on_mode()
+            return self._call_for(self._kept_live.look(), x, (), {}, live=True)
         return self._call_for(self._look(), x, (), {})
 
     def folded_arguments(self) -> OpArguments | MBConvArguments:
@@ -220,10 +236,13 @@ class FusedModule(nn.Module):
         # Not to be seen as children. The objects stay the same, for a guard to see no change.
         self.__dict__["_block"] = _Block(block_of(reading), reading.is_sized)
         self.__dict__["_kept"] = Kept(self)
+        # Apart, so that a model that trains and evaluates by turns is read once for each.
+        self.__dict__["_kept_live"] = Kept(self)
 
-    def _holds_norms(self) -> bool:
-        """Whether the batch norms that were read are still inside, and none has been exchanged."""
-        return set(self._block.batch_norms).issubset(self.modules())
+    def _uses_batches(self) -> bool:
+        """Whether a batch norm that was read is in training mode, and is still inside."""
+        block = self._block
+        return block.uses_batches() and set(block.batch_norms).issubset(self.modules())
 
     def _look(self) -> State:
         self._pass_on_mode()
@@ -243,8 +262,12 @@ class FusedModule(nn.Module):
         args: tuple,
         kwargs: dict,
         observed: bool = False,
+        live: bool = False,
     ) -> Call:
-        """What the plain forward computes of such an x: looked up, or read now."""
+        """What the plain forward computes of such an x: looked up, or read now.
+
+        `live`: batch norms in training mode are read like others, for the kernel that trains.
+        """
         if state.why_blind is not None:
             if not observed:
                 return Call(None, None, state.why_blind)
@@ -260,23 +283,29 @@ class FusedModule(nn.Module):
         if key is not None and shape is None:
             return Call(None, None, "it is called with further arguments and no image")
         call = state.readings.get(key) or state.readings.get((key, shape))
-        return self._read(state, key, shape, args, kwargs) if call is None else call
+        return self._read(state, key, shape, args, kwargs, live) if call is None else call
 
-    def _read(self, state: State, key: Hashable, shape, args: tuple, kwargs: dict) -> Call:
+    def _read(
+        self, state: State, key: Hashable, shape, args: tuple, kwargs: dict, live: bool
+    ) -> Call:
         is_sized = True
         try:
-            if shape is None:
-                reading = read_unknown(self)
-            else:
-                reading = read(self, shape, [lambda x: self.plain_forward(x, *args, **kwargs)])
+            with norms_at_rest(self) if live else nullcontext():
+                if shape is None:
+                    reading = read_unknown(self)
+                else:
+                    reading = read(self, shape, [lambda x: self.plain_forward(x, *args, **kwargs)])
             layers = block_of(reading)
+            reason = why_no_training(layers) if live else None
+            if reason is not None:
+                raise Declined(reason)
         except Declined as reason:
             # Another shape may be read.
             call = Call(None, None, str(reason))
         else:
             is_sized = reading.is_sized
             call = Call(layers, Block.of(layers.config, layers.clips), None)
-            if key is None:
+            if key is None and not live:
                 self._block.take(layers, is_sized)
         if state.why_blind is None:
             state.readings.keep((key, shape) if is_sized else key, call)

@@ -11,6 +11,7 @@ from types import FrameType
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.overrides import _pop_mode_temporarily
@@ -232,3 +233,16 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for inner, training in before.items():
             inner.training = training
+
+
+@contextmanager
+def norms_at_rest(module: nn.Module) -> Iterator[None]:
+    """Batch norms inside in evaluation mode, while all else stays in the mode it has."""
+    live = [m for m in with_originals(module) if isinstance(m, _BatchNorm) and m.training]
+    try:
+        for norm in live:
+            norm.training = False
+        yield
+    finally:
+        for norm in live:
+            norm.training = True
