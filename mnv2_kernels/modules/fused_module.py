@@ -23,7 +23,6 @@ from ..recognizers import (
     Reading,
     Recorded,
     block_of,
-    norms_at_rest,
     read,
     read_unknown,
     unrecorded,
@@ -33,7 +32,7 @@ from .compiled import folds_when_run, run_layers
 from .kept import Kept, State
 from .stand_in import StandIn
 from .tracing import has_global_hooks, is_observed, trace_symbolically
-from .training import can_train, train_block, why_no_training
+from .training import train_block, why_untrained, why_untrained_with
 
 
 class Call(NamedTuple):
@@ -144,7 +143,7 @@ class FusedModule(nn.Module):
         self._pass_on_mode()
         if backend == "cpu" and not is_observed():
             layers = self._call_for(self._kept_live.look(), x, args, kwargs, live=True).layers
-            if layers is not None and _fits(layers, x) and can_train(layers, x):
+            if layers is not None and _fits(layers, x) and why_untrained_with(layers, x) is None:
                 y = train_block(_padded(x, layers.pads), layers)
                 return y + x if layers.adds else y
         return self.plain_forward(x, *args, **kwargs)
@@ -208,14 +207,20 @@ class FusedModule(nn.Module):
     def why_plain(self, x: Tensor | None = None) -> str | None:
         """Why a forward of x would run the plain layers; None where it would run fused."""
         call = self.call_for(x)
-        if call.reason is None and self.backend is None and x is not None:
-            return why_no_kernel(x, call.chosen_by)
-        return call.reason
+        if call.reason is not None or x is None:
+            return call.reason
+        reason = why_no_kernel(x, call.chosen_by) if self.backend is None else None
+        if reason is None and self._uses_batches():
+            return why_untrained_with(call.layers, x)
+        return reason
 
     def call_for(self, x: Tensor | None) -> "Call":
         """What a call with x comes to as far as the layers decide it; None is an x of any size."""
         if self._uses_batches():
             self._pass_on_mode()
+            if self.backend not in (None, "cpu"):
+                reason = f"batch norm is in training mode, and the backend is {self.backend!r}"
+                return Call(None, None, reason)
             return self._call_for(self._kept_live.look(), x, (), {}, live=True)
         return self._call_for(self._look(), x, (), {})
 
@@ -290,13 +295,13 @@ class FusedModule(nn.Module):
     ) -> Call:
         is_sized = True
         try:
-            with norms_at_rest(self) if live else nullcontext():
-                if shape is None:
-                    reading = read_unknown(self)
-                else:
-                    reading = read(self, shape, [lambda x: self.plain_forward(x, *args, **kwargs)])
+            if shape is None:
+                reading = read_unknown(self, live_norms=live)
+            else:
+                calls = [lambda x: self.plain_forward(x, *args, **kwargs)]
+                reading = read(self, shape, calls, live)
             layers = block_of(reading)
-            reason = why_no_training(layers) if live else None
+            reason = why_untrained(layers) if live else None
             if reason is not None:
                 raise Declined(reason)
         except Declined as reason:

@@ -6,7 +6,7 @@ projection gives and the statistics are all that is saved.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..block.config import NO_CLIP
@@ -33,34 +33,35 @@ _library.define(
 _STAGE = len(StageTensors._fields) - 1
 
 
-def why_no_training(layers: BlockLayers) -> str | None:
-    """Why a block with live batch norms trains layer by layer; None where the kernel trains it."""
+def why_untrained(layers: BlockLayers) -> str | None:
+    """Why a block with batch norms in training mode trains layer by layer, whatever x is; None
+    where the kernel trains it.
+    """
     if missing is not None:
-        return f"there is no kernel for training: {missing}"
+        return f"batch norm is in training mode, and there is no kernel for that: {missing}"
     if not layers.is_classic or layers.lead is not None or layers.clips[2] != NO_CLIP:
         return (
-            "batch norm is in training mode, and only blocks with clips after expansion and"
-            " depthwise alone train fused"
+            "batch norm is in training mode, and only blocks of a 3x3 or 5x5 depthwise with clips"
+            " before and after it train fused"
         )
-    for stage in layers.op_stages:
-        if stage.norm is not None and not _is_usual(stage.norm):
-            return f"its {type(stage.norm).__name__} is in training mode and has a forward of its own"
     return None
 
 
-def can_train(layers: BlockLayers, x: Tensor) -> bool:
-    """Whether the kernel takes x, for a block that it trains."""
+def why_untrained_with(layers: BlockLayers, x: Tensor) -> str | None:
+    """The same for an x (N, C, H, W) and the tensors of the layers as they are now."""
     tensors = [t for stage in tensors_of(layers) if stage is not None for t in stage[:_STAGE]]
-    if x.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
-        return False
-    # Of one value a channel there is no variance: PyTorch's own error.
+    others = [t for t in (x, *tensors) if t is not None]
+    if torch.is_autocast_enabled("cpu"):
+        return "batch norm is in training mode under autocast"
+    if not all(t.dtype is torch.float32 and t.is_cpu for t in others):
+        return "batch norm is in training mode, and not all tensors are float32 on the CPU"
+    if not are_plain(others):
+        return "batch norm is in training mode, and a tensor is of a class of its own"
     height, width = layers.op_hw(*x.shape[2:])
     out_height, out_width = layers.config.output_hw(height, width)
     if x.shape[0] * min(height * width, out_height * out_width) <= 1:
-        return False
-    return are_plain((x, *tensors)) and all(
-        t is None or (t.dtype is torch.float32 and t.is_cpu) for t in tensors
-    )
+        return "batch norm is in training mode and is given one value a channel"
+    return None
 
 
 def train_block(x: Tensor, layers: BlockLayers) -> Tensor:
@@ -100,11 +101,6 @@ def _norms(layers: BlockLayers) -> list[_BatchNorm | None]:
     stages = (layers.expand, layers.depthwise, layers.project)
     norms = [None if stage is None else stage.norm for stage in stages]
     return [norm if isinstance(norm, _BatchNorm) else None for norm in norms]
-
-
-def _is_usual(norm: nn.Module) -> bool:
-    """Whether it computes what `nn.BatchNorm2d` does, or is in evaluation mode."""
-    return not norm.training or type(norm).forward is _BatchNorm.forward
 
 
 def _statistics_of(live: list[bool]) -> list[int]:

@@ -6,7 +6,7 @@ known of any class or library: what counts is what runs. docs/recognizers.md say
 """
 
 from .assemble import layers_of, spans_of
-from .checks import check_module, evaluation_mode, norms_at_rest, unrecorded, with_originals
+from .checks import check_module, evaluation_mode, unrecorded, with_originals
 from .declined import Declined
 from .layers import AverageLayer, ConvLayer, Layer, LinearLayer, Reading, block_of
 from .read import (
@@ -41,7 +41,6 @@ __all__ = [
     "is_image_weight",
     "may_have_block",
     "layers_of",
-    "norms_at_rest",
     "read",
     "read_unknown",
     "runs_in_order",

@@ -236,13 +236,17 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def norms_at_rest(module: nn.Module) -> Iterator[None]:
-    """Batch norms inside in evaluation mode, while all else stays in the mode it has."""
-    live = [m for m in with_originals(module) if isinstance(m, _BatchNorm) and m.training]
+def uncounted(module: nn.Module) -> Iterator[None]:
+    """Batch norms in training mode have no counter of batches inside, which a call would move."""
+    counts = {
+        norm: norm._buffers["num_batches_tracked"]
+        for norm in with_originals(module)
+        if isinstance(norm, _BatchNorm) and norm.training and "num_batches_tracked" in norm._buffers
+    }
     try:
-        for norm in live:
-            norm.training = False
+        for norm in counts:
+            norm._buffers["num_batches_tracked"] = None
         yield
     finally:
-        for norm in live:
-            norm.training = True
+        for norm, count in counts.items():
+            norm._buffers["num_batches_tracked"] = count

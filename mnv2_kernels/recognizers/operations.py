@@ -7,6 +7,7 @@ PyTorch function that it records.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..block.config import output_size
 from . import activations, arithmetic, shapes
@@ -67,7 +68,7 @@ def _batch_norm(
     eps=1e-5,
     *_,
 ) -> Recorded:
-    if training or running_mean is None:
+    if (training and not trace.live_norms) or running_mean is None:
         mode = "is in training mode" if running_mean is not None else "has no running statistics"
         raise trace.declined(f"batch norm {mode} and needs the statistics of whole tensors")
     norm = _owner(
@@ -90,6 +91,10 @@ def _batch_norm(
         raise trace.declined(f"a batch norm of {running_mean.dtype} is given {x.dtype}")
     if getattr(norm, "eps", None) != eps:
         raise trace.declined(f"a batch norm uses an eps of {eps}, which is not that of its module")
+    if training != (isinstance(norm, _BatchNorm) and norm.training):
+        raise trace.declined("a batch norm is not in the mode that its module says")
+    if training and norm.momentum not in (momentum, None):
+        raise trace.declined(f"a batch norm has a momentum of {momentum}, unlike its module")
     return trace.new(Norm("norm", (x.node,), trace.call, norm), x.sizes)
 
 

@@ -6,9 +6,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.random import fork_rng
 
 from .assemble import layers_of
-from .checks import check_untouched, has_hooks, left_as_it_was, only_computing, unrecorded
+from .checks import (
+    check_untouched,
+    has_hooks,
+    left_as_it_was,
+    only_computing,
+    uncounted,
+    unrecorded,
+)
 from .declined import Declined, describe
 from .layers import Layer, Reading
 from .operations import ChannelsDiffer
@@ -19,41 +27,48 @@ def read(
     module: nn.Module,
     shape: Sequence[int],
     calls: Sequence[Callable[[Tensor], Tensor]] | None = None,
+    live_norms: bool = False,
 ) -> Reading:
     """What the forward of a module computes for x of `shape` (N, C, H, W), in the modes it has now.
 
     Args:
         module: whose parameters and buffers are used.
         calls: functions that run one after the other in place of the forward.
+        live_norms: batch norms in training mode are read like others; without it they are
+            declined.
 
     Raises:
         Declined: the forward is something else than a chain of layers; the sentence says what.
     """
     calls = [module.forward] if calls is None else calls
-    trace, error = follow(module, shape, calls)
+    trace, error = follow(module, shape, calls, live_norms)
     if error is not None:
         raise error
     return Reading(tuple(layers_of(trace, len(calls))), trace.is_sized)
 
 
 def follow(
-    module: nn.Module, shape: Sequence[int], calls: Sequence[Callable[[Tensor], Tensor]]
+    module: nn.Module,
+    shape: Sequence[int],
+    calls: Sequence[Callable[[Tensor], Tensor]],
+    live_norms: bool = False,
 ) -> tuple[Trace, Declined | None]:
     """What the calls do, up to one that is declined; `trace.outputs` has the results so far."""
     like = next((p for p in module.parameters() if not is_lazy(p) and p.is_floating_point()), None)
     if like is None:
         raise Declined("it has no parameters that are real numbers")
-    trace = Trace(module)
+    trace = Trace(module, live_norms)
     error = None
     try:
-        with unrecorded(), torch.inference_mode(False), torch.enable_grad():
+        # A forward may draw random numbers before it is declined.
+        with fork_rng([]), unrecorded(), torch.inference_mode(False), torch.enable_grad():
             x = first = trace.begin(shape, like)
             for trace.call, call in enumerate(calls):
                 called = call if isinstance(call, nn.Module) else module
                 before = len(trace.made)
                 try:
-                    _check_call(called, is_forward=called is not call)
-                    with left_as_it_was(called), only_computing():
+                    _check_call(called, called is not call, live_norms)
+                    with uncounted(called), left_as_it_was(called), only_computing():
                         x = call(x)
                     if trace.reason is not None:
                         raise trace.reason
@@ -69,7 +84,7 @@ def follow(
     return trace, error
 
 
-def _check_call(called: nn.Module, is_forward: bool) -> None:
+def _check_call(called: nn.Module, is_forward: bool, live_norms: bool) -> None:
     """Decline what may not be called, or would be missed if it was not.
 
     Where the forward alone is read, the hooks of the module itself are called all the same.
@@ -77,8 +92,7 @@ def _check_call(called: nn.Module, is_forward: bool) -> None:
     if not is_forward and has_hooks(called):
         raise Declined(f"{describe(called)} has hooks, which would not be called")
     check_untouched(called)
-    for inner in called.modules():
-        # Before it counts its batches.
+    for inner in () if live_norms else called.modules():
         if isinstance(inner, nn.modules.batchnorm._BatchNorm) and inner.training:
             raise Declined(
                 "batch norm is in training mode and needs the statistics of whole tensors"
@@ -121,7 +135,9 @@ _USUAL_SIZE = (224, 224)
 
 
 def read_unknown(
-    module: nn.Module, calls: Sequence[Callable[[Tensor], Tensor]] | None = None
+    module: nn.Module,
+    calls: Sequence[Callable[[Tensor], Tensor]] | None = None,
+    live_norms: bool = False,
 ) -> Reading:
     """`read` for images of a usual size, with as many channels as the first convolution takes.
 
@@ -129,10 +145,10 @@ def read_unknown(
         Declined: as `read`.
     """
     try:
-        return read(module, (1, guess_channels([module]), *_USUAL_SIZE), calls)
+        return read(module, (1, guess_channels([module]), *_USUAL_SIZE), calls, live_norms)
     except ChannelsDiffer as reason:
         try:
-            return read(module, (1, reason.expected, *_USUAL_SIZE), calls)
+            return read(module, (1, reason.expected, *_USUAL_SIZE), calls, live_norms)
         except ChannelsDiffer:
             raise reason from None
 

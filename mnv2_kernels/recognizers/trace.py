@@ -172,11 +172,12 @@ def _trace_of(value: Any) -> "Trace | None":
 class Trace:
     """What is recorded while the forward of `module` runs.
 
-    outputs: what every call has given. is_sized: whether a shape was looked at. reason: why the
+    live_norms: whether batch norms may use the statistics of the batch. outputs: what every call has given. is_sized: whether a shape was looked at. reason: why the
     forward that runs is declined, once it is.
     """
 
     module: nn.Module
+    live_norms: bool = False
     outputs: list[Node] = field(default_factory=list)
     is_sized: bool = False
     reason: Declined | None = None

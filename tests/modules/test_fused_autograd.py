@@ -143,13 +143,13 @@ def six_tensors(conv, norm):
 def asked(monkeypatch):
     """needs_grad of every call of the compiled backward pass."""
     calls = []
-    original = autograd._asked_for
+    original = autograd.asked_for
 
     def spy(*args):
         calls.append(list(original(*args)))
         return calls[-1]
 
-    monkeypatch.setattr(autograd, "_asked_for", spy)
+    monkeypatch.setattr(autograd, "asked_for", spy)
     return calls
 
 
@@ -166,7 +166,7 @@ def asked(monkeypatch):
     ids=["x", "a weight", "two vectors", "backward of a weight", "backward of x", "everything"],
 )
 @compiled
-def test_only_what_is_asked_for_is_computed(blocks, asked, ask, expected):
+def test_only_what_isasked_for_is_computed(blocks, asked, ask, expected):
     _, fused, x = blocks
     x.requires_grad_()
     ask(fused(x).sum(), fused, x)
