@@ -123,7 +123,7 @@ def render(rows: dict[str, dict[str, str]]) -> str:
         "- **same output**: within rounding, in float32 and in float64.",
         "- **compile**: `torch.compile` takes the fused model as one graph.",
         "- **export**: `torch.export` takes it.",
-        "- **train step**: the same parameters after a step of SGD, to the bit.",
+        "- **train step**: the same parameters and statistics after a step of SGD, but for rounding.",
         "- *the plain model neither*: the original cannot be compiled or exported.",
         "",
         "Convolutions that are in no block are in no column, such as stems and the first stage of",
@@ -221,8 +221,15 @@ def test_train_step_is_that_of_the_plain_model(case, request, table):
     single = case.single()
     expected = checks.train_step(single.plain, single.x)
     found = checks.train_step(single.fused, single.x)
-    assert all(map(torch.equal, found, expected))
-    assert not all(map(torch.equal, found, single.plain.state_dict().values()))
+    moved = 0.0
+    for (name, before), ours, theirs in zip(
+        single.plain.state_dict().items(), found, expected, strict=True
+    ):
+        step = (theirs.double() - before.double()).norm()
+        error = (ours.double() - theirs.double()).norm()
+        assert error <= 0.1 * step + 1e-5 * theirs.double().norm() + 1e-7, name
+        moved += float(step)
+    assert moved > 0
     table.note(request.node.callspec.params["case"], train_step="yes")
 
 
