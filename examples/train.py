@@ -13,8 +13,9 @@ batches of 96; for other batches the rate is scaled with the batch (Goyal et al.
 The paper does not say what is added to the root of the mean square; 1 is the default of the
 TF-Slim code that its authors published.
 
-With --freeze-bn the blocks run fused, forward and backward, and the expanded tensors are never
-stored; the first line printed says how much less memory a step takes than layer by layer.
+The blocks run fused, forward and backward, and the expanded tensors are never stored; the first line
+printed says how much less memory a step takes than layer by layer. With --freeze-bn batch norms keep
+the statistics that they have.
 """
 
 import argparse
@@ -266,8 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--batch must be at most the {len(images)} images, got {options.batch}")
     if options.resume:
         run.load()
-    if options.freeze_bn:
-        show_memory(run)
+    show_memory(run)
     while not run.finished():
         run.train_epoch()
         run.save()

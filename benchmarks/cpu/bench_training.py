@@ -1,15 +1,19 @@
-"""A fine-tuning step of MobileNetV2 1.0 at 224x224 with frozen batch norms: time and memory.
+"""A training step of MobileNetV2 1.0 at 224x224: time and memory.
 
-The step is forward, loss and backward; `peak_bytes` is the most it holds at any time beyond the
-parameters, their gradients included. `eager` is the same network layer by layer, channels_last.
+With norms that train ("batch": statistics of the batch) and with frozen ones. The step is forward,
+loss and backward; `peak_bytes` is the most it holds at any time beyond the parameters, their
+gradients included. `eager` is the same network layer by layer, channels_last; `checkpointed` that
+with `torch.utils.checkpoint` around every block, and `compiled` that under `torch.compile`.
 """
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mnv2_kernels import freeze_bn, fuse
 from mnv2_kernels.profiling.memory import live_bytes
@@ -19,19 +23,21 @@ from .. import harness
 from ..machine import facts
 from .bench_block import THREADS
 
-# Of the mean gradient. A wrong mask or a gradient left out is above 1e-1.
+# Of the mean gradient, besides twice eager's. A wrong mask or a gradient left out is above 1e-1.
 MEAN_TOLERANCE = 1e-2
 
 
-@pytest.mark.parametrize("batch", (1, 8))
+@pytest.mark.parametrize("norms,batch", [("frozen", 1), ("frozen", 8), ("batch", 1), ("batch", 8)])
 @pytest.mark.parametrize("threads", THREADS)
-def test_fine_tuning_step(benchmark, record, threads, batch):
+def test_training_step(benchmark, record, threads, norms, batch):
     name, model = harness.network()
-    eager = freeze_bn(model).to(memory_format=torch.channels_last).train()
-    steps = {
-        provider: Step(copy, batch)
-        for provider, copy in {"fused": fuse(eager), "eager": eager}.items()
-    }
+    eager = (freeze_bn(model) if norms == "frozen" else deepcopy(model)).train()
+    eager = eager.to(memory_format=torch.channels_last)
+    models = {"fused": fuse(eager), "eager": eager}
+    if norms == "batch":
+        torch._dynamo.reset()
+        models |= {"checkpointed": checkpointed(eager), "compiled": torch.compile(deepcopy(eager))}
+    steps = {provider: Step(copy, batch) for provider, copy in models.items()}
     with num_threads(threads):
         check(steps, Step(deepcopy(eager).double(), batch))
         samples = interleave(steps, rounds=5 if batch == 8 else 15)
@@ -39,12 +45,14 @@ def test_fine_tuning_step(benchmark, record, threads, batch):
             provider: max(live_bytes(step.without_gradients())) for provider, step in steps.items()
         }
         rows = []
-        for provider, other in (("fused", "eager"), ("eager", "fused")):
+        for provider in steps:
             lower, middle, upper = quartiles(samples[provider])
+            others = [other for other in steps if other != provider]
             rows.append(
                 {
                     "suite": "training",
                     "model": name,
+                    "norms": norms,
                     "provider": provider,
                     "batch": batch,
                     "dtype": "float32",
@@ -52,14 +60,22 @@ def test_fine_tuning_step(benchmark, record, threads, batch):
                     "resolution": 224,
                     "seconds": {"25%": lower, "50%": middle, "75%": upper},
                     "rounds": len(samples[provider]),
-                    "speedup": {other: speedup(samples[provider], samples[other])},
+                    "speedup": {o: speedup(samples[provider], samples[o]) for o in others},
                     "peak_bytes": peaks[provider],
-                    "share_of_peak_bytes": {other: peaks[provider] / peaks[other]},
+                    "share_of_peak_bytes": {o: peaks[provider] / peaks[o] for o in others},
                     **facts(),
                 }
             )
         benchmark.pedantic(steps["fused"], rounds=1)
     record(rows)
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    """A copy whose blocks keep their input alone, and run twice."""
+    model = deepcopy(model)
+    for block in model.features[1:-1]:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return model
 
 
 class Step:
@@ -93,9 +109,13 @@ def check(steps: dict[str, Step], truth: Step) -> None:
     In the mean: a value that rounds across a clip's bound changes a few gradients by much.
     """
     exact = truth.gradient()
-    for provider, step in steps.items():
-        error = ((step.gradient() - exact).abs().mean() / exact.abs().mean()).item()
-        if not error <= MEAN_TOLERANCE:
+    errors = {
+        provider: ((step.gradient() - exact).abs().mean() / exact.abs().mean()).item()
+        for provider, step in steps.items()
+    }
+    allowed = max(MEAN_TOLERANCE, 2 * errors["eager"])
+    for provider, error in errors.items():
+        if not error <= allowed:
             raise AssertionError(
-                f"{provider}: mean error must be at most {MEAN_TOLERANCE:g}, got {error:.2e}"
+                f"{provider}: mean error must be at most {allowed:.2e}, got {error:.2e}"
             )

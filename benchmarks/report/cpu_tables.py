@@ -10,13 +10,14 @@ from .section import Section
 
 SUITES = ("block", "network", "memory", "peers", "peers-memory", "widths", "training", "models")
 KEY = ("suite", "instruction_set", "threads", "batch", "block", "model", "provider")
-KEY += ("width", "resolution")
+KEY += ("width", "resolution", "norms")
 
 
 def latest(folder: Path = RESULTS) -> dict[str, list[Row]]:
     """The newest row of every workload and provider, by suite, of the machine that ran last.
 
-    Rows of another network beside other runtimes have a last machine of their own.
+    Rows of another network beside other runtimes have a last machine of their own, and so have
+    those of training.
     """
     rows = [row for suite in SUITES for row in load(suite, folder)]
     if not rows:
@@ -35,7 +36,9 @@ def latest(folder: Path = RESULTS) -> dict[str, list[Row]]:
 
 
 def _measured(row: Row) -> tuple:
-    """What a machine is chosen for: another network beside other runtimes, or all the rest."""
+    """What a machine is chosen for: another network beside other runtimes, training, the rest."""
+    if row["suite"] == "training":
+        return ("training",)
     return (row["model"],) if row["suite"] == "peers" and is_of_relative(row) else ()
 
 
@@ -100,10 +103,13 @@ def sections(results: Mapping[str, list[Row]]) -> dict[str, Section]:
             results["models"],
         ),
         "training": Section(
-            "Fine-tuning with frozen batch norms",
-            "One step (forward, loss, backward) of torchvision's MobileNetV2 at 224x224, float32,"
-            " after `mk.freeze_bn`. *peak MiB* is the most that the step holds besides the"
-            " parameters, gradients included.",
+            "Training",
+            "One step (forward, loss, backward) of torchvision's MobileNetV2 at 224x224, float32."
+            " *norms*: batch norms use the statistics of the batch, or are frozen"
+            " (`mk.freeze_bn`). `eager` is channels_last; `checkpointed` is that with"
+            " `torch.utils.checkpoint` around every block, `compiled` that with `torch.compile`."
+            " *peak MiB* is the most that the step holds besides the parameters, gradients"
+            " included.",
             training_table(results["training"]),
             results["training"],
         ),
@@ -255,12 +261,17 @@ def _width_cell(row: Row) -> str:
 
 
 def training_table(rows: list[Row]) -> str:
-    """One line a provider, thread count and batch."""
+    """One line a provider, thread count, batch and kind of norms."""
     body = []
-    for row in sorted(rows, key=lambda r: (r["threads"], r["batch"])):
+    for row in sorted(rows, key=lambda r: (r.get("norms", "frozen"), r["threads"], r["batch"])):
         eager_share = row["share_of_peak_bytes"].get("eager", 1)
-        cells = [row["provider"], str(row["threads"]), str(row["batch"])]
+        cells = [
+            row.get("norms", "frozen"),
+            row["provider"],
+            str(row["threads"]),
+            str(row["batch"]),
+        ]
         cells += [f"{row['seconds']['50%'] * 1e3:.1f}", f"{row['speedup'].get('eager', 1):.2f}x"]
         body.append([*cells, f"{row['peak_bytes'] / MIB:.1f}", percent(eager_share)])
-    head = ["provider", "threads", "batch", "ms a step", "over eager", "peak MiB", "of eager's"]
-    return markdown(head, body)
+    head = ["norms", "provider", "threads", "batch", "ms a step", "over eager", "peak MiB"]
+    return markdown([*head, "of eager's"], body)

@@ -31,9 +31,10 @@ def fuse(
     """The model with every recognised inverted residual block running in one pass.
 
     Names, attributes, state_dict keys and the number of children do not change; each call uses
-    the current parameters. Training mode runs the original layers. `explain` says what was not
-    recognised, and why. `torch.compile` calls the blocks one by one, also where the model runs as
-    one call without it; a plan stays one call in what is compiled.
+    the current parameters. In training mode batch norms use the statistics of the batch, as before
+    (docs/training.md says which blocks train in one pass). `explain` says what was not recognised,
+    and why. `torch.compile` calls the blocks one by one, also where the model runs as one call
+    without it; a plan stays one call in what is compiled.
 
     Example:
         >>> model = mk.fuse(mk.mobilenet_v2().eval())

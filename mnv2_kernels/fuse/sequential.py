@@ -103,21 +103,20 @@ class FusedInOrder(FusedChain):
 
     def __init__(self, original: nn.Module, names: Sequence[str], runs: Sequence[FusedRun]):
         super().__init__(original, names, runs)
-        self.__dict__["_kept"] = Kept(self)
+        # By mode, so that a model that trains and evaluates by turns is read once for each.
+        self.__dict__["_kept"] = {mode: Kept(self) for mode in (False, True)}
 
     def _runs_in_order(self, x: Tensor) -> bool:
-        if self.training:
-            return False
         if torch.compiler.is_compiling():
-            return self._always_runs_in_order()
-        state = self._kept.look()
+            return not self.training and self._always_runs_in_order()
+        state = self._kept[self.training].look()
         if state.why_blind is not None:
             return False
         known = state.readings.get("all")
         if known is None:
             known = state.readings.get(x.shape)
         if known is None:
-            known, for_all = runs_in_order(self.original, self._called(), x.shape)
+            known, for_all = runs_in_order(self.original, self._called(), x.shape, self.training)
             state.readings.keep("all" if for_all else x.shape, known)
         return known
 

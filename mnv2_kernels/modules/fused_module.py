@@ -57,7 +57,7 @@ class _Block:
         self.chosen_by = Block.of(layers.config, layers.clips)
 
     def uses_batches(self) -> bool:
-        """Whether a batch norm is in training mode, and needs the statistics of whole tensors."""
+        """Whether a batch norm is in training mode, and uses the statistics of the batch."""
         return any(norm.training for norm in self.batch_norms)
 
 

@@ -158,4 +158,3 @@ class _Training(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             grads = iter(op(grad_y, x, layers, saved, *ctx.settings, needed))
         return None, None, *(next(grads) if needs else None for needs in needed)
-

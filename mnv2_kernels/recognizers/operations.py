@@ -70,7 +70,7 @@ def _batch_norm(
 ) -> Recorded:
     if (training and not trace.live_norms) or running_mean is None:
         mode = "is in training mode" if running_mean is not None else "has no running statistics"
-        raise trace.declined(f"batch norm {mode} and needs the statistics of whole tensors")
+        raise trace.declined(f"batch norm {mode} and uses the statistics of the batch")
     norm = _owner(
         trace,
         ("running_mean", running_mean),

@@ -94,9 +94,7 @@ def _check_call(called: nn.Module, is_forward: bool, live_norms: bool) -> None:
     check_untouched(called)
     for inner in () if live_norms else called.modules():
         if isinstance(inner, nn.modules.batchnorm._BatchNorm) and inner.training:
-            raise Declined(
-                "batch norm is in training mode and needs the statistics of whole tensors"
-            )
+            raise Declined("batch norm is in training mode and uses the statistics of the batch")
 
 
 def _check_result(trace: Trace, y: object, first: Tensor) -> None:
@@ -110,13 +108,17 @@ def _check_result(trace: Trace, y: object, first: Tensor) -> None:
 
 
 def runs_in_order(
-    module: nn.Module, children: Sequence[nn.Module], shape: Sequence[int]
+    module: nn.Module,
+    children: Sequence[nn.Module],
+    shape: Sequence[int],
+    live_norms: bool = False,
 ) -> tuple[bool, bool]:
     """Whether the forward of a module runs children one after the other for x of `shape`, and
-    whether that says so for all shapes.
+    whether that says so for all shapes. `live_norms` as in `read`.
     """
     try:
-        whole, parts = read(module, shape), read(module, shape, children)
+        whole = read(module, shape, live_norms=live_norms)
+        parts = read(module, shape, children, live_norms)
     except Declined:
         return False, False
     is_sized = whole.is_sized or parts.is_sized

@@ -172,8 +172,9 @@ def _trace_of(value: Any) -> "Trace | None":
 class Trace:
     """What is recorded while the forward of `module` runs.
 
-    live_norms: whether batch norms may use the statistics of the batch. outputs: what every call has given. is_sized: whether a shape was looked at. reason: why the
-    forward that runs is declined, once it is.
+    live_norms: whether batch norms may use the statistics of the batch. outputs: what every call
+    has given. is_sized: whether a shape was looked at. reason: why the forward that runs is
+    declined, once it is.
     """
 
     module: nn.Module

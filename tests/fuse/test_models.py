@@ -123,7 +123,7 @@ def render(rows: dict[str, dict[str, str]]) -> str:
         "- **same output**: within rounding, in float32 and in float64.",
         "- **compile**: `torch.compile` takes the fused model as one graph.",
         "- **export**: `torch.export` takes it.",
-        "- **train step**: the same parameters and statistics after a step of SGD, but for rounding.",
+        "- **train step**: the same parameters and statistics after a step, within rounding.",
         "- *the plain model neither*: the original cannot be compiled or exported.",
         "",
         "Convolutions that are in no block are in no column, such as stems and the first stage of",

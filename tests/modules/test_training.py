@@ -1,4 +1,4 @@
-"""Training mode: exact batch statistics, without the expanded tensor, beside the layers in float64."""
+"""Training mode: exact batch statistics without the expanded tensor, beside float64 layers."""
 
 from copy import deepcopy
 from itertools import product
@@ -132,7 +132,7 @@ def test_kinds_of_norms_and_clips(how, size):
     check(made(17, 17, **how), image(5, 17, size, size))
 
 
-@pytest.mark.parametrize("live", [l for l in product((False, True), repeat=3) if any(l)])
+@pytest.mark.parametrize("live", [w for w in product((False, True), repeat=3) if any(w)])
 @pytest.mark.parametrize("size", [6, 40])
 def test_live_norms_beside_frozen_ones(live, size):
     block = made(8, 8)
