@@ -13,9 +13,9 @@ batches of 96; for other batches the rate is scaled with the batch (Goyal et al.
 The paper does not say what is added to the root of the mean square; 1 is the default of the
 TF-Slim code that its authors published.
 
-The blocks run fused, forward and backward, and the expanded tensors are never stored; the first line
-printed says how much less memory a step takes than layer by layer. With --freeze-bn batch norms keep
-the statistics that they have.
+The blocks run fused, forward and backward, and the expanded tensors are never stored; the first
+line printed says how much less memory a step takes than layer by layer. With --freeze-bn batch
+norms keep the statistics that they have.
 """
 
 import argparse

@@ -32,6 +32,12 @@ enum class Pass { together, sums, gradients };
 // A float32 block with its weights and the gradient of what its projection gives; its clip_project
 // and residual are the caller's. Where the block has no expansion, w_expand is nullptr.
 struct BackwardArgs : BlockArgs {
+    // In the place of w_expand and w_project, unless they are nullptr: those of the convolutions,
+    // (hidden_channels, in_channels) and (out_channels, hidden_channels), each row times its scale.
+    // Their gradients are laid out like these then, without the scale, and are overwritten where
+    // the whole batch goes through together.
+    const float *conv_expand, *conv_project;
+    const float *scale_expand, *scale_project;
     const float* x;       // (N, H, W, in_channels)
     const float* grad_y;  // (N, H_out, W_out, out_channels)
     // nullptr: there is none, or it is folded.
@@ -164,12 +170,18 @@ constexpr int64_t covariance_scratch(int64_t channels) {
     return kCentredPixels * channels + channels * channels;
 }
 
+// gradient (rows, columns), times the scale of its row; of_scale[row] becomes the sum of what it
+// was times the weight.
+using ScaleRowsFn = void (*)(float* gradient, const float* weight, const double* scale,
+                             int64_t rows, int64_t columns, double* of_scale);
+
 // The same for every instruction set, by the name of its row in kernels.h.
 struct BackwardKernel {
     const char* name;
     BackwardFn run;
     FoldFn fold;
     UnfoldFn unfold;
+    ScaleRowsFn scale_rows;
     TrainingForwardFn train;
     AddMomentsFn add_moments;
     AddCovarianceFn add_covariance;

@@ -138,7 +138,7 @@ int64_t output_size(int64_t size, int64_t kernel_size, int64_t stride, int64_t p
     return room < 0 ? 0 : room / stride + 1;
 }
 
-Call make_call(const OpArguments& op) {
+Call checked_call(const OpArguments& op) {
     const auto or_undefined = [](const OptionalTensor& t) { return t ? *t : at::Tensor(); };
     Call call{{op.x, or_undefined(op.w_expand), or_undefined(op.b_expand), op.w_dw,
                or_undefined(op.b_dw), op.w_project, or_undefined(op.b_project)},
@@ -151,8 +151,9 @@ Call make_call(const OpArguments& op) {
         call.inputs[8] = or_undefined(op.gate->b_squeeze),
         call.inputs[9] = or_undefined(op.gate->w_excite),
         call.inputs[10] = or_undefined(op.gate->b_excite);
-    auto& [x, w_expand, b_expand, w_dw, b_dw, w_project, b_project, w_squeeze, b_squeeze, w_excite,
-           b_excite] = call.inputs;
+    const at::Tensor &x = call.inputs[0], &w_expand = call.inputs[1], &b_expand = call.inputs[2],
+                     &w_dw = call.inputs[3], &b_dw = call.inputs[4], &w_project = call.inputs[5],
+                     &b_project = call.inputs[6], &w_squeeze = call.inputs[7];
     BlockSizes& sizes = call.sizes;
 
     check_dtypes(op.op, call.inputs);
@@ -242,7 +243,14 @@ Call make_call(const OpArguments& op) {
     sizes.residual = op.residual;
     read_curves(op, call);
     read_gate(op, call);
+    return call;
+}
 
+Call make_call(const OpArguments& op) {
+    Call call = checked_call(op);
+    auto& [x, w_expand, b_expand, w_dw, b_dw, w_project, b_project, w_squeeze, b_squeeze, w_excite,
+           b_excite] = call.inputs;
+    const BlockSizes& sizes = call.sizes;
     x = x.contiguous(at::MemoryFormat::ChannelsLast);
     for (at::Tensor* weight : {&w_expand, &w_dw, &w_project, &w_squeeze, &w_excite})
         if (weight->defined()) *weight = weight->contiguous();

@@ -98,6 +98,9 @@ struct Call {
 int64_t output_size(int64_t size, int64_t kernel_size, int64_t stride, int64_t pad,
                     int64_t dilation);
 
+// The arguments as they are, checked, with sizes; the result is not there yet.
+Call checked_call(const OpArguments& arguments);
+
 Call make_call(const OpArguments& arguments);
 
 }  // namespace mnv2

@@ -54,6 +54,14 @@ at::Tensor checked_weight(const at::Tensor& weight) {
     return weight.contiguous();
 }
 
+at::Tensor folded_bias(const Stage& stage, const Norm& norm) {
+    const int64_t rows = stage[kWeight].size(0);
+    Numbers sums = numbers(stage[kBias], rows, 0);
+    const Numbers means = numbers(stage[kMean], rows, 0), betas = numbers(stage[kBeta], rows, 0);
+    for (int64_t i = 0; i < rows; i++) sums[i] = (sums[i] - means[i]) * norm.scale[i] + betas[i];
+    return vector_of(sums, at::kFloat);
+}
+
 void fold(const Stage& stage, double eps, std::vector<at::Tensor>& found) {
     const at::Tensor weight = checked_weight(stage[kWeight]);
     const int64_t rows = weight.size(0), columns = rows == 0 ? 0 : weight.numel() / rows;
@@ -63,10 +71,7 @@ void fold(const Stage& stage, double eps, std::vector<at::Tensor>& found) {
                         : at::empty({weight.size(2), weight.size(3), rows}, at::kFloat));
     backward_kernel().fold(weight.const_data_ptr<float>(), norm.scale.data(), rows, columns,
                            found.back().mutable_data_ptr<float>());
-    Numbers sums = numbers(stage[kBias], rows, 0);
-    const Numbers means = numbers(stage[kMean], rows, 0), betas = numbers(stage[kBeta], rows, 0);
-    for (int64_t i = 0; i < rows; i++) sums[i] = (sums[i] - means[i]) * norm.scale[i] + betas[i];
-    found.push_back(vector_of(sums, at::kFloat));
+    found.push_back(folded_bias(stage, norm));
 }
 
 Stage stage_of(const c10::List<OptionalTensor>& layers, size_t index) {
@@ -79,7 +84,7 @@ Stage stage_of(const c10::List<OptionalTensor>& layers, size_t index) {
 }
 
 void unfold(const Stage& stage, double eps, const bool* needs, const at::Tensor& of_folded_weight,
-            const at::Tensor& of_folded_bias, std::vector<at::Tensor>& found) {
+            const at::Tensor& of_folded_bias, std::vector<at::Tensor>& found, Layout layout) {
     if (std::none_of(needs, needs + kOfStage, [](bool n) { return n; })) return;
     const int64_t rows = stage[kWeight].size(0);
     const int64_t columns = rows == 0 ? 0 : stage[kWeight].numel() / rows;
@@ -87,13 +92,20 @@ void unfold(const Stage& stage, double eps, const bool* needs, const at::Tensor&
     at::Tensor of_weight;
     Numbers of_scale(rows, 0);
     const bool needs_scale = needs[kGamma] || needs[kVar];
-    if (needs[kWeight]) of_weight = at::empty(stage[kWeight].sizes(), at::kFloat);
     if (needs[kWeight] || needs_scale) {
         const at::Tensor weight = checked_weight(stage[kWeight]);
-        backward_kernel().unfold(of_folded_weight.const_data_ptr<float>(),
-                                 weight.const_data_ptr<float>(), norm.scale.data(), rows, columns,
-                                 needs[kWeight] ? of_weight.mutable_data_ptr<float>() : nullptr,
-                                 needs_scale ? of_scale.data() : nullptr);
+        const auto* const from = weight.const_data_ptr<float>();
+        if (layout == Layout::rows) {
+            of_weight = of_folded_weight.view(weight.sizes());
+            backward_kernel().scale_rows(of_weight.mutable_data_ptr<float>(), from,
+                                         norm.scale.data(), rows, columns, of_scale.data());
+        } else {
+            if (needs[kWeight]) of_weight = at::empty(weight.sizes(), at::kFloat);
+            backward_kernel().unfold(of_folded_weight.const_data_ptr<float>(), from,
+                                     norm.scale.data(), rows, columns,
+                                     needs[kWeight] ? of_weight.mutable_data_ptr<float>() : nullptr,
+                                     needs_scale ? of_scale.data() : nullptr);
+        }
     }
     const auto add = [&](OfStage which, const Numbers& gradient) {
         if (needs[which]) found.push_back(vector_of(gradient, stage[which].scalar_type()));

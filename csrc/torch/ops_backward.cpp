@@ -53,10 +53,11 @@ std::pair<int64_t, int64_t> part_of(int64_t size, int64_t index, int64_t parts) 
 
 }  // namespace
 
-BackwardCall::BackwardCall(const OpArguments& arguments) : call(make_call(arguments)) {
-    TORCH_CHECK_TYPE(arguments.x.scalar_type() == at::kFloat,
+BackwardCall::BackwardCall(Call checked) : call(std::move(checked)) {
+    const at::Tensor& x = call.inputs[0];
+    TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat,
                      "inverted_residual: x must be float32 for the CPU kernel, got ",
-                     arguments.x.scalar_type());
+                     x.scalar_type());
     static_cast<BlockSizes&>(args) = call.sizes;
     args.element = Element::single;
     call.set_weights(args);
@@ -84,9 +85,20 @@ std::vector<at::Tensor> BackwardCall::gradients(const BackwardSchedule& schedule
     // parts[i] of range i of images, x_parts[i] of range i of groups.
     std::vector<Tensors> parts(split.images);
     std::vector<at::Tensor> x_parts(split.hidden);
+    const auto is_of_convolution = [this](size_t i) {
+        return (i == 1 && args.conv_expand != nullptr) || (i == 5 && args.conv_project != nullptr);
+    };
     for (size_t i = 1; i < kTensors; i++)
         if (needs_grad[i] && call.inputs[i].defined())
-            for (Tensors& part : parts) part[i] = zeros_like(call.inputs[i]);
+            for (Tensors& part : parts) {
+                const at::Tensor& tensor = call.inputs[i];
+                if (!is_of_convolution(i))
+                    part[i] = zeros_like(tensor);
+                else if (schedule.whole_batch)
+                    part[i] = at::empty(tensor.t().sizes(), tensor.options());
+                else
+                    part[i] = at::zeros(tensor.t().sizes(), tensor.options());
+            }
     const at::Tensor& x = call.inputs[0];
     if (needs_grad[0])
         // All channels of a pixel are one slice of hidden ones where there is no expansion.
@@ -203,8 +215,9 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor&
                                      at::ArrayRef<double> clip_expand, at::ArrayRef<double> clip_dw,
                                      std::array<bool, kTensors> needs_grad) {
     const OptionalTensor no_bias;
-    BackwardCall call({"inverted_residual", x, w_expand, b_expand, w_dw, b_dw, w_project, no_bias,
-                       stride, padding, dilation, false, clip_expand, clip_dw, kUnbounded});
+    BackwardCall call(
+        make_call({"inverted_residual", x, w_expand, b_expand, w_dw, b_dw, w_project, no_bias,
+                   stride, padding, dilation, false, clip_expand, clip_dw, kUnbounded}));
     call.set_grad_y(grad_y);
     return call.gradients(choose_backward_schedule(call.args, kernel().lanes), needs_grad);
 }

@@ -22,14 +22,15 @@ struct BackwardCall {
     at::Tensor grad;
     BackwardArgs args{};
 
-    explicit BackwardCall(const OpArguments& arguments);
+    explicit BackwardCall(Call checked);
     // The gradient of the result before clip_project and residual.
     void set_grad_y(const at::Tensor& grad_y);
     // What the projection gives, bias and all, where the whole batch goes through together.
     at::Tensor train(const BackwardSchedule& schedule, const ForwardNorm* norm_expand,
                      const ForwardNorm* norm_dw) const;
-    // Of x, w_expand, b_expand, w_dw, b_dw, w_project, as far as they are wanted and exist. Adds to
-    // the sums of live norms, and then needs the schedule for training.
+    // Of x, w_expand, b_expand, w_dw, b_dw, w_project, as far as they are wanted and exist; those
+    // of convolutions are laid out like these. Adds to the sums of live norms, and then needs the
+    // schedule for training.
     std::vector<at::Tensor> gradients(const BackwardSchedule& schedule,
                                       std::array<bool, kTensors> needs_grad) const;
     // Moments of what w_dw and b_dw give, over the whole batch: hidden_channels numbers each.

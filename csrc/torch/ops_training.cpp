@@ -184,8 +184,10 @@ struct TrainedBlock {
     int64_t stride, dilation;
     at::IntArrayRef padding;
     at::ArrayRef<double> clip_expand, clip_dw;
-    // Folded.
-    std::array<OptionalTensor, kStages> weights, biases;
+    // Of what is folded: the scale of every output channel, and the bias.
+    std::array<std::vector<float>, kStages> scales;
+    std::array<OptionalTensor, kStages> biases;
+    OptionalTensor w_dw;
 
     TrainedBlock(const c10::List<OptionalTensor>& layers, at::ArrayRef<double> eps_of,
                  const Live& live, int64_t stride, at::IntArrayRef padding, int64_t dilation,
@@ -217,23 +219,58 @@ struct TrainedBlock {
         return plain;
     }
 
-    // Sets the op's weight and bias.
+    // What a stage is folded to.
     void fold(InStages which, const Stage& stage) {
         if (!stage[kWeight].defined()) return;
+        const Norm norm(stage, eps[which]);
+        biases[which] = folded_bias(stage, norm);
+        scales[which] = rounded(norm.scale);
+        if (which != kDepthwise) return;
         Tensors found;
         cpu::fold(stage, eps[which], found);
-        weights[which] = found[0];
-        biases[which] = found[1];
+        w_dw = found[0];
     }
 
-    OpArguments arguments(const at::Tensor& x) const {
+    // The op's call with folded weights.
+    at::Tensor run(const at::Tensor& x) const {
+        const auto folded = [this](InStages which, const Stage& stage) {
+            Tensors found;
+            if (stage[kWeight].defined()) cpu::fold(stage, eps[which], found);
+            return found.empty() ? OptionalTensor() : OptionalTensor(found[0]);
+        };
+        const OptionalTensor w_expand = folded(kExpand, stages[kExpand]);
+        return run_op(arguments(x, w_expand, *folded(kProject, as_it_is(kProject))));
+    }
+
+    // The same call with the weights of the convolutions.
+    BackwardCall call(const at::Tensor& x) const {
+        const auto matrix = [this](InStages which) {
+            const at::Tensor& weight = stages[which][kWeight];
+            return weight.view({weight.size(0), weight.size(1)}).t();
+        };
+        const OptionalTensor w_expand =
+            expands() ? OptionalTensor(matrix(kExpand)) : OptionalTensor();
+        BackwardCall found(checked_call(arguments(x, w_expand, matrix(kProject))));
+        const auto weight = [this](InStages which) {
+            return stages[which][kWeight].const_data_ptr<float>();
+        };
+        if (expands()) found.args.conv_expand = weight(kExpand);
+        found.args.scale_expand = scales[kExpand].data();
+        found.args.conv_project = weight(kProject);
+        found.args.scale_project = scales[kProject].data();
+        return found;
+    }
+
+ private:
+    OpArguments arguments(const at::Tensor& x, const OptionalTensor& w_expand,
+                          const at::Tensor& w_project) const {
         return {"inverted_residual",
                 x,
-                weights[kExpand],
+                w_expand,
                 biases[kExpand],
-                *weights[kDepthwise],
+                *w_dw,
                 biases[kDepthwise],
-                *weights[kProject],
+                w_project,
                 biases[kProject],
                 stride,
                 padding,
@@ -293,7 +330,7 @@ at::Tensor project_by_bands(TrainedBlock& block, const at::Tensor& x,
     }
     if (block.is_live(kDepthwise)) {
         Stage& stage = block.stages[kDepthwise];
-        const BackwardCall call(block.arguments(x));
+        const BackwardCall call = block.call(x);
         Statistics found{Numbers(call.args.hidden_channels), Numbers(call.args.hidden_channels)};
         call.depthwise_moments(schedule, found.mean.data(), found.var.data());
         const auto pixels = static_cast<double>(call.args.N * call.args.H_out * call.args.W_out);
@@ -301,7 +338,7 @@ at::Tensor project_by_bands(TrainedBlock& block, const at::Tensor& x,
         set_statistics(stage, found);
         block.fold(kDepthwise, stage);
     }
-    return run_op(block.arguments(x));
+    return block.run(x);
 }
 
 // y, what the projection gives, mean and covariance of x, then mean and biased variance of every
@@ -316,7 +353,7 @@ Tensors train_forward(const at::Tensor& x_given, const c10::List<OptionalTensor>
     block.fold(kExpand, block.as_it_is(kExpand));
     block.fold(kDepthwise, block.as_it_is(kDepthwise));
     block.fold(kProject, block.as_it_is(kProject));
-    const BackwardCall call(block.arguments(x));
+    const BackwardCall call = block.call(x);
     const BackwardSchedule schedule = choose_training_schedule(call.args, kernel().lanes);
     const at::Tensor projected = schedule.whole_batch
                                      ? project_whole_batch(block, call, schedule)
@@ -491,14 +528,13 @@ Tensors train_backward(const at::Tensor& grad_y_given, const at::Tensor& x_given
     block.fold(kProject, block.as_it_is(kProject));
     const Stage& depthwise = block.stages[kDepthwise];
     block.fold(kDepthwise, live[kDepthwise] ? without_affine(depthwise) : depthwise);
-    const BackwardSchedule schedule =
-        choose_training_schedule(BackwardCall(block.arguments(x)).args, kernel().lanes);
+    const BackwardSchedule schedule = choose_training_schedule(block.call(x).args, kernel().lanes);
     const bool is_expand_live = block.is_live(kExpand);
     // Otherwise what a live norm of the expansion adds follows from the covariance of x.
     const bool is_norm_expand = is_expand_live && schedule.whole_batch;
     if (is_norm_expand) block.fold(kExpand, without_affine(block.stages[kExpand]));
 
-    BackwardCall call(block.arguments(x));
+    BackwardCall call = block.call(x);
     OfProjection of_projection{grad_y, {}, {}};
     if (live[kProject])
         of_projection = through_norm(grad_y, saved[0], block.stages[kProject], eps[kProject]);
@@ -531,11 +567,14 @@ Tensors train_backward(const at::Tensor& grad_y_given, const at::Tensor& x_given
         if (needs(stage, which))
             found.push_back(vector_of(gradient, block.stages[stage][which].scalar_type()));
     };
+    const auto layout = [](InStages stage) {
+        return stage == kDepthwise ? Layout::folded : Layout::rows;
+    };
     // Of a live norm: the convolution's bias is taken away again by the mean.
     const auto add_live = [&](InStages stage, const Stage& folded_as, const at::Tensor& of_weight,
                               const Numbers& of_gamma, const Numbers& of_beta) {
         const bool only_weight[kOfStage] = {needs(stage, kWeight)};
-        unfold(folded_as, eps[stage], only_weight, of_weight, at::Tensor(), found);
+        unfold(folded_as, eps[stage], only_weight, of_weight, at::Tensor(), found, layout(stage));
         const Stage& own = block.stages[stage];
         add(stage, kBias, Numbers(own[kWeight].size(0), 0));
         add(stage, kGamma, of_gamma), add(stage, kBeta, of_beta);
@@ -543,7 +582,7 @@ Tensors train_backward(const at::Tensor& grad_y_given, const at::Tensor& x_given
     const auto add_frozen = [&](InStages stage, const at::Tensor& of_weight,
                                 const at::Tensor& of_bias) {
         unfold(block.stages[stage], eps[stage], &needs_grad[1 + stage * kOfStage], of_weight,
-               of_bias, found);
+               of_bias, found, layout(stage));
     };
 
     const float* const added = residual ? grad_y.const_data_ptr<float>() : nullptr;
@@ -554,13 +593,12 @@ Tensors train_backward(const at::Tensor& grad_y_given, const at::Tensor& x_given
     } else if (is_expand_live) {
         if (through_expand) {
             const Stage& stage = block.stages[kExpand];
-            const at::Tensor of_weight = at::empty(stage[kWeight].sizes(), at::kFloat);
+            const at::Tensor of_weight = of_w_expand.view(stage[kWeight].sizes());
             const Norm scaled(stage, eps[kExpand]);
             Numbers of_scale(hidden);
-            backward_kernel().unfold(of_w_expand.const_data_ptr<float>(),
-                                     stage[kWeight].const_data_ptr<float>(), scaled.scale.data(),
-                                     hidden, call.args.in_channels, data(of_weight),
-                                     of_scale.data());
+            backward_kernel().scale_rows(data(of_weight), stage[kWeight].const_data_ptr<float>(),
+                                         scaled.scale.data(), hidden, call.args.in_channels,
+                                         of_scale.data());
             const ExpansionNorm expand(stage, eps[kExpand], x, saved[1], saved[2], of_scale,
                                        numbers(of_b_expand, hidden, 0));
             if (needs(kExpand, kWeight)) {
