@@ -207,6 +207,10 @@ void BackwardCall::depthwise_moments(const BackwardSchedule& schedule, double* m
     }
 }
 
+namespace {
+
+// Gradients of x, w_expand, b_expand, w_dw, b_dw, w_project, as far as they are wanted and exist.
+// grad_y is the gradient of the result before clip_project and residual.
 std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor& x,
                                      const OptionalTensor& w_expand, const OptionalTensor& b_expand,
                                      const at::Tensor& w_dw, const OptionalTensor& b_dw,
@@ -221,6 +225,8 @@ std::vector<at::Tensor> backward_cpu(const at::Tensor& grad_y, const at::Tensor&
     call.set_grad_y(grad_y);
     return call.gradients(choose_backward_schedule(call.args, kernel().lanes), needs_grad);
 }
+
+}  // namespace
 
 TORCH_LIBRARY_IMPL(mnv2, CPU, m) { m.impl("inverted_residual_backward_cpu", &backward_cpu); }
 

@@ -513,8 +513,11 @@ Tensors train_backward(const at::Tensor& grad_y_given, const at::Tensor& x_given
                        at::ArrayRef<double> eps, Live live, int64_t stride, at::IntArrayRef padding,
                        int64_t dilation, bool residual, at::ArrayRef<double> clip_expand,
                        at::ArrayRef<double> clip_dw, NeedsGrad needs_grad) {
-    TORCH_CHECK_VALUE(saved.size() == 3,
-                      "inverted_residual: the projection, and mean and covariance of x, are saved");
+    const bool is_any_live = std::any_of(live.begin(), live.end(), [](bool l) { return l; });
+    TORCH_CHECK_VALUE(saved.size() == (is_any_live ? 3 : 0),
+                      "inverted_residual: the projection, and mean and covariance of x, are saved "
+                      "where a norm is live, got ",
+                      saved.size(), " tensors");
     TrainedBlock block(layers, eps, live, stride, padding, dilation, clip_expand, clip_dw);
     const at::Tensor x = channels_last(x_given), grad_y = channels_last(grad_y_given);
     const auto needs = [&](InStages stage, OfStage tensor) {
@@ -528,7 +531,8 @@ Tensors train_backward(const at::Tensor& grad_y_given, const at::Tensor& x_given
     block.fold(kProject, block.as_it_is(kProject));
     const Stage& depthwise = block.stages[kDepthwise];
     block.fold(kDepthwise, live[kDepthwise] ? without_affine(depthwise) : depthwise);
-    const BackwardSchedule schedule = choose_training_schedule(block.call(x).args, kernel().lanes);
+    const auto choose = is_any_live ? choose_training_schedule : choose_backward_schedule;
+    const BackwardSchedule schedule = choose(block.call(x).args, kernel().lanes);
     const bool is_expand_live = block.is_live(kExpand);
     // Otherwise what a live norm of the expansion adds follows from the covariance of x.
     const bool is_norm_expand = is_expand_live && schedule.whole_batch;

@@ -36,16 +36,27 @@ _TENSORS = len(StageTensors._fields) - 1
 _NONE = StageTensors(*(None,) * _TENSORS, 0.0)
 _PLAIN = (Tensor, nn.Parameter, type(None))
 
-# Both are compiled, for float32 on the CPU, and called by this package alone, below autograd.
-# `layers` are six tensors a stage as in `StageTensors`. The first gives folded weight and bias of
-# every stage; the second, with `folded` what they were folded to, the gradients that are needed of
-# x (needs_grad[0]) and of the layers. The projection has no clip.
+# All are compiled, for float32 on the CPU, and called by this package alone, below autograd.
+# `layers` are six tensors a stage as in `StageTensors`.
+#
+# The first gives folded weight and bias of every stage. The second is the forward pass of a block
+# with live norms, whose mean and variance are None: y, then what the projection gives, mean and
+# covariance of x (empty where they are not needed), then mean and biased variance of the three
+# stages in float64. The third gives the gradients that are needed of x (needs_grad[0]) and of the
+# layers; mean and variance of a live norm are those of the batch there, and `saved` the three
+# tensors after y, or none where no norm is live. The projection has no clip.
 _library = torch.library.Library("mnv2", "FRAGMENT")
 _library.define("fold_layers_cpu(Tensor?[] layers, float[] eps) -> Tensor[]")
+_SETTINGS = (
+    "float[] eps, bool[3] live, int stride, int[4] padding, int dilation, bool residual,"
+    " float[2] clip_expand, float[2] clip_dw"
+)
 _library.define(
-    "inverted_residual_layers_backward_cpu(Tensor grad_y, Tensor x, Tensor?[] folded,"
-    " Tensor?[] layers, float[] eps, int stride, int[4] padding, int dilation, bool residual,"
-    " float[2] clip_expand, float[2] clip_dw, bool[19] needs_grad) -> Tensor[]"
+    f"inverted_residual_training_cpu(Tensor x, Tensor?[] layers, {_SETTINGS}) -> Tensor[]"
+)
+_library.define(
+    "inverted_residual_training_backward_cpu(Tensor grad_y, Tensor x, Tensor?[] layers,"
+    f" Tensor[] saved, {_SETTINGS}, bool[19] needs_grad) -> Tensor[]"
 )
 
 
@@ -125,10 +136,10 @@ class _FromLayers(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         needed = asked_for(ctx, (x, *tensors))
         if ctx.autocast is None and _is_compiled(ctx, grad_y, x, tensors):
-            op = torch.ops.mnv2.inverted_residual_layers_backward_cpu.default
-            folded, settings = ctx.arguments[:6], ctx.arguments[6:12]
+            op = torch.ops.mnv2.inverted_residual_training_backward_cpu.default
+            settings = (ctx.eps, [False] * len(ctx.eps), *ctx.arguments[6:12])
             with torch._C._AutoDispatchBelowAutograd():
-                grads = iter(op(grad_y, x, folded, tensors, ctx.eps, *settings, needed))
+                grads = iter(op(grad_y, x, tensors, [], *settings, needed))
             found = [next(grads) if needs else None for needs in needed]
         else:
             found = _by_stages(ctx, grad_y, x, tensors, needed)

@@ -14,22 +14,6 @@ from ..block.fold import BlockLayers
 from ..ops.extension import missing
 from .autograd import StageTensors, are_plain, asked_for, tensors_of
 
-# Below autograd, for this package alone. `layers` are six tensors a stage as in `StageTensors`;
-# mean and variance of a live norm are None going forward and those of the batch going back. The
-# first op gives y, then what the projection gives, mean and covariance of x (empty where they are
-# not needed), then mean and biased variance of the three stages in float64; the second one takes
-# the three after y as `saved`, and gives the gradients that are needed of x and of the layers.
-_library = torch.library.Library("mnv2", "FRAGMENT")
-_library.define(
-    "inverted_residual_training_cpu(Tensor x, Tensor?[] layers, float[] eps, bool[3] live,"
-    " int stride, int[4] padding, int dilation, bool residual, float[2] clip_expand,"
-    " float[2] clip_dw) -> Tensor[]"
-)
-_library.define(
-    "inverted_residual_training_backward_cpu(Tensor grad_y, Tensor x, Tensor?[] layers,"
-    " Tensor[] saved, float[] eps, bool[3] live, int stride, int[4] padding, int dilation,"
-    " bool residual, float[2] clip_expand, float[2] clip_dw, bool[19] needs_grad) -> Tensor[]"
-)
 _STAGE = len(StageTensors._fields) - 1
 
 

@@ -166,7 +166,7 @@ def asked(monkeypatch):
     ids=["x", "a weight", "two vectors", "backward of a weight", "backward of x", "everything"],
 )
 @compiled
-def test_only_what_isasked_for_is_computed(blocks, asked, ask, expected):
+def test_only_what_is_asked_for_is_computed(blocks, asked, ask, expected):
     _, fused, x = blocks
     x.requires_grad_()
     ask(fused(x).sum(), fused, x)
