@@ -7,17 +7,16 @@ with `torch.utils.checkpoint` around every block, and `compiled` that under `tor
 """
 
 from copy import deepcopy
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from mnv2_kernels import freeze_bn, fuse
+from mnv2_kernels import freeze_bn
 from mnv2_kernels.profiling.memory import live_bytes
 from mnv2_kernels.profiling.timing import interleave, num_threads, quartiles, speedup
+from mnv2_kernels.profiling.variants import training_variants
 
 from .. import harness
 from ..machine import facts
@@ -32,11 +31,11 @@ MEAN_TOLERANCE = 1e-2
 def test_training_step(benchmark, record, threads, norms, batch):
     name, model = harness.network()
     eager = (freeze_bn(model) if norms == "frozen" else deepcopy(model)).train()
-    eager = eager.to(memory_format=torch.channels_last)
-    models = {"fused": fuse(eager), "eager": eager}
+    models = training_variants(eager)
+    eager = models["eager"]
     if norms == "batch":
         torch._dynamo.reset()
-        models |= {"checkpointed": checkpointed(eager), "compiled": torch.compile(deepcopy(eager))}
+        models["compiled"] = torch.compile(deepcopy(eager))
     steps = {provider: Step(copy, batch) for provider, copy in models.items()}
     with num_threads(threads):
         check(steps, Step(deepcopy(eager).double(), batch))
@@ -68,14 +67,6 @@ def test_training_step(benchmark, record, threads, norms, batch):
             )
         benchmark.pedantic(steps["fused"], rounds=1)
     record(rows)
-
-
-def checkpointed(model: nn.Module) -> nn.Module:
-    """A copy whose blocks keep their input alone, and run twice."""
-    model = deepcopy(model)
-    for block in model.features[1:-1]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    return model
 
 
 class Step:

@@ -141,6 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--figure", type=Path, metavar="FILE", help="draw live bytes over steps")
     command.add_argument(
+        "--train",
+        action="store_true",
+        help="measure a training step instead: eager, with activation checkpointing, fused",
+    )
+    command.add_argument(
         "--table", action="store_true", help="print the paper's Table 3 instead, computed anew"
     )
     command = commands.choices["bench"]

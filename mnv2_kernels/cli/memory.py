@@ -1,6 +1,7 @@
 """`mnv2 memory`: the bytes a network holds, step by step, and the paper's Table 3."""
 
 import argparse
+from collections.abc import Callable
 
 import torch
 
@@ -28,7 +29,11 @@ def memory(options: argparse.Namespace) -> int:
             check_ending(options.figure, "--figure")
         except ValueError as error:
             raise CannotRun(str(error)) from error
+    if options.train and options.figure is not None:
+        raise CannotRun("--figure must be left out where --train is given")
     asked = chosen(options)
+    if options.train:
+        return _of_training(asked, options)
     dtype = getattr(torch, options.dtype)
     # What the kernels do not run has the schedule of the model's own dtype.
     runs = why_not_on_cpu(dtype) is None
@@ -48,35 +53,58 @@ def memory(options: argparse.Namespace) -> int:
     return 0
 
 
+def _of_training(asked: Chosen, options: argparse.Namespace) -> int:
+    """What a training step holds."""
+    peaks = _measured(asked, options, memory_report.training_peaks)
+    caption = "forward and backward pass, gradients included, image and parameters not"
+    _print_peaks(asked, options, peaks, caption)
+    write_json(options.json, _document(asked, options, peaks))
+    return 0
+
+
 def _without_plan(asked: Chosen, options: argparse.Namespace, reason: str) -> int:
     """What is measured of a model that has no steps to compute the bytes of."""
     if options.figure is not None:
         raise CannotRun(f"--figure must be left out for {asked.name}: {reason}")
-    dtype = getattr(torch, options.dtype)
-    x = asked.random_images().to(dtype, memory_format=torch.channels_last)
+    peaks = _measured(asked, options, memory_report.peaks)
+    _print_peaks(asked, options, peaks, "measured, image and result included, weights not")
+    print(f"No plan: {reason}.")
+    write_json(options.json, _document(asked, options, peaks) | {"why_no_plan": reason})
+    return 0
+
+
+def _measured(asked: Chosen, options: argparse.Namespace, measure: Callable) -> dict[str, int]:
+    """Peaks by execution, for random images."""
+    x = asked.random_images().to(getattr(torch, options.dtype), memory_format=torch.channels_last)
     with progress(f"memory of {asked.name}") as tell:
         try:
-            peaks = memory_report.peaks(asked.model, x, tell=tell)
+            return measure(asked.model, x, tell=tell)
         except Exception as error:
             raise CannotRun(
                 f"--model must take images of {tuple(x.shape[1:])} in {options.dtype},"
                 f" {asked.name} says: {error}"
             ) from error
-    shape = "x".join(map(str, x.shape))
+
+
+def _print_peaks(
+    asked: Chosen, options: argparse.Namespace, peaks: dict[str, int], caption: str
+) -> None:
+    shape = "x".join(map(str, (asked.batch, *asked.image)))
     made = table(
         *("<execution", "peak bytes", "of eager"),
         title=f"{asked.name}, {shape}, {options.dtype}, threads: {torch.get_num_threads()}",
-        caption="measured, image and result included, weights not",
+        caption=caption,
     )
     for name, peak in peaks.items():
         made.add_row(name, f"{peak:,}", f"{peak / peaks['eager']:.1%}")
     console().print(made)
-    print(f"No plan: {reason}.")
-    document = {"model": asked.name, "x_shape": list(x.shape), "dtype": options.dtype}
-    document |= {"threads": torch.get_num_threads(), "why_no_plan": reason}
-    document["executions"] = {name: {"peak_bytes": peak} for name, peak in peaks.items()}
-    write_json(options.json, document)
-    return 0
+
+
+def _document(asked: Chosen, options: argparse.Namespace, peaks: dict[str, int]) -> dict:
+    document = {"model": asked.name, "x_shape": [asked.batch, *asked.image]}
+    document |= {"dtype": options.dtype, "threads": torch.get_num_threads()}
+    executions = {name: {"peak_bytes": peak} for name, peak in peaks.items()}
+    return document | {"executions": executions}
 
 
 def _print_memory(report: memory_report.MemoryReport) -> None:

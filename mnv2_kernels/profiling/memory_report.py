@@ -13,14 +13,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..block import cost
 from ..modules.fused_module import FusedModule
 from ..network import memory
 from ..network.figures import Panel, Timeline, draw
 from ..network.plan import Plan, why_not_on_cpu
-from .memory import live_bytes, peak_bytes_again
-from .variants import fold_around_blocks, variants
+from .memory import live_bytes, peak_bytes, peak_bytes_again
+from .variants import fold_around_blocks, training_variants, variants
 
 EXECUTIONS = (*cost.EXECUTIONS, "planned")
 
@@ -178,6 +179,28 @@ def peaks(
     for execution, copy in variants(deepcopy(model).to(x.dtype)).items():
         tell(execution)
         found[execution] = x.nbytes + peak_bytes_again(lambda copy=copy: copy(x))
+    return found
+
+
+def training_peaks(
+    model: nn.Module, x: Tensor, *, tell: Callable[[str], None] = lambda what: None
+) -> dict[str, int]:
+    """Most bytes that a training step for x holds beyond parameters and image, by execution.
+
+    The step is forward pass, the sum of the squares of all results, and backward pass; the
+    gradients are among the bytes.
+    """
+    found = {}
+    for execution, copy in training_variants(deepcopy(model).to(x.dtype)).items():
+
+        def step(copy: nn.Module = copy) -> None:
+            results = [y for y in tree_leaves(copy(x)) if isinstance(y, Tensor)]
+            sum(y.square().sum() for y in results if y.requires_grad).backward()
+
+        tell(execution)
+        step()
+        copy.zero_grad()
+        found[execution] = peak_bytes(step)
     return found
 
 

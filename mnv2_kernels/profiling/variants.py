@@ -1,11 +1,13 @@
-"""One network three ways: eager, folded, fused."""
+"""One network in several ways: eager, folded, fused; for training checkpointed too."""
 
 from copy import deepcopy
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 from ..fuse.find import find
 from ..fuse.fuse import fuse
@@ -25,6 +27,20 @@ def variants(model: nn.Module) -> dict[str, nn.Module]:
     for copy in (folded, fused):
         copy.to(memory_format=torch.channels_last)
     return {"eager": plain(model), "folded": folded, "fused": fused}
+
+
+def training_variants(model: nn.Module) -> dict[str, nn.Module]:
+    """Copies of a network in training mode with channels_last weights, by name.
+
+    "eager" runs layer by layer. "checkpointed" does so too, but keeps the inputs of its blocks
+    alone, and runs them a second time in the backward pass. "fused" is the network after `fuse`.
+    """
+    fused = fuse(model).train().to(memory_format=torch.channels_last)
+    checkpointed = plain(fused)
+    for module in checkpointed.modules():
+        if isinstance(module, FusedModule):
+            module.forward = partial(checkpoint, module.plain_forward, use_reentrant=False)
+    return {"eager": plain(fused), "checkpointed": checkpointed, "fused": fused}
 
 
 def plain(model: nn.Module) -> nn.Module:

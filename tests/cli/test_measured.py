@@ -129,6 +129,20 @@ def test_memory_of_a_model_without_a_plan(capsys, own_models, tmp_path):
 
 
 @needs_cpp
+def test_memory_of_a_training_step(capsys, tmp_path):
+    path = tmp_path / "memory.json"
+    arguments = ["--resolution", "64", "--batch", "8", "--train", "--json", str(path)]
+    assert cli.main(["memory", *arguments]) == 0
+    peaks = {name: int(peak.replace(",", "")) for name, peak, _ in rows_of(capsys.readouterr().out)}
+    found = json.loads(path.read_text())["executions"]
+    assert peaks == {name: f["peak_bytes"] for name, f in found.items()}
+    assert tuple(peaks) == ("eager", "checkpointed", "fused")
+    assert peaks["fused"] < peaks["checkpointed"] < peaks["eager"]
+    assert cli.main(["memory", *arguments, "--figure", "memory.png"]) == 2
+    assert "--figure must be left out where --train is given" in capsys.readouterr().err
+
+
+@needs_cpp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_memory_in_other_dtypes(dtype, capsys, tmp_path):
     name, file = str(dtype).removeprefix("torch."), tmp_path / "memory.json"

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mnv2_kernels as mk
+from mnv2_kernels.modules import training
 from mnv2_kernels.profiling.memory import live_bytes
 
 pytestmark = [
@@ -355,3 +356,31 @@ def test_a_network_learns_alike():
     apart = {n: float((v - losses["float64"]).abs().max()) for n, v in losses.items()}
     assert losses["float64"][-1] < losses["float64"][0] / 2
     assert apart["fused"] <= 3 * max(apart["eager"], apart["channels_last"]) + 1e-4
+
+
+def with_biased_variance(norm, mean, var, count):
+    UPDATE(norm, mean, var * (count - 1) / count, count)
+
+
+def with_momentum_swapped(norm, mean, var, count):
+    momentum, norm.momentum = norm.momentum, 1 - norm.momentum
+    UPDATE(norm, mean, var, count)
+    norm.momentum = momentum
+
+
+def without_counting(norm, mean, var, count):
+    UPDATE(norm, mean, var, count)
+    norm.num_batches_tracked.sub_(1)
+
+
+UPDATE = training._update
+
+
+@pytest.mark.parametrize("fault", [with_biased_variance, with_momentum_swapped, without_counting])
+def test_faults_of_running_statistics_are_found(fault, monkeypatch):
+    """Those of the kernels are among the seeded faults (tests/sanitizers/test_seeded_bugs.py)."""
+    block, x = made(8, 8), image(3, 8, 6, 6)
+    check(block, x)
+    monkeypatch.setattr(training, "_update", fault)
+    with pytest.raises(AssertionError):
+        check(block, x)
