@@ -13,7 +13,7 @@
 #include <sstream>
 #include <string>
 
-#include "backward_checks.h"
+#include "training_checks.h"
 
 namespace {
 
@@ -112,7 +112,8 @@ void check_gradients(std::mt19937& engine) {
                                        Element::single);
         made.sizes.N = N;
         print(made);
-        check_backward(engine, made.sizes, made.options, made.at_end, number++ % 3);
+        check_backward(engine, made.sizes, made.options, made.at_end, number % 3);
+        check_training(engine, made.sizes, made.options, made.at_end, number++ % 3);
     };
     for (const Channels& c : kSmall)
         for (const auto& [H, W] : kSizes)
@@ -120,6 +121,11 @@ void check_gradients(std::mt19937& engine) {
     // More than a chunk, and than a band of rows.
     for (int i = 0; i < 4; i++) check({24, 144, 32}, 1, 56, 57, i);
     check({96, 96, 24}, 2, 40, 67, 0);
+    for (const int64_t channels : {1, 5, 17, 24, 33})
+        for (const int64_t pixels : {1, 3, 255, 256, 257, 700})
+            check_rows(engine, pixels, channels, (channels + pixels) % 2 == 0);
+    // More than the pixels that a covariance sums as floats.
+    check_rows(engine, 6900, 5, true);
 }
 
 // A line: the sizes as they stand below, then biases (bits), pads, clips, and what else there is.
@@ -195,7 +201,10 @@ void check_random(std::mt19937& engine, int64_t count) {
         if (i % 2 == 1) continue;
         if (c.sizes.dense || c.sizes.kernel_size > 5 || c.sizes.dilation > 2) continue;
         c.options = {Element::single, {true, true, true}, false, 0};
-        check_backward(engine, c.sizes, c.options, c.at_end, static_cast<int>(i / 2 % 3));
+        const int asked = static_cast<int>(i / 2 % 3);
+        check_backward(engine, c.sizes, c.options, c.at_end, asked);
+        check_training(engine, c.sizes, c.options, c.at_end, asked);
+        check_rows(engine, 1 + engine() % 800, 1 + engine() % 40, c.at_end);
     }
 }
 

@@ -215,11 +215,18 @@ inline double tolerance_of(Element element) {
     return element == Element::single ? 2e-6 : element == Element::half ? 5e-4 : 4e-3;
 }
 
-// Whether numbers are those of `right`, to a part of the largest of them, and NaN where it is.
-inline void compare(const Numbers& right, const void* given, Element element, double tolerance) {
+inline double largest_of(const Numbers& numbers) {
     double largest = 0;
-    for (const double value : right)
+    for (const double value : numbers)
         if (!std::isnan(value)) largest = std::max(largest, std::fabs(value));
+    return largest;
+}
+
+// Whether numbers are those of `right`, to a part of the largest of them or of `least`, and NaN
+// where it is.
+inline void compare(const Numbers& right, const void* given, Element element, double tolerance,
+                    double least = 0) {
+    const double largest = std::max(largest_of(right), least);
     for (size_t i = 0; i < right.size(); i++) {
         const double y = read(given, static_cast<int64_t>(i), element);
         counts().low += y == 0, counts().high += y == kUpper;

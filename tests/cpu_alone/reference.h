@@ -147,51 +147,81 @@ inline double through(mnv2::Clip clip, double value, double gradient) {
     return value > clip.lower && value < clip.upper ? gradient : 0;
 }
 
-// Of x and the weights of a block, of one image; grad_y is that of the projection's result. What
-// there is of `sums` already is added to, but for x.
+// Gradients of x and the weights of a block. The functions below add to what is there of weights
+// and biases, and overwrite that of x.
 struct BlockGradients {
     Numbers x, expand, b_expand, dw, b_dw, project;
 };
-inline void add_gradients(const mnv2::BlockArgs& s, const Weights& w, const Image& x,
-                          const Numbers& grad_y, BlockGradients& sums) {
-    const int64_t hidden = s.hidden_channels, out = s.out_channels, in = s.in_channels;
-    const Image h = expansion(s, w, x), d = depthwise(s, w, h);
+
+// Returns the gradient of d.
+inline Numbers project_backward(const mnv2::BlockArgs& s, const Weights& w, const Image& d,
+                                const Numbers& grad_y, BlockGradients& sums) {
+    const int64_t hidden = s.hidden_channels, out = s.out_channels;
+    Numbers grad_d(d.at.size());
+    for (int64_t pixel = 0; pixel < s.H_out * s.W_out; pixel++)
+        for (int64_t c = 0; c < hidden; c++)
+            for (int64_t n = 0; n < out; n++) {
+                const double grad = grad_y[pixel * out + n];
+                grad_d[pixel * hidden + c] += grad * w.project[c * out + n];
+                sums.project[c * out + n] += d.at[pixel * hidden + c] * grad;
+            }
+    return grad_d;
+}
+
+// Returns the gradient of h.
+inline Numbers depthwise_backward(const mnv2::BlockArgs& s, const Weights& w, const Image& h,
+                                  const Numbers& grad_d, BlockGradients& sums) {
+    const int64_t hidden = s.hidden_channels;
     Numbers grad_h(h.at.size());
     for (int64_t pixel = 0; pixel < s.H_out * s.W_out; pixel++)
-        for (int64_t c = 0; c < hidden; c++) {
-            const double value = d.at[pixel * hidden + c];
-            double grad = 0;
-            for (int64_t n = 0; n < out; n++) {
-                grad += grad_y[pixel * out + n] * w.project[c * out + n];
-                sums.project[c * out + n] += value * grad_y[pixel * out + n];
-            }
-            grad = through(s.clip_dw, value, grad);
-            sums.b_dw[c] += grad;
-            for (int64_t i = 0; i < s.kernel_size * s.kernel_size; i++) {
-                const int64_t row =
-                    pixel / s.W_out * s.stride + i / s.kernel_size * s.dilation - s.pad_top;
-                const int64_t col =
-                    pixel % s.W_out * s.stride + i % s.kernel_size * s.dilation - s.pad_left;
-                if (row < 0 || row >= s.H || col < 0 || col >= s.W) continue;
+        for (int64_t i = 0; i < s.kernel_size * s.kernel_size; i++) {
+            const int64_t row =
+                pixel / s.W_out * s.stride + i / s.kernel_size * s.dilation - s.pad_top;
+            const int64_t col =
+                pixel % s.W_out * s.stride + i % s.kernel_size * s.dilation - s.pad_left;
+            if (row < 0 || row >= s.H || col < 0 || col >= s.W) continue;
+            for (int64_t c = 0; c < hidden; c++) {
+                const double grad = grad_d[pixel * hidden + c];
                 sums.dw[i * hidden + c] += h.get(row, col, c) * grad;
                 grad_h[(row * s.W + col) * hidden + c] += w.dw[i * hidden + c] * grad;
             }
         }
+    return grad_h;
+}
+
+inline void expand_backward(const mnv2::BlockArgs& s, const Weights& w, const Image& x,
+                            const Numbers& grad_h, BlockGradients& sums) {
+    const int64_t hidden = s.hidden_channels, in = s.in_channels;
     sums.x.assign(x.at.size(), 0);
-    if (!s.expansion) {
-        sums.x = grad_h;
-        return;
-    }
     for (int64_t pixel = 0; pixel < s.H * s.W; pixel++)
         for (int64_t c = 0; c < hidden; c++) {
-            const int64_t at = pixel * hidden + c;
-            const double grad = through(s.clip_expand, h.at[at], grad_h[at]);
-            sums.b_expand[c] += grad;
+            const double grad = grad_h[pixel * hidden + c];
             for (int64_t k = 0; k < in; k++) {
                 sums.expand[k * hidden + c] += x.at[pixel * in + k] * grad;
                 sums.x[pixel * in + k] += w.expand[k * hidden + c] * grad;
             }
         }
+}
+
+// Of one image; grad_y is that of the projection's result.
+inline void add_gradients(const mnv2::BlockArgs& s, const Weights& w, const Image& x,
+                          const Numbers& grad_y, BlockGradients& sums) {
+    const auto mask = [](mnv2::Clip clip, const Image& values, Numbers& grads, Numbers& bias) {
+        for (size_t i = 0; i < grads.size(); i++) {
+            grads[i] = through(clip, values.at[i], grads[i]);
+            bias[i % values.channels] += grads[i];
+        }
+    };
+    const Image h = expansion(s, w, x), d = depthwise(s, w, h);
+    Numbers grads = project_backward(s, w, d, grad_y, sums);
+    mask(s.clip_dw, d, grads, sums.b_dw);
+    grads = depthwise_backward(s, w, h, grads, sums);
+    if (!s.expansion) {
+        sums.x = grads;
+        return;
+    }
+    mask(s.clip_expand, h, grads, sums.b_expand);
+    expand_backward(s, w, x, grads, sums);
 }
 
 // 3x3, stride 2; weight (column, row, C_in, C_out).

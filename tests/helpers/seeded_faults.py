@@ -189,6 +189,35 @@ FAULTS = {
         "first + tap % kernel * args.dilation;",
         "first + tap % kernel * (args.dilation - (ON && args.dilation > 2));",
     ),
+    "a norm's gradient without the mean's": Fault(
+        "batch_norm.inc", "fma(deviation, v, mean)));", "fma(deviation, v, ON ? zero() : mean)));"
+    ),
+    "sums of a norm through the clip's bounds": Fault(
+        "batch_norm.inc",
+        "const Vec g = between(load(at), fma(gamma, v, beta), lower, upper);",
+        "const Vec g = ON ? load(at) : between(load(at), fma(gamma, v, beta), lower, upper);",
+    ),
+    "last piece of a covariance left out": Fault(
+        "batch_norm.inc",
+        "begin + count < pixels) continue;",
+        "begin + count < pixels + ON) continue;",
+    ),
+    "moments merged by the pixels before": Fault(
+        "backward.cpp", "mean += apart * count /", "mean += apart * (ON ? before : count) /"
+    ),
+    "moments of a range of images counted from the first": Fault(
+        "backward.inc",
+        "before = ((image - first_image) * args.H_out",
+        "before = ((image - (ON ? 0 : first_image)) * args.H_out",
+    ),
+    "the second norm's sums for the first": Fault(
+        "backward.inc",
+        "norm_backward(*args.norm_expand, at",
+        "norm_backward(*(ON && args.norm_dw ? args.norm_dw : args.norm_expand), at",
+    ),
+    "a batch's variance without eps": Fault(
+        "backward.inc", "sqrt(var[i] + norm.eps)", "sqrt(var[i] + (ON ? 0 : norm.eps))"
+    ),
     "pairs exchanged": Fault(
         "panels.inc",
         "load_pairs(weight + n, weight + ld + n, lanes)",
