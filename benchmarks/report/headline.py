@@ -33,22 +33,46 @@ def headline(results: Mapping[str, list[Row]]) -> str:
         f"{display} {_ms(times[name])}" for name, display in RUNTIMES.items() if name in times
     )
     row = times["planned"]
-    cpu = row["cpu"].partition(" (")[0]
-    article = "an" if cpu[0] in "AEIOU" else "a"
     isa = INSTRUCTION_SETS.get(row["instruction_set"], row["instruction_set"])
     size = f"{row['resolution']}x{row['resolution']}"
     lines = [
-        f"MobileNetV2, one {size} image, {row['dtype']}, one core of {article} {cpu} ({isa}):",
+        f"MobileNetV2, one {size} image, {row['dtype']}, one core of {_cpu(row)} ({isa}):",
         "",
         f"- **Time**: {fused} with `mk.fuse`, {planned} with `mk.plan`.",
         f"- **PyTorch, channels_last**: {', '.join(pytorch)}.",
         f"- **Peak memory of activations**: {of_plain} in PyTorch, {of_fused} with `mk.fuse`,"
         f" {of_plan} with `mk.plan`.",
         f"- **Other runtimes, same core**: {', '.join(others)}.",
+        *_of_training(results.get("training", [])),
         "",
         "[More figures, each with its machine and commit](docs/performance.md).",
     ]
     return "\n".join(lines)
+
+
+def _of_training(rows: list[Row]) -> list[str]:
+    """One line: a step with the statistics of the batch, 8 images on one thread."""
+    steps = {
+        row["provider"]: row
+        for row in rows
+        if row.get("norms") == "batch" and row["batch"] == 8 and row["threads"] == 1
+    }
+    if not steps.keys() >= {"fused", "eager"}:
+        return []
+    fused, eager = (
+        f"{steps[name]['seconds']['50%'] * 1e3:.0f} ms and"
+        f" {steps[name]['peak_bytes'] / MIB:.0f} MiB"
+        for name in ("fused", "eager")
+    )
+    return [
+        f"- **A training step**, 8 images, one core of {_cpu(steps['fused'])}: {fused} with"
+        f" `mk.fuse`, {eager} in PyTorch."
+    ]
+
+
+def _cpu(row: Row) -> str:
+    cpu = row["cpu"].partition(" (")[0].replace("(R)", "").removesuffix(" Processor")
+    return f"{'an' if cpu[0] in 'AEIOU' else 'a'} {cpu}"
 
 
 def _ms(row: Row) -> str:
