@@ -37,6 +37,7 @@ or, for a package without kernels: MNV2_KERNELS_SKIP_CPP=1 pip install .
 """
 
 CPU_SOURCES = [
+    "csrc/torch/batch_statistics.cpp",
     "csrc/torch/bindings.cpp",
     "csrc/torch/cpu.cpp",
     "csrc/torch/guard.cpp",
@@ -47,9 +48,11 @@ CPU_SOURCES = [
     "csrc/torch/ops_layers.cpp",
     "csrc/torch/ops_plan.cpp",
     "csrc/torch/ops_training.cpp",
+    "csrc/torch/ops_training_backward.cpp",
     "csrc/torch/program.cpp",
     "csrc/torch/program_checks.cpp",
     "csrc/torch/tensor_facts.cpp",
+    "csrc/torch/trained_block.cpp",
     "csrc/cpu/backward.cpp",
     "csrc/cpu/kernels.cpp",
     "csrc/cpu/network.cpp",

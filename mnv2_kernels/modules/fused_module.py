@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
-from torch.nn import functional as F
 
-from ..block.config import NO_PADDING, BlockConfig, Padding
-from ..block.fold import BlockLayers, fold_conv_norm, fold_layers
+from ..block.config import BlockConfig
+from ..block.fold import BlockLayers
 from ..ops.backends import Block, asked_once_a_graph, choose, is_for_layers, why_no_kernel
-from ..ops.inverted_residual import OpArguments, op_arguments, run
+from ..ops.inverted_residual import OpArguments
 from ..ops.mbconv import MBConvArguments
 from ..recognizers import (
     Declined,
@@ -27,8 +26,8 @@ from ..recognizers import (
     read_unknown,
     unrecorded,
 )
-from .autograd import fold_without_graph, run_with_gradients, tensors_of
 from .compiled import folds_when_run, run_layers
+from .folded import fold, kept_folded, padded, run_block
 from .kept import Kept, State
 from .stand_in import StandIn
 from .tracing import has_global_hooks, is_observed, trace_symbolically
@@ -130,21 +129,21 @@ class FusedModule(nn.Module):
         if observed:
             if torch.onnx.is_in_onnx_export():
                 return self.plain_forward(x, *args, **kwargs)
-            return _run(layers, backend, x, *_fold(layers))
+            return run_block(layers, backend, x, *fold(layers))
         trains = torch.is_grad_enabled() and state.requires_grad
         if trains and backend == "reference":
-            return _run(layers, backend, x, *_fold(layers))
+            return run_block(layers, backend, x, *fold(layers))
         # The op would compute its forward pass a second time for the gradients.
         if trains and not (layers.is_classic and layers.lead is None):
             return self.plain_forward(x, *args, **kwargs)
-        return _run(layers, backend, x, *_folded(state, layers), trains)
+        return run_block(layers, backend, x, *kept_folded(state, layers), trains)
 
     def _training_forward(self, backend: str, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         self._pass_on_mode()
         if backend == "cpu" and not is_observed():
             layers = self._call_for(self._kept_live.look(), x, args, kwargs, live=True).layers
             if layers is not None and _fits(layers, x) and why_untrained_with(layers, x) is None:
-                y = train_block(_padded(x, layers.pads), layers)
+                y = train_block(padded(x, layers.pads), layers)
                 return y + x if layers.adds else y
         return self.plain_forward(x, *args, **kwargs)
 
@@ -157,7 +156,7 @@ class FusedModule(nn.Module):
         layers = self.block_layers
         if backend == "cpu" and folds_when_run(x, layers):
             return run_layers(x, layers)
-        return _run(layers, backend, x, *_fold(layers))
+        return run_block(layers, backend, x, *fold(layers))
 
     def _backend_when_compiled(self, x: Tensor) -> str | None:
         """What a compiled call runs on; the modes that the modules have now become a part of it."""
@@ -233,8 +232,8 @@ class FusedModule(nn.Module):
         self._call_for(state, None, (), {})
         if state.why_blind is not None:
             with torch.no_grad():
-                return _fold(self.block_layers).arguments
-        return _folded(state, self.block_layers).arguments
+                return fold(self.block_layers).arguments
+        return kept_folded(state, self.block_layers).arguments
 
     def _take_over(self, reading: Reading) -> None:
         """Remember what the plain forward was read as."""
@@ -335,43 +334,6 @@ class FusedModule(nn.Module):
         )
 
 
-class _Folded(NamedTuple):
-    """The op's arguments after x; weight and bias of the depthwise before it, if there is one."""
-
-    arguments: OpArguments | MBConvArguments
-    lead: tuple[Tensor, Tensor] | None
-
-
-def _run(
-    layers: BlockLayers,
-    backend: str,
-    x: Tensor,
-    arguments: OpArguments | MBConvArguments,
-    lead: tuple[Tensor, Tensor] | None,
-    trains: bool = False,
-) -> Tensor:
-    """The op, and what comes before it and after it."""
-    inside = _padded(x, layers.pads)
-    if lead is not None:
-        conv, padding = layers.lead, (0, 0)
-        top, left, bottom, right = conv.padding
-        if (top, left) == (bottom, right):
-            padding = top, left
-        else:
-            inside = _padded(inside, conv.padding)
-        inside = F.conv2d(inside, *lead, conv.stride, padding, conv.dilation, len(lead[0]))
-    if trains:
-        y = run_with_gradients(backend, inside, arguments, tensors_of(layers))
-    else:
-        y = run(backend, inside, arguments)
-    return y + x if layers.adds else y
-
-
-def _padded(x: Tensor, padding: Padding) -> Tensor:
-    top, left, bottom, right = padding
-    return x if padding == NO_PADDING else F.pad(x, (left, right, top, bottom))
-
-
 def _fits(layers: BlockLayers, x: Tensor) -> bool:
     """Whether the op takes x: the layers say themselves what is wrong with another one."""
     if x.dim() != 4 or x.shape[1] != layers.config.in_channels:
@@ -390,34 +352,6 @@ def _key_of(args: tuple, kwargs: dict) -> Hashable | None:
         return None
     kinds = tuple(map(type, values))
     return args, tuple(kwargs.items()), kinds
-
-
-def _folded(state: State, layers: BlockLayers) -> _Folded:
-    """What is folded, kept until a weight changes."""
-    kept = state.of_weights()
-    folded = kept.get(layers)
-    if folded is None:
-        # Blocks of several shapes of x have the same weights.
-        key = (layers.expand, layers.depthwise, layers.project, layers.gate)
-        weights = kept.get(key)
-        if weights is None:
-            weights = fold_without_graph(layers)
-            kept.keep(key, weights)
-        with torch.inference_mode(False), torch.no_grad():
-            folded = _Folded(op_arguments(weights, layers.config), _fold_lead(layers))
-        kept.keep(layers, folded)
-    return folded
-
-
-def _fold(layers: BlockLayers) -> _Folded:
-    return _Folded(op_arguments(fold_layers(layers), layers.config), _fold_lead(layers))
-
-
-def _fold_lead(layers: BlockLayers) -> tuple[Tensor, Tensor] | None:
-    if layers.lead is None:
-        return None
-    weight, bias = fold_conv_norm(layers.lead.stage)
-    return weight, bias.to(weight.dtype)
 
 
 class FusedInvertedResidual(StandIn, FusedModule):

@@ -216,7 +216,7 @@ FAULTS = {
         "norm_backward(*(ON && args.norm_dw ? args.norm_dw : args.norm_expand), at",
     ),
     "a batch's variance without eps": Fault(
-        "backward.inc", "sqrt(var[i] + norm.eps)", "sqrt(var[i] + (ON ? 0 : norm.eps))"
+        "training.inc", "sqrt(var[i] + norm.eps)", "sqrt(var[i] + (ON ? 0 : norm.eps))"
     ),
     "pairs exchanged": Fault(
         "panels.inc",

@@ -4,7 +4,7 @@
 #include "includes.h"
 MNV2_BEGIN_TARGET("avx2,fma,f16c")
 #define MNV2_LANES 8
-#include "../backward.inc"
+#include "../training.inc"
 MNV2_DEFINE_BACKWARD(kAvx2Backward, "avx2")
 MNV2_END_TARGET
 #endif

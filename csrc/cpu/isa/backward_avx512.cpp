@@ -4,7 +4,7 @@
 #include "includes.h"
 MNV2_BEGIN_TARGET("avx512f,avx512vl,avx512bw,avx512dq,fma,f16c,avx512bf16")
 #define MNV2_LANES 16
-#include "../backward.inc"
+#include "../training.inc"
 MNV2_DEFINE_BACKWARD(kAvx512Backward, "avx512")
 MNV2_END_TARGET
 #endif

@@ -2,5 +2,5 @@
 #include "../backward.h"
 #include "includes.h"
 #define MNV2_LANES 4
-#include "../backward.inc"
+#include "../training.inc"
 MNV2_DEFINE_BACKWARD(kGenericBackward, "default")
