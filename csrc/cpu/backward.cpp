@@ -66,9 +66,11 @@ BackwardSchedule choose_training_schedule(const BlockSizes& sizes, int64_t lanes
     return schedule;
 }
 
-int64_t backward_scratch(const BlockSizes& sizes, const BackwardSchedule& schedule) {
+int64_t backward_scratch(const BlockSizes& sizes, const BackwardSchedule& schedule,
+                         bool of_convolutions) {
+    const int64_t copies = of_convolutions ? 2 : 1;
     const int64_t weights = 2 * sizes.kernel_size * sizes.kernel_size + 10 +
-                            2 * sizes.in_channels * sizes.expansion + 2 * sizes.out_channels;
+                            copies * (sizes.in_channels * sizes.expansion + sizes.out_channels);
     const int64_t of_expansion = schedule.whole_batch ? 3 : 2;
     const int64_t pixels =
         of_expansion * schedule.in_rows * sizes.W + 2 * schedule.rows * sizes.W_out;

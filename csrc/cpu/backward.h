@@ -78,7 +78,8 @@ BackwardSchedule choose_backward_schedule(const BlockSizes& sizes, int64_t lanes
 BackwardSchedule choose_training_schedule(const BlockSizes& sizes, int64_t lanes);
 
 // Floats of one thread's scratch.
-int64_t backward_scratch(const BlockSizes& sizes, const BackwardSchedule& schedule);
+int64_t backward_scratch(const BlockSizes& sizes, const BackwardSchedule& schedule,
+                         bool of_convolutions = false);
 
 // Tasks of one call that share nothing but what they read: `images` ranges of images, and for each
 // either one task of all groups (`hidden` is 1) or one of every group. All but the first range of

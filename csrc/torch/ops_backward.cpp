@@ -107,7 +107,7 @@ std::vector<at::Tensor> BackwardCall::gradients(const BackwardSchedule& schedule
                              ? at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast)
                              : x_parts[0];
 
-    const int64_t floats = backward_scratch(args, schedule);
+    const int64_t floats = backward_scratch(args, schedule, args.conv_project != nullptr);
     const bool sums_x = needs_grad[0] && args.expansion && split.hidden < schedule.groups;
     const int64_t most_images = ceil_div(args.N, split.images);
     const int64_t x_floats = sums_x ? aligned(most_images * args.H * args.W * args.in_channels) : 0;
@@ -171,7 +171,7 @@ at::Tensor BackwardCall::train(const BackwardSchedule& schedule, const ForwardNo
         part = at::empty({args.N, args.out_channels, args.H_out, args.W_out},
                          call.inputs[0].options(), at::MemoryFormat::ChannelsLast);
     const TrainingForwardFn run = select_backward_kernel(kernel().name).train;
-    run_tasks({1, schedule.groups}, backward_scratch(args, schedule),
+    run_tasks({1, schedule.groups}, backward_scratch(args, schedule, args.conv_project != nullptr),
               [&](int64_t, int64_t group, float* scratch) {
                   run(args, schedule, norm_expand, norm_dw, group, group + 1,
                       parts[group].mutable_data_ptr<float>(), scratch);
@@ -187,7 +187,7 @@ void BackwardCall::depthwise_moments(const BackwardSchedule& schedule, double* m
     const int64_t channels = args.hidden_channels;
     std::vector<double> means(split.images * channels), sums(split.images * channels);
     const BackwardFn run = select_backward_kernel(kernel().name).run;
-    run_tasks(split, backward_scratch(args, schedule),
+    run_tasks(split, backward_scratch(args, schedule, args.conv_project != nullptr),
               [&](int64_t images, int64_t hidden, float* scratch) {
                   const Moments own{&means[images * channels], &sums[images * channels]};
                   BackwardArgs with_own = args;

@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual as TorchvisionBlock
 
 import mnv2_kernels as mk
-from mnv2_kernels.modules import fused_module
+from mnv2_kernels.modules import folded
 from mnv2_kernels.modules.fused_module import FusedInvertedResidual, FusedModule
 from mnv2_kernels.ops.backends import ran
 
@@ -272,8 +272,8 @@ def test_verify_runs_the_backend_that_was_asked_for(monkeypatch):
         # The check in float64 runs the reference too.
         return y * 1.01 if (x.dtype, backend) == (torch.float32, "reference") else y
 
-    correct = fused_module.run
-    monkeypatch.setattr(fused_module, "run", wrong)
+    correct = folded.run
+    monkeypatch.setattr(folded, "run", wrong)
     with pytest.raises(ValueError, match="block 'features.1'"):
         mk.fuse(mobilenet(), backend="reference", verify=True)
     with pytest.raises(ValueError, match="block 'features.1'"):
