@@ -12,6 +12,8 @@ constexpr int64_t kBandFloats = 96 * 1024;
 constexpr int64_t kMostChannels = 64;
 // The same of one chunk of a whole batch, which is worth more: nothing is computed twice.
 constexpr int64_t kWholeBatchFloats = 512 * 1024;
+// Of a chunk of a whole batch: narrower ones read x too often, and have more sums to add up.
+constexpr int64_t kLeastChannels = 32;
 // More tasks than most machines have cores would cost more memory than they save time.
 constexpr int64_t kTasks = 8;
 
@@ -52,7 +54,7 @@ BackwardSchedule choose_backward_schedule(const BlockSizes& sizes, int64_t lanes
 BackwardSchedule choose_training_schedule(const BlockSizes& sizes, int64_t lanes) {
     const int64_t pixels = sizes.N * (3 * sizes.H * sizes.W + 2 * sizes.H_out * sizes.W_out);
     const int64_t fit = kWholeBatchFloats / pixels / lanes * lanes;
-    if (fit < std::min(2 * lanes, round_up(sizes.hidden_channels, lanes)))
+    if (fit < std::min(kLeastChannels, round_up(sizes.hidden_channels, lanes)))
         return choose_backward_schedule(sizes, lanes);
     BackwardSchedule schedule{};
     const int64_t most = std::min({round_up(sizes.hidden_channels, lanes), kMostChannels, fit});

@@ -18,8 +18,9 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif("cpu" not in cases.kernel_backends(), reason="needs the compiled extension"),
 ]
-# Of eager's error, and of the norm: a value that rounds across a clip's bound changes gradients.
-TIMES_EAGER, FLOOR = 2, 2e-4
+# Of eager's error, and of the norm. A value that rounds across a clip's bound changes gradients by
+# some 1e-3 of their norm; a term that is missing by 1e-2 at least.
+TIMES_EAGER, FLOOR, FLOOR_OF_GRADIENTS = 2, 1e-5, 2e-3
 
 
 class Block(nn.Module):
@@ -87,7 +88,8 @@ def check(block: Block, x: torch.Tensor, times: float = TIMES_EAGER) -> None:
         if name in biases and of_name.abs().max() < 1e-9:
             assert ours[name].abs().max() < 1e-3
             continue
-        allowed = times * error(eager[name], of_name) + FLOOR
+        floor = FLOOR_OF_GRADIENTS if name == "x" or name.startswith("grad") else FLOOR
+        allowed = times * error(eager[name], of_name) + floor
         assert error(ours[name], of_name) <= allowed, name
 
 
