@@ -18,8 +18,8 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif("cpu" not in cases.kernel_backends(), reason="needs the compiled extension"),
 ]
-# Of eager's error, and of the norm. One value that rounds across a clip's bound changes a gradient by
-# up to 1e-2 of its norm; the driver (tests/cpu_alone) avoids such values, and is stricter.
+# Of eager's error, and of the norm. One value that rounds across a clip's bound changes a gradient
+# by up to 1e-2 of its norm; the driver (tests/cpu_alone) avoids such values, and is stricter.
 TIMES_EAGER, FLOOR, FLOOR_OF_GRADIENTS = 2, 1e-5, 1e-2
 
 
