@@ -116,6 +116,18 @@ def are_plain(tensors: Sequence[Tensor | None]) -> bool:
     return all(type(t) in _PLAIN for t in tensors)
 
 
+def refuse_second_derivatives(instead: str) -> None:
+    """Raise where a backward pass is recorded; `instead` says what has second derivatives.
+
+    Not `once_differentiable`: where grad_y needs no gradient that gives zeros in silence.
+    """
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "inverted_residual: create_graph=True asks for second derivatives, which are not"
+            f" implemented; {instead}"
+        )
+
+
 class _FromLayers(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend: str, arguments: tuple, eps: list, *tensors: Tensor | None) -> Tensor:
@@ -127,12 +139,7 @@ class _FromLayers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        # Not `once_differentiable`: where grad_y needs no gradient that gives zeros in silence.
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "inverted_residual: create_graph=True asks for second derivatives, which are not"
-                " implemented; a model fused with backend='reference' has them"
-            )
+        refuse_second_derivatives("a model fused with backend='reference' has them")
         x, *tensors = ctx.saved_tensors
         needed = asked_for(ctx, (x, *tensors))
         if ctx.autocast is None and _is_compiled(ctx, grad_y, x, tensors):

@@ -69,8 +69,7 @@ class FusedModule(nn.Module):
 
     backend: str | None = None
     _block: "_Block"
-    _kept: Kept
-    _kept_live: Kept
+    _kept: dict[bool, Kept]
 
     def plain_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The block layer by layer; further arguments go to the original module."""
@@ -141,7 +140,7 @@ class FusedModule(nn.Module):
     def _training_forward(self, backend: str, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         self._pass_on_mode()
         if backend == "cpu" and not is_observed():
-            layers = self._call_for(self._kept_live.look(), x, args, kwargs, live=True).layers
+            layers = self._call_for(self._kept[True].look(), x, args, kwargs, live=True).layers
             if layers is not None and _fits(layers, x) and why_untrained_with(layers, x) is None:
                 y = train_block(padded(x, layers.pads), layers)
                 return y + x if layers.adds else y
@@ -220,7 +219,7 @@ class FusedModule(nn.Module):
             if self.backend not in (None, "cpu"):
                 reason = f"batch norm is in training mode, and the backend is {self.backend!r}"
                 return Call(None, None, reason)
-            return self._call_for(self._kept_live.look(), x, (), {}, live=True)
+            return self._call_for(self._kept[True].look(), x, (), {}, live=True)
         return self._call_for(self._look(), x, (), {})
 
     def folded_arguments(self) -> OpArguments | MBConvArguments:
@@ -239,9 +238,9 @@ class FusedModule(nn.Module):
         """Remember what the plain forward was read as."""
         # Not to be seen as children. The objects stay the same, for a guard to see no change.
         self.__dict__["_block"] = _Block(block_of(reading), reading.is_sized)
-        self.__dict__["_kept"] = Kept(self)
-        # Apart, so that a model that trains and evaluates by turns is read once for each.
-        self.__dict__["_kept_live"] = Kept(self)
+        # With live norms apart, so that a model that trains and evaluates by turns is read once for
+        # each.
+        self.__dict__["_kept"] = {live: Kept(self) for live in (False, True)}
 
     def _uses_batches(self) -> bool:
         """Whether a batch norm that was read is in training mode, and is still inside."""
@@ -250,7 +249,7 @@ class FusedModule(nn.Module):
 
     def _look(self) -> State:
         self._pass_on_mode()
-        return self._kept.look()
+        return self._kept[False].look()
 
     def _by_name(self, kwargs: dict) -> Tensor:
         """A call without an x by position."""
@@ -318,7 +317,7 @@ class FusedModule(nn.Module):
         return call
 
     def train(self, mode: bool = True) -> "FusedModule":
-        return self if self._kept.is_in_mode(mode) else super().train(mode)
+        return self if self._kept[False].is_in_mode(mode) else super().train(mode)
 
     def _replicate_for_data_parallel(self) -> "FusedModule":
         """A replica that runs the layers: what is folded are the weights of the first device."""

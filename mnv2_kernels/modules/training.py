@@ -11,8 +11,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..block.config import NO_CLIP
 from ..block.fold import BlockLayers
+from ..ops.backends import count
 from ..ops.extension import missing
-from .autograd import StageTensors, are_plain, asked_for, tensors_of
+from .autograd import (
+    StageTensors,
+    are_plain,
+    asked_for,
+    refuse_second_derivatives,
+    tensors_of,
+)
 
 _STAGE = len(StageTensors._fields) - 1
 
@@ -72,11 +79,12 @@ def train_block(x: Tensor, layers: BlockLayers) -> Tensor:
         tensors += [*own[:4], None, None] if is_live else own
     x = x.contiguous(memory_format=torch.channels_last)
     statistics: list[Tensor] = []
+    count("cpu")
     y = _Training.apply(settings, statistics, x, *tensors)
     counts = (x.shape[2] * x.shape[3], y.shape[2] * y.shape[3], y.shape[2] * y.shape[3])
     for i, norm in enumerate(norms):
         if norm is not None and norm.training:
-            _update(norm, *statistics[2 * i : 2 * i + 2], len(x) * counts[i])
+            move_statistics(norm, *statistics[2 * i : 2 * i + 2], len(x) * counts[i])
     return y
 
 
@@ -93,8 +101,10 @@ def _statistics_of(live: list[bool]) -> list[int]:
 
 
 @torch.no_grad()
-def _update(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
-    """Move the running statistics as the forward of a batch norm does."""
+def move_statistics(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
+    """Move the running statistics as the forward of a batch norm does, given mean and biased
+    variance of `count` values a channel.
+    """
     if not norm.track_running_stats:
         return
     share = 0.0 if norm.momentum is None else norm.momentum
@@ -127,11 +137,7 @@ class _Training(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "inverted_residual: create_graph=True asks for second derivatives, which are not"
-                " implemented in training mode; `unfuse` returns the model as it was"
-            )
+        refuse_second_derivatives("`unfuse` gives the original layers back, which have them")
         x, *tensors = ctx.saved_tensors
         layers, saved = tensors[: 3 * _STAGE], tensors[3 * _STAGE :]
         given = list(layers)

@@ -442,23 +442,25 @@ inline void check_products_of_rows(Memory& memory, std::mt19937& engine, const R
         compare(right, out, Element::single, kForwardTolerance);
     }
 
-    Numbers product(pixels * columns);
-    each_number(in, [&](int64_t p, int64_t c, int64_t at) {
-        for (int64_t n = 0; n < columns; n++)
-            product[p * columns + n] += rows[at] * weight[c * columns + n];
-    });
-    float* const out = float_place(memory, pixels * columns);
-    kernel.multiply(x, w, pixels, channels, columns, out);
-    compare(product, out, Element::single, kForwardTolerance);
-
-    Numbers transposed(channels * columns);
-    each_number(in, [&](int64_t p, int64_t c, int64_t at) {
-        for (int64_t n = 0; n < columns; n++)
-            transposed[c * columns + n] += rows[at] * added[p * columns + n];
-    });
-    float* const out_transposed = float_place(memory, channels * columns);
-    kernel.multiply_transposed(x, floats(memory, added), channels, pixels, columns, out_transposed);
-    compare(transposed, out_transposed, Element::single, kForwardTolerance);
+    // `place` says which row of the result a number of x adds to, and which row of `other` it
+    // multiplies.
+    const auto check_product = [&](MultiplyFn multiply, const Numbers& other, int64_t size,
+                                   int64_t depth, const auto& place) {
+        Numbers product(size * columns);
+        each_number(in, [&](int64_t p, int64_t c, int64_t at) {
+            const auto [to, from] = place(p, c);
+            for (int64_t n = 0; n < columns; n++)
+                product[to * columns + n] += rows[at] * other[from * columns + n];
+        });
+        float* const out = float_place(memory, size * columns);
+        multiply(x, floats(memory, other), size, depth, columns, out);
+        compare(product, out, Element::single, kForwardTolerance);
+    };
+    using Places = std::pair<int64_t, int64_t>;
+    check_product(kernel.multiply, weight, pixels, channels,
+                  [](int64_t p, int64_t c) { return Places{p, c}; });
+    check_product(kernel.multiply_transposed, added, channels, pixels,
+                  [](int64_t p, int64_t c) { return Places{c, p}; });
     counts().calls += 4;
 }
 
