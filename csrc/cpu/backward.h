@@ -120,10 +120,6 @@ using TrainingForwardFn = void (*)(const BackwardArgs&, const BackwardSchedule&,
 using FoldFn = void (*)(const float* weight, const double* scale, int64_t rows, int64_t columns,
                         float* folded);
 
-// Gradients of that weight and of the scales, from the folded weight's; nullptr: not wanted.
-using UnfoldFn = void (*)(const float* gradient, const float* weight, const double* scale,
-                          int64_t rows, int64_t columns, float* of_weight, double* of_scale);
-
 // What batch norms over whole batches need, of rows of `channels` numbers, one a pixel. `before` is
 // the number of pixels that are in `moments` already.
 using AddMomentsFn = void (*)(const float* rows, int64_t pixels, int64_t channels, int64_t before,
@@ -181,7 +177,6 @@ struct BackwardKernel {
     const char* name;
     BackwardFn run;
     FoldFn fold;
-    UnfoldFn unfold;
     ScaleRowsFn scale_rows;
     TrainingForwardFn train;
     AddMomentsFn add_moments;

@@ -209,5 +209,17 @@ inline Vec load_two(const float*, const float*) { return zero(); }
 inline void store_two(float*, float*, Vec) {}
 #endif
 
+// The first `lanes` floats at `from`; a whole vector needs no mask.
+inline Vec load_lanes(const float* from, int64_t lanes) {
+    return lanes == kLanes ? load(from) : load(from, lanes);
+}
+
+inline void store_lanes(float* to, int64_t lanes, Vec a) {
+    if (lanes == kLanes)
+        store(to, a);
+    else
+        store(to, lanes, a);
+}
+
 }  // namespace
 }  // namespace mnv2::cpu

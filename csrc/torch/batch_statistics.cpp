@@ -10,12 +10,6 @@ at::Tensor floats(at::IntArrayRef sizes) {
     return at::empty(sizes, at::TensorOptions().dtype(at::kFloat));
 }
 
-at::Tensor doubles_of(const Numbers& numbers) {
-    const at::Tensor vector = at::empty({static_cast<int64_t>(numbers.size())}, at::kDouble);
-    std::copy(numbers.begin(), numbers.end(), vector.mutable_data_ptr<double>());
-    return vector;
-}
-
 std::vector<float> rounded(const Numbers& numbers) {
     std::vector<float> found(numbers.size());
     std::transform(numbers.begin(), numbers.end(), found.begin(),

@@ -65,8 +65,6 @@ at::Tensor floats(at::IntArrayRef sizes);
 
 inline float* data(const at::Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
 
-at::Tensor doubles_of(const Numbers& numbers);
-
 std::vector<float> rounded(const Numbers& numbers);
 
 }  // namespace mnv2::cpu

@@ -29,9 +29,8 @@ Numbers numbers(const at::Tensor& vector, int64_t size, double missing) {
 }
 
 at::Tensor vector_of(const Numbers& numbers, at::ScalarType dtype) {
-    const at::Tensor vector = at::empty({static_cast<int64_t>(numbers.size())}, at::kFloat);
-    std::transform(numbers.begin(), numbers.end(), vector.mutable_data_ptr<float>(),
-                   [](double n) { return static_cast<float>(n); });
+    const at::Tensor vector = at::empty({static_cast<int64_t>(numbers.size())}, at::kDouble);
+    std::copy(numbers.begin(), numbers.end(), vector.mutable_data_ptr<double>());
     return vector.to(dtype);
 }
 
@@ -84,7 +83,7 @@ Stage stage_of(const c10::List<OptionalTensor>& layers, size_t index) {
 }
 
 void unfold(const Stage& stage, double eps, const bool* needs, const at::Tensor& of_folded_weight,
-            const at::Tensor& of_folded_bias, std::vector<at::Tensor>& found, Layout layout) {
+            const at::Tensor& of_folded_bias, std::vector<at::Tensor>& found) {
     if (std::none_of(needs, needs + kOfStage, [](bool n) { return n; })) return;
     const int64_t rows = stage[kWeight].size(0);
     const int64_t columns = rows == 0 ? 0 : stage[kWeight].numel() / rows;
@@ -94,18 +93,10 @@ void unfold(const Stage& stage, double eps, const bool* needs, const at::Tensor&
     const bool needs_scale = needs[kGamma] || needs[kVar];
     if (needs[kWeight] || needs_scale) {
         const at::Tensor weight = checked_weight(stage[kWeight]);
-        const auto* const from = weight.const_data_ptr<float>();
-        if (layout == Layout::rows) {
-            of_weight = of_folded_weight.view(weight.sizes());
-            backward_kernel().scale_rows(of_weight.mutable_data_ptr<float>(), from,
-                                         norm.scale.data(), rows, columns, of_scale.data());
-        } else {
-            if (needs[kWeight]) of_weight = at::empty(weight.sizes(), at::kFloat);
-            backward_kernel().unfold(of_folded_weight.const_data_ptr<float>(), from,
-                                     norm.scale.data(), rows, columns,
-                                     needs[kWeight] ? of_weight.mutable_data_ptr<float>() : nullptr,
-                                     needs_scale ? of_scale.data() : nullptr);
-        }
+        of_weight = of_folded_weight.view(weight.sizes());
+        backward_kernel().scale_rows(of_weight.mutable_data_ptr<float>(),
+                                     weight.const_data_ptr<float>(), norm.scale.data(), rows,
+                                     columns, of_scale.data());
     }
     const auto add = [&](OfStage which, const Numbers& gradient) {
         if (needs[which]) found.push_back(vector_of(gradient, stage[which].scalar_type()));

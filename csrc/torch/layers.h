@@ -43,14 +43,9 @@ void fold(const Stage& stage, double eps, std::vector<at::Tensor>& found);
 // (bias - mean) * scale + beta.
 at::Tensor folded_bias(const Stage& stage, const Norm& norm);
 
-// How the gradient of a folded weight is laid out: as `fold` gives the weight, or in rows of output
-// channels like the convolution's.
-enum class Layout { folded, rows };
-
 // Adds the gradients that are needed of a stage's tensors, from the gradients of its folded ones.
-// One in rows becomes the gradient of the weight.
+// That of the weight is laid out like the convolution's, and becomes its gradient.
 void unfold(const Stage& stage, double eps, const bool* needs, const at::Tensor& of_folded_weight,
-            const at::Tensor& of_folded_bias, std::vector<at::Tensor>& found,
-            Layout layout = Layout::folded);
+            const at::Tensor& of_folded_bias, std::vector<at::Tensor>& found);
 
 }  // namespace mnv2::cpu

@@ -88,7 +88,8 @@ Tensors train_forward(const at::Tensor& x_given, const c10::List<OptionalTensor>
         const Rows rows(projected);
         const Statistics of_rows = statistics(rows);
         Stage& stage = block.stages[kProject];
-        stage[kMean] = doubles_of(of_rows.mean), stage[kVar] = doubles_of(of_rows.var);
+        stage[kMean] = vector_of(of_rows.mean, at::kDouble),
+        stage[kVar] = vector_of(of_rows.var, at::kDouble);
         const Norm norm(stage, eps[kProject]);
         const std::vector<float> mean = rounded(of_rows.mean), scale = rounded(norm.scale),
                                  beta = rounded(numbers(stage[kBeta], rows.channels, 0));

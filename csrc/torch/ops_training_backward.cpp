@@ -204,7 +204,9 @@ Tensors train_backward(const at::Tensor& grad_y_given, const at::Tensor& x_given
     const at::Tensor of_x = take(needs_grad[0]);
     const at::Tensor of_w_expand = take(through_expand);
     const at::Tensor of_b_expand = take(through_expand && !is_norm_expand);
-    const at::Tensor of_w_dw = take(needs_dw), of_b_dw = take(needs_dw && !live[kDepthwise]);
+    // (k, k, C) -> (C, 1, k, k)
+    const at::Tensor of_w_dw = needs_dw ? take(true).permute({2, 0, 1}).contiguous() : at::Tensor();
+    const at::Tensor of_b_dw = take(needs_dw && !live[kDepthwise]);
     const at::Tensor of_w_project = take(needs_any(kProject));
 
     Tensors found;
@@ -212,14 +214,11 @@ Tensors train_backward(const at::Tensor& grad_y_given, const at::Tensor& x_given
         if (needs(stage, which))
             found.push_back(vector_of(gradient, block.stages[stage][which].scalar_type()));
     };
-    const auto layout = [](InStages stage) {
-        return stage == kDepthwise ? Layout::folded : Layout::rows;
-    };
     // Of a live norm: the convolution's bias is taken away again by the mean.
     const auto add_live = [&](InStages stage, const Stage& folded_as, const at::Tensor& of_weight,
                               const Numbers& of_gamma, const Numbers& of_beta) {
         const bool only_weight[kOfStage] = {needs(stage, kWeight)};
-        unfold(folded_as, eps[stage], only_weight, of_weight, at::Tensor(), found, layout(stage));
+        unfold(folded_as, eps[stage], only_weight, of_weight, at::Tensor(), found);
         const Stage& own = block.stages[stage];
         add(stage, kBias, Numbers(own[kWeight].size(0), 0));
         add(stage, kGamma, of_gamma), add(stage, kBeta, of_beta);
@@ -227,7 +226,7 @@ Tensors train_backward(const at::Tensor& grad_y_given, const at::Tensor& x_given
     const auto add_frozen = [&](InStages stage, const at::Tensor& of_weight,
                                 const at::Tensor& of_bias) {
         unfold(block.stages[stage], eps[stage], &needs_grad[1 + stage * kOfStage], of_weight,
-               of_bias, found, layout(stage));
+               of_bias, found);
     };
 
     const float* const added = residual ? grad_y.const_data_ptr<float>() : nullptr;

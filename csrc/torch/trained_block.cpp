@@ -9,7 +9,7 @@ namespace mnv2::cpu {
 void set_statistics(Stage& stage, const Statistics& found) {
     Numbers mean = numbers(stage[kBias], static_cast<int64_t>(found.mean.size()), 0);
     for (size_t i = 0; i < mean.size(); i++) mean[i] += found.mean[i];
-    stage[kMean] = doubles_of(mean), stage[kVar] = doubles_of(found.var);
+    stage[kMean] = vector_of(mean, at::kDouble), stage[kVar] = vector_of(found.var, at::kDouble);
 }
 
 Stage without_affine(Stage stage) {
