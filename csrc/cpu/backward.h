@@ -108,9 +108,9 @@ struct ForwardNorm {
     double *mean, *var;
 };
 
-// What the projection gives of some groups of chunks, for a schedule of the whole batch, without
-// the projection's bias. Overwrites `projected` (N, H_out, W_out, out_channels); nullptr in the
-// place of a norm: there is none, or it is folded.
+// What the projection gives of some groups of chunks, for a schedule of the whole batch and the
+// weights of convolutions, without the projection's bias. Overwrites `projected` (N, H_out, W_out,
+// out_channels); nullptr in the place of a norm: there is none, or it is folded.
 using TrainingForwardFn = void (*)(const BackwardArgs&, const BackwardSchedule&,
                                    const ForwardNorm* norm_expand, const ForwardNorm* norm_dw,
                                    int64_t group_begin, int64_t group_end, float* projected,

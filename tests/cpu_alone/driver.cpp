@@ -13,7 +13,7 @@
 #include <sstream>
 #include <string>
 
-#include "training_checks.h"
+#include "row_checks.h"
 
 namespace {
 
