@@ -67,7 +67,7 @@ def follow(
                 called = call if isinstance(call, nn.Module) else module
                 before = len(trace.made)
                 try:
-                    _check_call(called, called is not call, live_norms)
+                    _check_call(called, is_forward=called is not call)
                     with uncounted(called), left_as_it_was(called), only_computing():
                         x = call(x)
                     if trace.reason is not None:
@@ -84,7 +84,7 @@ def follow(
     return trace, error
 
 
-def _check_call(called: nn.Module, is_forward: bool, live_norms: bool) -> None:
+def _check_call(called: nn.Module, is_forward: bool) -> None:
     """Decline what may not be called, or would be missed if it was not.
 
     Where the forward alone is read, the hooks of the module itself are called all the same.
@@ -92,9 +92,6 @@ def _check_call(called: nn.Module, is_forward: bool, live_norms: bool) -> None:
     if not is_forward and has_hooks(called):
         raise Declined(f"{describe(called)} has hooks, which would not be called")
     check_untouched(called)
-    for inner in () if live_norms else called.modules():
-        if isinstance(inner, nn.modules.batchnorm._BatchNorm) and inner.training:
-            raise Declined("batch norm is in training mode and uses the statistics of the batch")
 
 
 def _check_result(trace: Trace, y: object, first: Tensor) -> None:

@@ -235,7 +235,7 @@ def test_gradients_and_modes(original, model, watch, x):
     watch(model, x)  # Parameters require gradients.
     assert watch.ran.together == 0
     watch(model.train(), x)
-    assert watch.ran.together == watch.ran.blocks == 0
+    assert (watch.ran.together, watch.ran.blocks) == (0, 17)
     model.eval().load_state_dict(original.state_dict())
     for part in (model, original):
         part(x).sum().backward()
