@@ -49,6 +49,7 @@ CPU_SOURCES = [
     "csrc/torch/ops_plan.cpp",
     "csrc/torch/ops_training.cpp",
     "csrc/torch/ops_training_backward.cpp",
+    "csrc/torch/plain_call.cpp",
     "csrc/torch/program.cpp",
     "csrc/torch/program_checks.cpp",
     "csrc/torch/tensor_facts.cpp",

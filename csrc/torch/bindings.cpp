@@ -18,6 +18,7 @@
 #include "guard.h"
 #include "host.h"
 #include "ops_cuda.h"
+#include "plain_call.h"
 #include "program.h"
 #include "source_hash.h"
 
@@ -179,6 +180,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("describe_program", &describe_program, pybind11::arg("program"), pybind11::arg("bounds"),
           pybind11::arg("dtype"), pybind11::arg("threads"),
           "Bytes of line buffers of a program, and which steps go row by row.");
+    m.def("is_plain_call", &mnv2::is_plain_call, arg("x"), arg("harmless"),
+          "Whether a call with x is for inference on a CPU and nobody looks at its layers.");
     pybind11::class_<mnv2::Guard>(m, "Guard", "What objects, their dicts and tensors were.")
         .def_static("take", &take_guard, arg("objects"), arg("names"),
                     "The guard of objects, their dicts and those under names in them, these dicts,"

@@ -17,6 +17,22 @@ constexpr int kDeepest = 8;
 // Items of one that are still cheap to look at.
 constexpr Py_ssize_t kLongest = 1000;
 
+// CPython gives a dict a number that no dict has had whenever its keys or values change. An
+// OrderedDict may be put in another order without.
+#if PY_VERSION_HEX < 0x030D0000
+constexpr bool kHasVersions = true;
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+Word version_of(PyObject* dict) {
+    const auto* known = reinterpret_cast<PyDictObject*>(dict);
+    return PyDict_CheckExact(dict) ? known->ma_version_tag : 0;
+}
+#pragma GCC diagnostic pop
+#else
+constexpr bool kHasVersions = false;
+Word version_of(PyObject*) { return 0; }
+#endif
+
 Word word(const void* address) { return reinterpret_cast<Word>(address); }
 
 // What follows a value and is looked at, in the low bits of its address; of its class's for
@@ -80,6 +96,10 @@ struct Recorder {
         return kind;
     }
 
+    void may_change(PyObject* value) {
+        look.inside.push_back({value, static_cast<uint32_t>(look.words.size() - 1)});
+    }
+
     bool see_facts(PyObject* object, c10::TensorImpl& impl) {
         const size_t before = look.samples.size();
         if (impl.device().is_cpu()) append_samples(impl, look.samples);
@@ -108,16 +128,20 @@ struct Recorder {
 };
 
 struct Comparer {
+    const Look& look;
     const Word* at;
     const Word* end;
+    const Inside* inside;
     const TensorFacts* tensor;
     const uint32_t* samples_of_tensor;
     const int64_t* samples;
     bool facts_differ = false;
 
-    explicit Comparer(const Look& look)
-        : at(look.words.data()),
+    explicit Comparer(const Look& known)
+        : look(known),
+          at(look.words.data()),
           end(at + look.words.size()),
+          inside(look.inside.data()),
           tensor(look.tensors.data()),
           samples_of_tensor(look.samples_of_tensors.data()),
           samples(look.samples.data()) {}
@@ -144,6 +168,7 @@ struct Comparer {
         return true;
     }
 
+    void may_change(PyObject*) { inside++; }
     void will_read(const void*, size_t) {}
 };
 
@@ -172,13 +197,25 @@ template <class Walk>
 bool see_value(PyObject* value, Walk& walk, int depth = 0) {
     const std::optional<Kind> kind = walk.see_value(value);
     if (!kind) return false;
-    if (*kind == kTensor) return see_tensor(value, walk);
     if (*kind == kPlain) return true;
+    if (depth == 0) walk.may_change(value);
+    if (*kind == kTensor) return see_tensor(value, walk);
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(value);
     if (depth == kDeepest || count > kLongest || !walk.see(count)) return false;
     PyObject** items = PySequence_Fast_ITEMS(value);
     return std::all_of(items, items + count,
                        [&](PyObject* item) { return see_value(item, walk, depth + 1); });
+}
+
+// Whether the values of an unchanged dict that may change are what they were.
+bool see_inside(const DictLook& dict, Comparer& walk) {
+    const Inside* const end = walk.look.inside.data() + dict.inside_end;
+    while (walk.inside != end) {
+        walk.at = walk.look.words.data() + walk.inside->word;
+        if (!see_value(walk.inside->value, walk)) return false;
+    }
+    walk.at = walk.look.words.data() + dict.words_end;
+    return true;
 }
 
 // An OrderedDict has an order of its own besides the order of the dict that it is.
@@ -202,22 +239,26 @@ bool see_ordered_items(PyObject* dict, Walk& walk) {
     return same;
 }
 
+// Values are next to the keys, or in an array of their own where objects share keys.
 template <class Walk>
-bool see_dict(PyObject* dict, Walk& walk) {
-    if (!PyDict_Check(dict)) return false;
-    const Py_ssize_t count = PyDict_GET_SIZE(dict);
-    walk.will_read(dict, sizeof(PyDictObject));
-    if (!walk.see(count)) return false;
-    if (count == 0) return true;
-    if (PyODict_CheckExact(dict)) return see_ordered_items(dict, walk);
-    // Other subclasses may order their items anew.
-    if (!PyDict_CheckExact(dict)) return false;
-    // Values are next to the keys, or in an array of their own where objects share keys.
+void will_read_items(PyObject* dict, Py_ssize_t count, Walk& walk) {
     const auto* table = reinterpret_cast<PyDictObject*>(dict);
     if (table->ma_values != nullptr)
         walk.will_read(table->ma_values, count * sizeof(PyObject*));
     else
         walk.will_read(table->ma_keys, kLine + count * 2 * sizeof(PyObject*));
+}
+
+template <class Walk>
+bool see_dict(PyObject* dict, Walk& walk) {
+    if (!PyDict_Check(dict)) return false;
+    const Py_ssize_t count = PyDict_GET_SIZE(dict);
+    if (!walk.see(count)) return false;
+    if (count == 0) return true;
+    if (PyODict_CheckExact(dict)) return see_ordered_items(dict, walk);
+    // Other subclasses may order their items anew.
+    if (!PyDict_CheckExact(dict)) return false;
+    if (!kHasVersions) will_read_items(dict, count, walk);
     Py_ssize_t position = 0;
     PyObject *key, *value;
     while (PyDict_Next(dict, &position, &key, &value)) {
@@ -246,10 +287,14 @@ bool see_classes_and_dicts(const pybind11::list& objects, Walk& walk) {
 
 bool record(const pybind11::list& objects, const pybind11::list& dicts, Recorder& recorder) {
     if (!see_classes_and_dicts(objects, recorder)) return false;
+    Look& look = recorder.look;
     for (const pybind11::handle dict : dicts) {
-        const size_t before = recorder.look.lines.size();
+        const size_t before = look.lines.size();
+        recorder.will_read(dict.ptr(), sizeof(PyDictObject));
         if (!see_dict(dict.ptr(), recorder)) return false;
-        recorder.look.lines_of_dicts.push_back(recorder.look.lines.size() - before);
+        look.dicts.push_back({version_of(dict.ptr()), static_cast<uint32_t>(look.words.size()),
+                              static_cast<uint32_t>(look.inside.size()),
+                              static_cast<uint32_t>(look.lines.size() - before)});
     }
     return true;
 }
@@ -286,20 +331,27 @@ std::optional<Guard::Taken> Guard::take(const pybind11::list& objects,
 
 Change Guard::check(const pybind11::list& objects, const pybind11::list& dicts,
                     const pybind11::list& alive) {
-    if (dicts.size() != known_.lines_of_dicts.size()) return Change::structure;
+    if (dicts.size() != known_.dicts.size()) return Change::structure;
     Comparer comparer(known_);
     const void* const* line = known_.lines.data();
-    size_t asked_for = 0;
+    auto asked_for = known_.dicts.begin();
     const auto ask_for_next = [&] {
-        if (asked_for == known_.lines_of_dicts.size()) return;
-        for (uint32_t i = 0; i < known_.lines_of_dicts[asked_for]; i++) __builtin_prefetch(*line++);
+        if (asked_for == known_.dicts.end()) return;
+        for (uint32_t i = 0; i < asked_for->lines; i++) __builtin_prefetch(*line++);
         asked_for++;
     };
-    while (asked_for < std::min(kAhead, known_.lines_of_dicts.size())) ask_for_next();
+    for (size_t i = 0; i < kAhead; i++) ask_for_next();
     if (!see_classes_and_dicts(objects, comparer)) return Change::structure;
-    for (const pybind11::handle dict : dicts) {
+    auto known = known_.dicts.begin();
+    for (const pybind11::handle handle : dicts) {
         ask_for_next();
-        if (!see_dict(dict.ptr(), comparer)) return Change::structure;
+        PyObject* const dict = handle.ptr();
+        const Word version = version_of(dict);
+        const bool same = version != 0 && version == known->version
+                              ? see_inside(*known, comparer)
+                              : see_dict(dict, comparer);
+        if (!same) return Change::structure;
+        known++->version = version;
     }
     if (comparer.at != comparer.end) return Change::structure;
     if (!comparer.facts_differ) return Change::same;

@@ -13,24 +13,39 @@ namespace mnv2 {
 
 enum class Change { same, weights, structure };
 
+// What one look has seen of a dict. Where it ends among the look's words, and among the values that
+// may change while they stay; the cache lines that the next look reads of it.
+struct DictLook {
+    uint64_t version;  // 0: unknown
+    uint32_t words_end, inside_end, lines;
+};
+
+// A tensor, or a sequence with a list inside, and where its word is.
+struct Inside {
+    PyObject* value;
+    uint32_t word;
+};
+
 // Everything that one look has seen.
 struct Look {
     std::vector<uint64_t> words;
+    std::vector<DictLook> dicts;
+    std::vector<Inside> inside;
     std::vector<TensorFacts> tensors;
     // Of each tensor, where its elements are whose bits are compared: bytes after the first one.
     std::vector<uint32_t> samples_of_tensors;
     std::vector<int64_t> samples;
     // No other storage gets the address of one of these; their memory is not kept.
     std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> storages;
-    // What the next look is going to read, in that order, and how much of it for each dict.
+    // What the next look is going to read, in that order.
     std::vector<const void*> lines;
-    std::vector<uint32_t> lines_of_dicts;
 };
 
 // What is seen of some objects: the class and the `__dict__` of each; of each of their dicts the
 // keys and values, by identity and in order; of these values the items of lists, and the facts of
-// tensors. No Python object is held here, so that garbage collection need not know of it:
-// identities mean something while all in the list `alive` are.
+// tensors. Keys and values are not looked at where CPython counts the versions of dicts (up to
+// 3.12) and this one is what it was. No Python object is held here, so that garbage collection need
+// not know of it: identities mean something while all in the list `alive` are.
 class Guard {
  public:
     struct Taken;

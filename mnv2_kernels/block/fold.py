@@ -214,6 +214,13 @@ class BlockLayers:
             output_size(width, kernel[1], stride[1], left, right, dilation[1]),
         )
 
+    def fits(self, height: int, width: int) -> bool:
+        """Whether something comes of an image of height x width."""
+        window = (self.config.kernel_size - 1) * self.config.dilation + 1
+        if self.lead is None and min(height, width) >= window:
+            return True  # Whatever the padding.
+        return min(self.config.output_hw(*self.op_hw(height, width))) > 0
+
     @property
     def clips(self) -> tuple[Activation, Activation, Activation]:
         """After expansion, depthwise and projection."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..modules.fused_module import FusedModule
 from ..modules.stand_in import StandIn
-from ..network.live import LiveNetwork, may_join
+from ..modules.tracing import is_plain_call
+from ..network.live import LiveNetwork
 from ..recognizers import evaluation_mode, guess_channels
 from .sequential import FusedChain, FusedSequential
 
@@ -39,7 +40,7 @@ class WholeNetwork(nn.Module):
             return None
         x = args[0] if len(args) == 1 and not kwargs else None
         whole = self._whole  # Read once: another thread may drop it.
-        if whole is None or self.training or not isinstance(x, Tensor) or not may_join(x):
+        if whole is None or self.training or not isinstance(x, Tensor) or not is_plain_call(x):
             return None
         if whole.module is not self or "forward" in vars(self):
             return None

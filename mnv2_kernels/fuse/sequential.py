@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..modules.fused_module import FusedInvertedResidual, FusedModule
 from ..modules.kept import Kept
 from ..modules.stand_in import StandIn
-from ..network.live import LiveNetwork, may_join
+from ..modules.tracing import is_plain_call
+from ..network.live import LiveNetwork
 from ..ops.backends import asked_once_a_graph
 from ..recognizers import Recorded, evaluation_mode, guess_channels, runs_in_order
 
@@ -170,7 +171,7 @@ class FusedSequential(_Sliced, FusedChain, nn.Sequential):
         self._pass_on_mode()
         if not _is_plain(x):
             return self.plain_forward(x)  # All that an nn.Sequential takes.
-        if torch.compiler.is_compiling() or self.training or args or kwargs or not may_join(x):
+        if torch.compiler.is_compiling() or self.training or args or kwargs or not is_plain_call(x):
             return super().forward(x, *args, **kwargs)
         if not self.unchanged():
             return self.plain_forward(x)
@@ -179,7 +180,7 @@ class FusedSequential(_Sliced, FusedChain, nn.Sequential):
             return super().forward(x)
         at = 0
         while at < len(self._names):
-            done = self._live.run(state, x, at) if may_join(x) else None
+            done = self._live.run(state, x, at) if is_plain_call(x) else None
             x, at = self._run_one(x, at) if done is None else done
         return x
 

@@ -30,7 +30,7 @@ from .compiled import folds_when_run, run_layers
 from .folded import fold, kept_folded, padded, run_block
 from .kept import Kept, State
 from .stand_in import StandIn
-from .tracing import has_global_hooks, is_observed, trace_symbolically
+from .tracing import has_global_hooks, is_observed, is_plain_call, trace_symbolically
 from .training import train_block, why_untrained, why_untrained_with
 
 
@@ -99,22 +99,13 @@ class FusedModule(nn.Module):
         return self._eager_forward(x, *args, **kwargs)
 
     def _eager_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        # First what takes no time to say: the layers run without a look at anything else.
-        if is_for_layers(self.backend, x):
-            self._pass_on_mode()
-            return self.plain_forward(x, *args, **kwargs)
-        backend = choose(self.backend, x, None)
-        if (
-            backend == "reference" != self.backend
-            or torch._C._are_functorch_transforms_active()
-            or has_global_hooks()
-        ):
+        backend, observed = self._backend_of(x)
+        if backend is None:
             self._pass_on_mode()
             return self.plain_forward(x, *args, **kwargs)
         if self._uses_batches():
-            return self._training_forward(backend, x, args, kwargs)
+            return self._training_forward(x, args, kwargs, backend == "cpu" and not observed)
         state = self._look()
-        observed = is_observed()
         with unrecorded() if observed else nullcontext():
             layers, chosen_by, _ = self._call_for(state, x, args, kwargs, observed)
             fits = layers is not None and _fits(layers, x)
@@ -137,9 +128,27 @@ class FusedModule(nn.Module):
             return self.plain_forward(x, *args, **kwargs)
         return run_block(layers, backend, x, *kept_folded(state, layers), trains)
 
-    def _training_forward(self, backend: str, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    def _backend_of(self, x: Tensor) -> tuple[str | None, bool]:
+        """What runs a call with x, None where the layers do; and whether `is_observed`.
+
+        Asked before the modules are looked at, since the layers may run without.
+        """
+        if self.backend is None and is_plain_call(x):
+            return "cpu", False
+        if is_for_layers(self.backend, x):
+            return None, False
+        backend = choose(self.backend, x, None)
+        if (
+            backend == "reference" != self.backend
+            or torch._C._are_functorch_transforms_active()
+            or has_global_hooks()
+        ):
+            return None, False
+        return backend, is_observed()
+
+    def _training_forward(self, x: Tensor, args: tuple, kwargs: dict, has_kernel: bool) -> Tensor:
         self._pass_on_mode()
-        if backend == "cpu" and not is_observed():
+        if has_kernel:
             layers = self._call_for(self._kept[True].look(), x, args, kwargs, live=True).layers
             if layers is not None and _fits(layers, x) and why_untrained_with(layers, x) is None:
                 y = train_block(padded(x, layers.pads), layers)
@@ -338,8 +347,7 @@ def _fits(layers: BlockLayers, x: Tensor) -> bool:
     if x.dim() != 4 or x.shape[1] != layers.config.in_channels:
         return False
     weight = layers.project.conv.weight
-    sizes = layers.config.output_hw(*layers.op_hw(*x.shape[2:]))
-    if x.device != weight.device or min(sizes) < 1:
+    if x.device != weight.device or not layers.fits(*x.shape[2:]):
         return False
     return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
 

@@ -1,9 +1,27 @@
 """A fused block where a forward pass is recorded, transformed or done with stand-ins of tensors."""
 
 import torch
-from torch import fx, nn
-from torch.autograd import forward_ad
+from torch import Tensor, fx, nn
+from torch.autograd import forward_ad, profiler
 from torch.nn.modules import module as hooks_of_all
+from torch.utils._device import DeviceContext
+
+from ..ops import extension
+
+
+def is_plain_call(x: Tensor) -> bool:
+    """Whether nobody looks at single layers, and x is an image that kernels for CPUs take.
+
+    While a profiler records, layers run one by one, each in a range of its own.
+    """
+    return (
+        extension.module is not None
+        # A default device, which is such a mode, changes nothing here.
+        and extension.module.is_plain_call(x, DeviceContext)
+        and not profiler._is_profiler_enabled
+        and forward_ad._current_level < 0
+        and not has_global_hooks()
+    )
 
 
 def is_observed() -> bool:

@@ -10,22 +10,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import profiler
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from ..block.fold import BlockLayers
 from ..modules.kept import Entries, Kept, State
-from ..modules.tracing import has_global_hooks, is_observed
-from ..ops.backends import choose, count
-from ..ops.extension import missing
+from ..ops.backends import count
 from ..recognizers import Declined, Layer, follow, layers_of
 from .arena import arrange
 from .lower import check_steps, lower
 from .program import Program, encode
 from .run_plan import run_plan
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +57,7 @@ class LiveNetwork:
     def run(self, state: State, x: Tensor, first: int = 0) -> tuple[Tensor, int] | None:
         """(result, next call) of some calls from `first` on; None where that one has to be made.
 
-        x (N, C, H, W), of which `may_join` is true.
+        x (N, C, H, W), of which `is_plain_call` is true.
         """
         kept = state.of_weights()
         key = (first, x.shape[1:], x.dtype)
@@ -140,33 +133,3 @@ def _fits(program: Program, x: Tensor) -> bool:
         w.device.type == "cpu" and (w.dtype == x.dtype or (w.dim() == 1 and w.dtype in biases))
         for w in weights
     )
-
-
-def may_join(x: Tensor) -> bool:
-    """Whether nobody looks at single layers, and x is one that the kernels take.
-
-    While a profiler records, layers run one by one, each in a range of its own.
-    """
-    return (
-        type(x) in (Tensor, nn.Parameter)
-        and x.device.type == "cpu"
-        and x.layout is torch.strided
-        and x.dim() == 4
-        and x.dtype in _DTYPES
-        and missing is None
-        and not (torch.is_grad_enabled() and x.requires_grad)
-        and not torch.is_autocast_enabled("cpu")
-        and not profiler._is_profiler_enabled
-        and not torch._C._are_functorch_transforms_active()
-        and not is_observed()
-        and not _has_function_modes()
-        and not has_global_hooks()
-        and choose(None, x) == "cpu"
-    )
-
-
-def _has_function_modes() -> bool:
-    """Whether a mode sees every function of torch; a default device does not count."""
-    if torch._C._len_torch_function_stack() == 0:
-        return False
-    return not all(isinstance(m, DeviceContext) for m in _get_current_function_mode_stack())
