@@ -71,6 +71,13 @@ GateLayout gate_layout(const BlockArgs& args, const Schedule& schedule, int64_t 
     return layout;
 }
 
+int64_t interleaved_columns(int64_t columns, int64_t lanes) {
+    if (lanes < 16) return 0;
+    if (columns <= 16) return columns % 8 == 0 ? columns : 0;
+    if (columns % 16 != 8) return 0;
+    return columns == 40 ? 40 : 24;
+}
+
 ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes) {
     const int64_t chunk = round_up(schedule.hidden_chunk, lanes);
     const int64_t vectors = ceil_div(args.hidden_channels, lanes);
@@ -103,6 +110,7 @@ ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, in
         narrow || (gated && gates_weights(args)) ? chunk / in_memory * args.out_channels : 0;
     layout.expand_panel = piece(expand);
     layout.project_panel = piece(project);
+    layout.interleaved = piece(narrow ? 0 : chunk * interleaved_columns(args.out_channels, lanes));
     layout.panels_stride = end - layout.expand_panel;
     piece((copies - 1) * layout.panels_stride);
     const int64_t window = window_rows(args, schedule.rows_per_step);

@@ -57,6 +57,8 @@ struct ScratchLayout {
     // window.
     int64_t expand_panel;
     int64_t project_panel;
+    // Of float32, the last columns of the projection's weight, two rows interleaved.
+    int64_t interleaved;
     int64_t panels_stride;
     int64_t x_rows;
     int64_t sums;
@@ -83,6 +85,11 @@ struct GateLayout {
     int64_t total;  // 0 without a gate
 };
 GateLayout gate_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes);
+
+// Of a matrix with so many columns, the last ones, which fill whole vectors only where two rows are
+// interleaved: 8 or 16 columns by themselves, otherwise 24 or 40. 0 where all fill them as they
+// are, and where vectors are short.
+int64_t interleaved_columns(int64_t columns, int64_t lanes);
 
 ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes);
 Schedule choose_schedule(const BlockArgs& args, int64_t lanes);

@@ -49,18 +49,28 @@ inline Vec reciprocal(Vec d) {
     return {_mm512_mul_ps(r, _mm512_fnmadd_ps(d.v, r, _mm512_set1_ps(2)))};
 }
 
-// A register that two rows share, for column counts that end in half as many lanes.
-constexpr bool kSharesRegisters = true;
-inline Vec broadcast_two(float low, float high) {
-    return {_mm512_mask_broadcastss_ps(_mm512_set1_ps(low), 0xff00, _mm_set_ss(high))};
+// Two rows of a matrix interleaved: lanes of a vector are column 0 of both, column 1 of both, ...
+constexpr bool kInterleaves = true;
+inline Vec broadcast_both(const float* p) {
+    double both;
+    std::memcpy(&both, p, sizeof both);
+    return {_mm512_castpd_ps(_mm512_set1_pd(both))};
 }
-inline Vec load_two(const float* low, const float* high) {
-    return {
-        _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1)};
+// Lane 2i + lane 2i + 1, of a and then of b.
+inline Vec add_neighbours(Vec a, Vec b) {
+    const __m512i even =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return {_mm512_add_ps(_mm512_permutex2var_ps(a.v, even, b.v),
+                          _mm512_permutex2var_ps(a.v, odd, b.v))};
 }
-inline void store_two(float* low, float* high, Vec a) {
-    _mm256_storeu_ps(low, _mm512_castps512_ps256(a.v));
-    _mm256_storeu_ps(high, _mm512_extractf32x8_ps(a.v, 1));
+// The first 8 lanes of both or all 16; what follows in memory.
+inline float* store_interleaved(float* p, int64_t lanes, Vec first, Vec second) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    _mm512_storeu_ps(p, _mm512_permutex2var_ps(first.v, low, second.v));
+    if (lanes > 8) _mm512_storeu_ps(p + kLanes, _mm512_permutex2var_ps(first.v, high, second.v));
+    return p + 2 * lanes;
 }
 
 // Stops the compiler from loading once per use: one load port feeds two multiply-adds then.
@@ -202,11 +212,11 @@ inline void keep_in_register(Vec&) {}
 #endif
 
 #if MNV2_LANES != 16
-// Narrower vectors divide the channel counts of real networks, so rows never share one.
-constexpr bool kSharesRegisters = false;
-inline Vec broadcast_two(float, float) { return zero(); }
-inline Vec load_two(const float*, const float*) { return zero(); }
-inline void store_two(float*, float*, Vec) {}
+// Narrower vectors divide the channel counts of real networks.
+constexpr bool kInterleaves = false;
+inline Vec broadcast_both(const float*) { return zero(); }
+inline Vec add_neighbours(Vec, Vec) { return zero(); }
+inline float* store_interleaved(float* p, int64_t, Vec, Vec) { return p; }
 #endif
 
 // The first `lanes` floats at `from`; a whole vector needs no mask.

@@ -347,9 +347,8 @@ Change Guard::check(const pybind11::list& objects, const pybind11::list& dicts,
         ask_for_next();
         PyObject* const dict = handle.ptr();
         const Word version = version_of(dict);
-        const bool same = version != 0 && version == known->version
-                              ? see_inside(*known, comparer)
-                              : see_dict(dict, comparer);
+        const bool same = version != 0 && version == known->version ? see_inside(*known, comparer)
+                                                                    : see_dict(dict, comparer);
         if (!same) return Change::structure;
         known++->version = version;
     }

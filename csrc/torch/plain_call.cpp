@@ -18,9 +18,8 @@ bool is_taken(at::ScalarType dtype) {
 
 bool transforms_functions() {
     const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
-    return included.has_any(
-        c10::DispatchKeySet{c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
-                            c10::DispatchKey::FuncTorchDynamicLayerBackMode});
+    return included.has_any(c10::DispatchKeySet{c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
+                                                c10::DispatchKey::FuncTorchDynamicLayerBackMode});
 }
 
 bool has_function_modes_but(const pybind11::handle& harmless) {
