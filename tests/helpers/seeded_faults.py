@@ -224,10 +224,16 @@ FAULTS = {
         "load_pairs(weight + n + ON * ld, weight + n + !ON * ld, lanes)",
         "avx512",
     ),
-    "half a vector in another row": Fault(
+    "interleaved rows exchanged": Fault(
+        "panels.inc",
+        "store_interleaved(out, lanes, first, second)",
+        "store_interleaved(out, lanes, ON ? second : first, ON ? first : second)",
+        "avx512",
+    ),
+    "the last interleaved rows left out": Fault(
         "product.inc",
-        "store_two(low, low + ld, shared[i]);",
-        "store_two(ON ? low + ld : low, ON ? low : low + ld, shared[i]);",
+        "for (int64_t k = p.depth; k > 0; k -= 2, a += 2,",
+        "for (int64_t k = p.depth - 2 * ON; k > 0; k -= 2, a += 2,",
         "avx512",
     ),
 }
