@@ -1,5 +1,6 @@
 #include "kernels.h"
 
+#include <cstdlib>
 #include <cstring>
 
 #include "sizes.h"
@@ -32,15 +33,32 @@ bool runs_on(const Kernel& kernel, const char* capability) {
     return row_of(kernel.capability) >= row_of(capability);
 }
 
+// One answer a process. Per cycle AMD's cores multiply twice as many bfloat16 numbers as floats,
+// Intel's half as many (measured on Emerald Rapids: 93 and 190 GFLOP/s).
+static bool pairs_are_wanted() {
+    static const bool wanted = [] {
+        const char* const asked = std::getenv("MNV2_BFLOAT16_PAIRS");
+        if (asked && *asked) return *asked == '1';
+#if defined(__x86_64__)
+        return __builtin_cpu_is("amd") != 0;
+#else
+        return false;
+#endif
+    }();
+    return wanted;
+}
+
+bool Kernel::multiplies_pairs() const { return has_pairs() && pairs_are_wanted(); }
+
 bool Kernel::multiplies_pairs(const BlockArgs& args) const {
     const bool even = args.hidden_channels % 2 == 0 && args.in_channels % 2 == 0;
     // Pairs come from the depthwise, before a curve or a gate.
     const bool plain = args.curve_dw == Curve::clip && args.gate.width == 0 && !args.dense;
-    return args.element == Element::bfloat16 && even && plain && has_pairs();
+    return args.element == Element::bfloat16 && even && plain && multiplies_pairs();
 }
 
 bool Kernel::multiplies_pairs(const PointwiseArgs& args) const {
-    return args.element == Element::bfloat16 && args.in_channels % 2 == 0 && has_pairs();
+    return args.element == Element::bfloat16 && args.in_channels % 2 == 0 && multiplies_pairs();
 }
 
 StemScratch stem_layout(const StemArgs& stem) {

@@ -197,7 +197,10 @@ struct Kernel {
         return element == Element::single ? single : element == Element::half ? half : bfloat16;
     }
 
-    // Whether bfloat16 numbers are multiplied two at a time.
+    // Whether bfloat16 numbers are multiplied two at a time: where there are instructions for that
+    // which are faster than those for floats, or as MNV2_BFLOAT16_PAIRS says. Of these layers, and
+    // at all.
+    bool multiplies_pairs() const;
     bool multiplies_pairs(const BlockArgs& args) const;
     bool multiplies_pairs(const PointwiseArgs& args) const;
 };

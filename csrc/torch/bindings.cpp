@@ -35,6 +35,7 @@ pybind11::list cpu_kernels() {
         pybind11::dict row;
         row["name"] = kernel.name;
         row["lanes"] = kernel.lanes;
+        row["pairs"] = kernel.multiplies_pairs();
         row["available"] = mnv2::cpu::runs_on(kernel, capability.c_str());
         row["selected"] = &kernel == &mnv2::cpu::kernel();
         rows.append(row);

@@ -356,9 +356,10 @@ def _describe(name: str) -> str:
         where = "NVIDIA GPUs" if torch.cuda.is_available() else "no GPU here"
         return f"float16, bfloat16 and float32, CUDA {_C.build_info()['cuda']} ({where})"
     kernels = _C.cpu_kernels()
-    used = next(k["name"] for k in kernels if k["selected"])
+    used = next(k for k in kernels if k["selected"])
+    pairs = ", bfloat16 numbers two at a time" if used["pairs"] else ""
     built = ", ".join(k["name"] for k in kernels)
-    return f"float32, bfloat16 and float16, {used} (built for: {built})"
+    return f"float32, bfloat16 and float16, {used['name']}{pairs} (built for: {built})"
 
 
 def load(library: torch.library.Library, triton_op: Callable[..., Tensor]) -> None:

@@ -190,12 +190,15 @@ def run(
     cases: Iterable[str] = (),
     **variables: str,
 ) -> Outcome:
-    """driver: the program, or a command that ends with it. Its folder is the working directory."""
+    """driver: the program, or a command that ends with it. Its folder is the working directory.
+
+    bfloat16 is multiplied in pairs wherever there are instructions for that.
+    """
     command = [driver] if isinstance(driver, Path) else list(driver)
     done = subprocess.run(
         [*command, *arguments],
         input="".join(f"{line}\n" for line in cases),
-        env=os.environ | variables,
+        env=os.environ | {"MNV2_BFLOAT16_PAIRS": "1"} | variables,
         cwd=Path(command[-1]).parent,
         capture_output=True,
         text=True,
