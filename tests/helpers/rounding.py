@@ -1,7 +1,8 @@
 """What the CPU kernels compute in 16 bits: the block in float32, rounded once at its end.
 
-Where bfloat16 numbers are multiplied in pairs, the results of the depthwise are rounded too. So the exact value, with that step in place, is known to half a unit in the last
-place, which finds what a comparison with PyTorch's own errors would pass.
+Where bfloat16 numbers are multiplied in pairs, the results of the depthwise are rounded too. So the
+exact value, with that step in place, is known to half a unit in the last place, which finds what a
+comparison with PyTorch's own errors would pass.
 """
 
 from dataclasses import replace
