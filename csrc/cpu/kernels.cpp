@@ -33,8 +33,8 @@ bool runs_on(const Kernel& kernel, const char* capability) {
     return row_of(kernel.capability) >= row_of(capability);
 }
 
-// One answer a process. Per cycle AMD's cores multiply twice as many bfloat16 numbers as floats,
-// Intel's half as many (measured on Emerald Rapids: 93 and 190 GFLOP/s).
+// One answer a process. AMD's cores multiply bfloat16 numbers at twice the rate of floats, Intel's
+// at half of it (measured on Zen 4 and Emerald Rapids).
 static bool pairs_are_wanted() {
     static const bool wanted = [] {
         const char* const asked = std::getenv("MNV2_BFLOAT16_PAIRS");

@@ -197,10 +197,11 @@ struct Kernel {
         return element == Element::single ? single : element == Element::half ? half : bfloat16;
     }
 
-    // Whether bfloat16 numbers are multiplied two at a time: where there are instructions for that
-    // which are faster than those for floats, or as MNV2_BFLOAT16_PAIRS says. Of these layers, and
-    // at all.
+    // Whether bfloat16 numbers are multiplied two at a time, where a layer allows it: if the CPU
+    // has instructions for that and they are faster than those for floats, or MNV2_BFLOAT16_PAIRS
+    // asks for them.
     bool multiplies_pairs() const;
+    // The same of these layers.
     bool multiplies_pairs(const BlockArgs& args) const;
     bool multiplies_pairs(const PointwiseArgs& args) const;
 };

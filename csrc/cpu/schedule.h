@@ -86,9 +86,9 @@ struct GateLayout {
 };
 GateLayout gate_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes);
 
-// Of a matrix with so many columns, the last ones, which fill whole vectors only where two rows are
-// interleaved: 8 or 16 columns by themselves, otherwise 24 or 40. 0 where all fill them as they
-// are, and where vectors are short.
+// How many of the last columns of a matrix are multiplied faster with two rows interleaved: 24 or
+// 40 where half a vector would be idle otherwise, and all of 8 or 16, whose rows are a vector at
+// most. 0 where vectors are short.
 int64_t interleaved_columns(int64_t columns, int64_t lanes);
 
 ScratchLayout scratch_layout(const BlockArgs& args, const Schedule& schedule, int64_t lanes);

@@ -17,8 +17,8 @@ constexpr int kDeepest = 8;
 // Items of one that are still cheap to look at.
 constexpr Py_ssize_t kLongest = 1000;
 
-// CPython gives a dict a number that no dict has had whenever its keys or values change. An
-// OrderedDict may be put in another order without.
+// Whenever keys or values of a dict change, CPython gives it a number that no dict has had. 0
+// stands for an OrderedDict, whose order may change without that.
 #if PY_VERSION_HEX < 0x030D0000
 constexpr bool kHasVersions = true;
 #pragma GCC diagnostic push

@@ -13,14 +13,15 @@ namespace mnv2 {
 
 enum class Change { same, weights, structure };
 
-// What one look has seen of a dict. Where it ends among the look's words, and among the values that
-// may change while they stay; the cache lines that the next look reads of it.
+// What one look has seen of a dict.
 struct DictLook {
     uint64_t version;  // 0: unknown
+    // Where the dict ends in `words` and `inside` of the look, and how many of `lines` are its own.
     uint32_t words_end, inside_end, lines;
 };
 
-// A tensor, or a sequence with a list inside, and where its word is.
+// A value that may change while it stays the same object, and where its word is: a tensor, or a
+// sequence with a list inside.
 struct Inside {
     PyObject* value;
     uint32_t word;
@@ -43,9 +44,9 @@ struct Look {
 
 // What is seen of some objects: the class and the `__dict__` of each; of each of their dicts the
 // keys and values, by identity and in order; of these values the items of lists, and the facts of
-// tensors. Keys and values are not looked at where CPython counts the versions of dicts (up to
-// 3.12) and this one is what it was. No Python object is held here, so that garbage collection need
-// not know of it: identities mean something while all in the list `alive` are.
+// tensors. CPython up to 3.12 counts the versions of dicts: of a dict whose version is the same,
+// only the values that may change are looked at. No Python object is held here, so that garbage
+// collection need not know of it: identities mean something while all in the list `alive` are.
 class Guard {
  public:
     struct Taken;

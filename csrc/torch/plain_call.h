@@ -1,5 +1,6 @@
-// Whether a call of fused layers is one for inference that nobody but the caller sees. Asked in one
-// go: each question that Python asks of torch comes from L3 where layers ran in between.
+// Whether a call of fused layers is one for inference that nobody but the caller sees. All of this
+// is one question: code and data of each that Python asks of torch have left the caches while
+// layers ran.
 #pragma once
 #include <pybind11/pybind11.h>
 

@@ -1,7 +1,7 @@
 """A fused block where a forward pass is recorded, transformed or done with stand-ins of tensors."""
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.autograd import forward_ad, profiler
 from torch.nn.modules import module as hooks_of_all
 from torch.utils._device import DeviceContext
@@ -9,8 +9,8 @@ from torch.utils._device import DeviceContext
 from ..ops import extension
 
 
-def is_plain_call(x: Tensor) -> bool:
-    """Whether nobody looks at single layers, and x is an image that kernels for CPUs take.
+def is_plain_call(x: object) -> bool:
+    """Whether x is a tensor that kernels for CPUs take, and nobody looks at single layers.
 
     While a profiler records, layers run one by one, each in a range of its own.
     """

@@ -74,6 +74,15 @@ def import_and_call() -> None:
         print(f"after calls on {backend}:", differences(before))
 
 
+def bits_of_bfloat16() -> None:
+    import mnv2_kernels as mk
+
+    torch.manual_seed(0)
+    block = mk.InvertedResidual(16, 24).eval().bfloat16()
+    with torch.inference_mode():
+        print(block(torch.randn(1, 16, 9, 9).bfloat16()).view(torch.int16).flatten().tolist())
+
+
 def selected_kernel() -> None:
     import cases
 
@@ -218,6 +227,23 @@ def test_the_best_kernel_is_selected_unasked():
     expected = best if best in CAPABILITIES else "default"
     assert next(kernel["name"] for kernel in kernels if kernel["selected"]) == expected
     assert next(kernel["name"] for kernel in kernels if kernel["available"]) == expected
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="no /proc on this system")
+def test_bfloat16_in_pairs_as_asked(python):
+    """Pairs round the results of the depthwise; unasked, they are for AMD's CPUs."""
+    from mnv2_kernels import _C
+
+    with open("/proc/cpuinfo") as file:
+        cpu = file.read()
+    selected = next(kernel["name"] for kernel in _C.cpu_kernels() if kernel["selected"])
+    results = {}
+    for asked in ("1", "0", ""):
+        done = python(__file__, "bits_of_bfloat16", MNV2_BFLOAT16_PAIRS=asked)
+        assert done.returncode == 0, done.stderr
+        results[asked] = done.stdout
+    assert (results["1"] != results["0"]) == (selected == "avx512" and "avx512_bf16" in cpu)
+    assert results[""] == results["1" if "AuthenticAMD" in cpu else "0"]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="no /proc on this system")
