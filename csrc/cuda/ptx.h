@@ -170,13 +170,15 @@ MNV2_DEVICE void cluster_barrier() {
     __trap();
 #endif
 }
-// A float2 at `address` in the shared memory of block `rank` of the cluster.
-MNV2_DEVICE float2 load_cluster(SharedAddress address, int rank) {
-    float2 v = make_float2(0.f, 0.f);
+// 16 bytes at `address` in the shared memory of block `rank` of the cluster.
+MNV2_DEVICE uint4 load_cluster(SharedAddress address, int rank) {
+    uint4 v = make_uint4(0, 0, 0, 0);
 #if __CUDA_ARCH__ >= 900
     uint32_t there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(there));
+    asm volatile("ld.shared::cluster.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(there));
 #else
     __trap();
 #endif
@@ -218,12 +220,25 @@ MNV2_DEVICE void load_matrices_transposed(uint32_t (&r)[1], SharedAddress row) {
 //   sums: [0], [1] row g, columns 2t, 2t + 1; [2], [3] row g + 8
 //   a:    [0] row g, k 2t, 2t + 1; [1] row g + 8; [2], [3] the same rows, k 2t + 8, 2t + 9 (K = 16)
 //   b:    [0] k 2t, 2t + 1 of column g; [1] k 2t + 8, 2t + 9 (K = 16)
+// The first form leaves `start` + a b in sums.
+template <class T>
+MNV2_DEVICE void multiply_add_k16(float (&sums)[4], const float (&start)[4], const Pair (&a)[4],
+                                  Pair b0, Pair b1);
 template <class T>
 MNV2_DEVICE void multiply_add_k16(float (&sums)[4], const Pair (&a)[4], Pair b0, Pair b1);
 template <class T>
 MNV2_DEVICE void multiply_add_k8(float (&sums)[4], Pair a0, Pair a1, Pair b0);
 
 #define MNV2_MULTIPLY_ADD(T, NAME)                                                                \
+    template <>                                                                                   \
+    MNV2_DEVICE void multiply_add_k16<T>(float (&sums)[4], const float (&start)[4],               \
+                                         const Pair(&a)[4], Pair b0, Pair b1) {                   \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                       \
+                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"   \
+                     : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3])                 \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1),              \
+                       "f"(start[0]), "f"(start[1]), "f"(start[2]), "f"(start[3]));               \
+    }                                                                                             \
     template <>                                                                                   \
     MNV2_DEVICE void multiply_add_k16<T>(float (&sums)[4], const Pair(&a)[4], Pair b0, Pair b1) { \
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                       \

@@ -246,30 +246,29 @@ __global__ void store_into_a_copy(Probe p) {
 // ---- Clusters of two blocks
 
 __global__ void cluster_read(Probe p) {
-    fill();
+    fill(4);
     cluster_barrier();
-    store_shared(shared_memory() + thread_index() * 8, make_float2(block_index(), 2.f));
+    store_shared(shared_memory() + thread_index() * 16, make_uint4(block_index(), 2, 3, 4));
     p.broken ? block_barrier() : cluster_barrier();
-    const float2 other = load_cluster(shared_memory() + thread_index() * 8, 1 - cluster_rank());
-    p.out[block_index() * block_threads() + thread_index()] = static_cast<uint32_t>(other.x);
+    const uint4 other = load_cluster(shared_memory() + thread_index() * 16, 1 - cluster_rank());
+    p.out[block_index() * block_threads() + thread_index()] = other.x;
     cluster_barrier();
 }
 
 __global__ void cluster_write_after_read(Probe p) {
-    const SharedAddress mine = shared_memory() + thread_index() * 8;
-    store_shared(mine, make_float2(1.f, 2.f));
+    const SharedAddress mine = shared_memory() + thread_index() * 16;
+    store_shared(mine, make_uint4(1, 2, 3, 4));
     cluster_barrier();
-    p.out[thread_index()] = static_cast<uint32_t>(load_cluster(mine, 1 - cluster_rank()).x);
+    p.out[thread_index()] = load_cluster(mine, 1 - cluster_rank()).x;
     p.broken ? block_barrier() : cluster_barrier();
-    store_shared(mine, make_float2(3.f, 4.f));
+    store_shared(mine, make_uint4(5, 6, 7, 8));
 }
 
 __global__ void cluster_block_ends(Probe p) {
-    const SharedAddress mine = shared_memory() + thread_index() * 8;
-    store_shared(mine, make_float2(1.f, 2.f));
+    const SharedAddress mine = shared_memory() + thread_index() * 16;
+    store_shared(mine, make_uint4(1, 2, 3, 4));
     cluster_barrier();
-    if (cluster_rank() == p.number)
-        p.out[thread_index()] = static_cast<uint32_t>(load_cluster(mine, 1 - p.number).x);
+    if (cluster_rank() == p.number) p.out[thread_index()] = load_cluster(mine, 1 - p.number).x;
     if (!p.broken) cluster_barrier();
 }
 
@@ -284,7 +283,7 @@ struct Entry {
 };
 
 constexpr Grid kTwoWarps{1, 64, 512}, kWarp{1, 32, 512}, kCopies{1, 64, 2048};
-constexpr Grid kTwoBlocks{2, 64, 512}, kCluster{4, 64, 512, 2};
+constexpr Grid kTwoBlocks{2, 64, 512}, kCluster{4, 64, 1024, 2};
 
 #define MNV2_PROBE(kernel, grid) {#kernel, kernel, grid}
 const Entry entries[] = {

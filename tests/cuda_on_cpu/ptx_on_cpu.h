@@ -49,8 +49,8 @@ MNV2_DEVICE void copy_async_wait() {
 
 MNV2_DEVICE int cluster_rank() { return emulator::cluster_rank(); }
 MNV2_DEVICE void cluster_barrier() { emulator::cluster_barrier(); }
-MNV2_DEVICE float2 load_cluster(SharedAddress address, int rank) {
-    float2 value;
+MNV2_DEVICE uint4 load_cluster(SharedAddress address, int rank) {
+    uint4 value;
     emulator::load_cluster(address, rank, &value, sizeof(value));
     return value;
 }
@@ -78,6 +78,12 @@ MNV2_DEVICE void multiply_add_k16(float (&sums)[4], const Pair (&a)[4], Pair b0,
     emulator::Product lane{16,   "mma.m16n8k16",           emulator::Format<T>::to_float,
                            sums, {a[0], a[1], a[2], a[3]}, {b0, b1}};
     emulator::multiply_add(lane);
+}
+template <class T>
+MNV2_DEVICE void multiply_add_k16(float (&sums)[4], const float (&start)[4], const Pair (&a)[4],
+                                  Pair b0, Pair b1) {
+    for (int i = 0; i < 4; i++) sums[i] = start[i];
+    multiply_add_k16<T>(sums, a, b0, b1);
 }
 template <class T>
 MNV2_DEVICE void multiply_add_k8(float (&sums)[4], Pair a0, Pair a1, Pair b0) {

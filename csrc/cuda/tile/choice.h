@@ -1,7 +1,7 @@
-// By which plan the tile kernel runs a block: plans are compared by a rough count of cycles.
+// By which plan the tile kernel runs a block: plans are compared by the instructions that they
+// issue, counted from the kernel's loops.
 #pragma once
 #include <array>
-#include <cmath>
 #include <map>
 
 #include "plan.h"
@@ -11,82 +11,79 @@ namespace mnv2::cuda::tile {
 // Blocks of threads on a multiprocessor. Each block's shared memory takes 1 KB more.
 inline int resident_blocks(const BlockSizes& sizes, Element element, const TilePlan& plan,
                            const Device& device) {
-    const bool in_half = half_sums(sizes, element);
-    return std::min(tile_most_warps(sizes.kernel_size, in_half, plan.n_tiles) * 32 / plan.threads(),
+    return std::min(tile_most_warps(half_sums(sizes, element), plan.n_tiles) / plan.warps(),
                     (device.shared_bytes + 1024) / (plan.end + 1024));
-}
-
-// Rough cycles that a multiprocessor is busy, and those that pass for a block alone.
-struct Cycles {
-    double busy = 0, alone = 0;
-
-    void add(double work, double latency) {
-        busy += work;
-        alone += std::max(work, latency);
-    }
-};
-
-// Expansion and depthwise of a chunk.
-inline Cycles chunk_cycles(const BlockSizes& sizes, Element element, const TilePlan& plan) {
-    Cycles cycles;
-    const double warps = plan.threads() / 32;
-    if (sizes.expansion) {
-        const double units = std::ceil(plan.x_pixels * 1. / kTileUnitPixels) * plan.chunk / 8;
-        const double steps = plan.expand_rows / 16, wide = plan.unit_tiles == 4;
-        cycles.add(units * (steps * (wide ? 4.5 : 6) + 12),
-                   std::ceil(units / plan.unit_tiles / warps) * (steps * (wide ? 70 : 50) + 250));
-    }
-    const double taps = static_cast<double>(sizes.kernel_size * sizes.kernel_size);
-    cycles.add(plan.job_rounds * warps * (taps + 8) * (half_sums(sizes, element) ? 1.1 : 1.2),
-               plan.job_rounds * 150);
-    return cycles;
-}
-
-// x and y of a tile. Halos come from the second cache, as do the weights.
-inline double memory_cycles(const BlockSizes& sizes, const TilePlan& plan) {
-    const double own = static_cast<double>(sizes.in_channels * sizes.stride * sizes.stride) +
-                       std::min<double>(plan.group_channels, sizes.out_channels);
-    return plan.x_pixels * sizes.in_channels / 20 + 2 * plan.pixels * own / 14;
 }
 
 inline int64_t count_tiles(const BlockSizes& sizes, const TilePlan& plan) {
     return ceil_div(sizes.N, plan.images) * plan.tile_rows * plan.tile_cols;
 }
 
-// Rough cycles for all blocks: by it plans are compared.
-inline double cost(const BlockSizes& sizes, Element element, const TilePlan& plan, int resident,
-                   int multiprocessors) {
-    const double warps = plan.threads() / 32;
-    Cycles cycles = chunk_cycles(sizes, element, plan);
-    const int m_tiles = ceil_div(plan.pixels, 16);
-    const double products = static_cast<double>(m_tiles) * plan.warps_n * plan.n_tiles;
-    const double loads = m_tiles * plan.warps_n + warps * plan.n_tiles / 2;
-    cycles.add(plan.chunk / 16 * (products * 1.8 + loads * 1.5), plan.chunk / 16 * 150);
-    const double weights = (plan.expand_bytes + plan.project_bytes) / 40.;
-    cycles.alone += plan.buffers == 1 ? 400 + weights / 2 : 400;
-
-    const double memory = memory_cycles(sizes, plan);
-    const double busy = std::max(std::max(cycles.busy, weights) * plan.chunks, memory) + memory / 5;
-    const double alone = std::max(cycles.alone, weights) * plan.chunks + memory + 2000;
-    const int64_t blocks = count_tiles(sizes, plan) * plan.groups;
-    const int64_t slots = static_cast<int64_t>(resident) * multiprocessors;
-    double all = static_cast<double>(blocks / slots) * std::max(busy * resident, alone);
-    if (blocks % slots != 0)
-        all += std::max(busy * ceil_div(blocks % slots, multiprocessors), alone);
-    return all;
+// Instructions of the warp that has most to do, for expansion and depthwise of a chunk. These
+// numbers and those below are of machine code for compute capability 9.0.
+inline int64_t chunk_instructions(const BlockSizes& sizes, Element element, const TilePlan& plan) {
+    const int64_t taps = sizes.kernel_size * sizes.kernel_size;
+    const int64_t units = ceil_div(ceil_div(plan.x_pixels, kTileUnitPixels), plan.parts);
+    const int64_t rounds = ceil_div(ceil_div(plan.jobs, 8), plan.parts);
+    // Of four channels and four outputs: two multiply-adds of pairs a tap, or four of floats.
+    const int64_t job = half_sums(sizes, element) ? 8 * taps + 75 : 22 * taps + 120;
+    return 190 + rounds * job + (sizes.expansion ? units * (plan.expand_rows / 16 * 11 + 80) : 0);
 }
 
-// Cost of a cluster launch. Some multiprocessors cannot host clusters.
+// The same for the projection of a chunk.
+inline int64_t project_instructions(const TilePlan& plan) {
+    const int64_t m_tiles = ceil_div(ceil_div(plan.pixels, 16), plan.warps_m);
+    return 30 + plan.chunk / 16 * (m_tiles * (plan.n_tiles + 1) + plan.n_tiles / 2 + 9);
+}
+
+// The same for copying `bytes` to shared memory, by all warps.
+inline int64_t copy_instructions(const TilePlan& plan, int64_t bytes) {
+    return 40 + ceil_div(bytes, 512 * plan.warps()) * 9;
+}
+
+// What a warp does once a tile.
+inline int64_t tile_instructions(const BlockSizes& sizes, const TilePlan& plan) {
+    const int64_t outputs = ceil_div(ceil_div(plan.pixels, 16), plan.warps_m) * 2;
+    return 900 + copy_instructions(plan, plan.x_pixels * sizes.in_channels * 2 * 2 + plan.e_bytes) +
+           outputs * (20 + plan.n_tiles * 9);
+}
+
+// Cycles of all blocks. A multiprocessor issues four instructions a cycle, and one warp alone one
+// in `kAlone` cycles.
+inline double cycles(int64_t blocks, int resident, int multiprocessors, int warps,
+                     int64_t instructions) {
+    constexpr double kAlone = 2;
+    const auto of = [&](int64_t together) {
+        return static_cast<double>(instructions) *
+               std::max(kAlone, static_cast<double>(together * warps) / 4);
+    };
+    const int64_t slots = static_cast<int64_t>(resident) * multiprocessors;
+    const int64_t rest = blocks % slots;
+    return static_cast<double>(blocks / slots) * of(resident) +
+           (rest > 0 ? of(ceil_div(rest, multiprocessors)) : 0);
+}
+
+// Cycles of a plan without a cluster.
+inline double cost(const BlockSizes& sizes, Element element, const TilePlan& plan, int resident,
+                   int multiprocessors) {
+    const int64_t chunk = chunk_instructions(sizes, element, plan) + project_instructions(plan) +
+                          copy_instructions(plan, plan.expand_bytes + plan.project_bytes);
+    return cycles(count_tiles(sizes, plan) * plan.groups, resident, multiprocessors, plan.warps(),
+                  plan.chunks * chunk + tile_instructions(sizes, plan));
+}
+
+// Cycles of a plan with one. Some multiprocessors cannot host clusters.
 inline double cluster_cost(const BlockSizes& sizes, Element element, const TilePlan& plan,
                            int multiprocessors) {
-    const double rounds = ceil_div(plan.chunks, plan.cluster);
-    const double gathered = std::ceil(plan.cluster * plan.pixels / 64.) * 500;
-    const double products = plan.cluster * plan.chunk / 16 * 80;
-    const double alone =
-        (chunk_cycles(sizes, element, plan).alone + gathered + products + 1500) * rounds +
-        memory_cycles(sizes, plan) + 2500;
-    return alone *
-           ceil_div(count_tiles(sizes, plan) * plan.cluster, std::max(1, multiprocessors * 4 / 5));
+    const int64_t gathered = plan.cluster * plan.d_bytes;
+    // Each of the two barriers takes the time of some hundred instructions.
+    const int64_t round =
+        chunk_instructions(sizes, element, plan) + plan.cluster * project_instructions(plan) +
+        copy_instructions(plan, plan.expand_bytes + plan.cluster * plan.project_bytes) +
+        copy_instructions(plan, gathered) + 400;
+    return cycles(count_tiles(sizes, plan) * plan.cluster, 1, std::max(1, multiprocessors * 4 / 5),
+                  plan.warps(),
+                  ceil_div(plan.chunks, plan.cluster) * round + tile_instructions(sizes, plan));
 }
 
 // The best plan so far.
@@ -97,56 +94,48 @@ struct Choice {
     TilePlan best{};
     double least = 0;
 
-    void offer(const TilePlan& plan, double cycles) {
+    void offer(const TilePlan& plan) {
+        const int resident = resident_blocks(sizes, element, plan, device);
+        if (resident == 0) return;
+        const double cycles = plan.cluster > 1
+                                  ? cluster_cost(sizes, element, plan, device.multiprocessors)
+                                  : cost(sizes, element, plan, resident, device.multiprocessors);
         if (best.end == 0 || cycles < least) best = plan, least = cycles;
     }
 
-    // Both numbers of buffers; false where not even one fits.
-    bool consider(int rows, int cols, int images, int warps_m, int warps_n, int chunk) {
-        for (int buffers = 1; buffers <= 2; buffers++) {
-            const TilePlan plan = lay_out_tile(sizes, element, rows, cols, images, warps_m, warps_n,
-                                               tile_n_tiles(sizes, warps_n), chunk, buffers);
-            const int resident = resident_blocks(sizes, element, plan, device);
-            if (resident == 0) return buffers == 2;
-            offer(plan, cost(sizes, element, plan, resident, device.multiprocessors));
-        }
-        return true;
-    }
-
-    // Tiles of about equal size, as large as the warps can have and the memory takes.
-    void consider_tiles(int warps_m, int warps_n, int chunk) {
+    // Tiles of about equal size, as large as the warps can have, in one image or several.
+    void consider_tiles(int chunk, int parts, int warps_m, int cluster) {
         const int height = static_cast<int>(sizes.H_out), width = static_cast<int>(sizes.W_out);
         const int most = warps_m * kTileRowsOfMatrices * 16;
-        for (int parts = 1, rows = 0; rows != 1; parts += (parts + 2) / 3) {
-            rows = ceil_div(height, parts);
+        for (int row_parts = 1, rows = 0; rows != 1; row_parts++) {
+            rows = ceil_div(height, row_parts);
             if (rows > most) continue;
-            int cols = ceil_div(width, ceil_div(width, most / rows));
-            if (rows == height && cols == width) {
-                const int64_t fit = most / (rows * cols);
-                for (int64_t images = std::min(sizes.N, fit); images > 1; images /= 2)
-                    consider(rows, cols, static_cast<int>(images), warps_m, warps_n, chunk);
+            const int least_parts = ceil_div(width, most / rows);
+            for (int col_parts = least_parts; col_parts <= 2 * least_parts; col_parts++) {
+                const int cols = ceil_div(width, col_parts);
+                const bool whole = rows == height && cols == width && cluster == 1;
+                const int64_t fit = whole ? std::min<int64_t>(sizes.N, most / (rows * cols)) : 1;
+                for (int64_t images = fit; images > 0; images /= 2)
+                    offer(lay_out_tile(sizes, rows, cols, static_cast<int>(images), chunk, parts,
+                                       warps_m, cluster));
             }
-            while (!consider(rows, cols, 1, warps_m, warps_n, chunk) && cols > 1)
-                cols = (cols + 1) / 2;
         }
     }
 
-    // Two tiles of output channels a warp.
-    void consider_clusters(int cluster) {
-        const int chunks = ceil_div(sizes.hidden_channels, 64);
-        if (cluster > chunks || ceil_div(chunks, cluster) == ceil_div(chunks, cluster - 1)) return;
-        int warps_n = 1;
-        while (warps_n < kTileClusterWarps && cluster * warps_n * 16 < sizes.out_channels)
-            warps_n *= 2;
-        if (cluster * warps_n * 16 < sizes.out_channels) return;
-        for (int parts = 1, rows = 0; rows != 1; parts++) {
-            rows = ceil_div(sizes.H_out, parts);
-            const int cols = static_cast<int>(sizes.W_out), warps_m = kTileClusterWarps / warps_n;
-            if (rows * cols > warps_m * kTileRowsOfMatrices * 16) continue;
-            const TilePlan plan =
-                lay_out_tile(sizes, element, rows, cols, 1, warps_m, warps_n, 2, 64, 1, cluster);
-            if (resident_blocks(sizes, element, plan, device) > 0)
-                offer(plan, cluster_cost(sizes, element, plan, device.multiprocessors));
+    // All ways to share the work among four or eight warps.
+    void consider(int chunk, int cluster) {
+        const int slices = chunk / kTileSlice;
+        for (int warps = std::max(4, slices); warps <= kTileMostWarps; warps *= 2) {
+            for (int warps_m = 1; warps_m <= warps; warps_m *= 2) {
+                // A cluster has all output channels at once. Without one, every group of them takes
+                // an expansion of its own.
+                const int columns = warps / warps_m;
+                if (cluster > 1 ? cluster * columns * 16 < sizes.out_channels
+                                : ceil_div(sizes.out_channels, columns * kTileMostColumns) >
+                                      ceil_div(sizes.out_channels, warps * kTileMostColumns))
+                    continue;
+                consider_tiles(chunk, warps / slices, warps_m, cluster);
+            }
         }
     }
 };
@@ -155,19 +144,16 @@ struct Choice {
 // output have one order in all of them, channel by channel.
 inline TilePlan plan_tile(const BlockSizes& sizes, Element element, const Device& device) {
     Choice choice{sizes, element, device};
-    for (const int chunk : {64, 32}) {
-        if (chunk == 64 ? sizes.hidden_channels <= 32 : choice.best.end != 0) continue;
-        for (int warps = 4; warps <= 16; warps *= 2) {
-            for (int warps_m = 1; warps_m <= warps; warps_m *= 2) {
-                const int warps_n = warps / warps_m;
-                if (warps_n == 1 || warps_n * 8 < sizes.out_channels)
-                    choice.consider_tiles(warps_m, warps_n, chunk);
-            }
-        }
+    for (int chunk = kTileMostWarps * kTileSlice; chunk >= kTileSlice; chunk /= 2)
+        // Smaller ones are for blocks of few hidden channels, or of many others.
+        if (chunk == kTileSlice || sizes.hidden_channels > chunk / 2)
+            if (chunk >= 64 || choice.best.end == 0) choice.consider(chunk, 1);
+    if (device.capability >= 90) {
+        const int chunks = ceil_div(sizes.hidden_channels, 64);
+        for (int cluster = 2; cluster <= std::min(device.cluster, chunks); cluster++)
+            if (ceil_div(chunks, cluster) < ceil_div(chunks, cluster - 1))
+                choice.consider(64, cluster);
     }
-    if (device.capability >= 90)
-        for (int cluster = 2; cluster <= device.cluster; cluster++)
-            choice.consider_clusters(cluster);
     return choice.best;
 }
 

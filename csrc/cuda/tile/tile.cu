@@ -2,10 +2,10 @@
 // of hidden channels at a time from one to the next.
 //
 // Expansion and projection are matrix products on tensor cores; the sums of the projection stay in
-// registers over all chunks. Between them are the expanded tile, with a halo that is zero outside
-// the image, and the result of the depthwise. The projection of a chunk and the expansion of
-// the next need no barrier between them. Without expansion the pixels of x themselves are copied to
-// the haloed tile.
+// registers over all chunks. A warp expands 16 channels of a chunk and convolves them by itself.
+// What it has of the depthwise, all warps project: that is the one barrier of a chunk, behind which
+// the projection of a chunk and the expansion of the next one overlap. Without expansion the pixels
+// of x themselves are copied to the haloed tile.
 #include "../kernels.h"
 #include "../launch.h"
 #include "../pairs.h"
@@ -17,51 +17,50 @@ namespace mnv2::cuda {
 namespace tile {
 
 template <class T, int KernelSize, bool HalfSums, int NTiles>
-__global__ void __launch_bounds__(tile_most_warps(KernelSize, HalfSums, NTiles) * 32)
+__global__ void __launch_bounds__(kTileMostWarps * 32,
+                                  tile_most_warps(HalfSums, NTiles) / kTileMostWarps)
     inverted_residual_tile(const __grid_constant__ TileCall arguments) {
     const Call& call = arguments.call;
     const TilePlan& plan = arguments.plan;
     const SharedAddress shared = shared_memory();
+    const Share mine = share(plan);
 
-    stage_expand_weights(call, plan, shared, 0);
+    const Copies c = copies(call, plan, mine);
+    stage_expand_weights(call, plan, c, chunk_weights(plan, shared, 0), 0);
     start_tile(call, plan, shared, 0);
     copy_async_commit();
 
-    // Two buffers are filled while both products run, one during the depthwise. It holds the
-    // expansion of the next chunk and the projection of this one.
-    const auto stage_next = [&](int chunk) {
-        if (chunk + 1 < plan.chunks) stage_expand_weights(call, plan, shared, chunk + 1);
-        stage_project_weights(call, plan, chunk * plan.chunk, channels_of_chunk(call, plan, chunk),
-                              chunk_weights(plan, shared, chunk).w_project);
-        copy_async_commit();
-    };
-
-    Projection<T, NTiles> projection;
+    Projection<T, NTiles> projection(call, plan, mine);
+    // Everything that is written while another warp may still read the last one is there twice.
     for (int chunk = 0;; chunk++) {
-        const bool ends = chunk == plan.chunks;
+        const int buffer = chunk % 2;
         copy_async_wait<0>();
         block_barrier();
-        if (!call.expansion && chunk > 0 && !ends) {
-            stage_expanded(call, plan, chunk, shared + plan.e);
+        if (chunk < plan.chunks) {
+            if (chunk + 1 < plan.chunks) {
+                stage_expand_weights(call, plan, c, chunk_weights(plan, shared, 1 - buffer),
+                                     chunk + 1);
+                if (!call.expansion)
+                    stage_expanded(call, plan, chunk + 1,
+                                   shared + plan.e + (1 - buffer) * plan.e_bytes);
+            }
+            stage_project_weights<NTiles>(call, plan, c, mine.first_out, chunk * plan.chunk,
+                                          channels_of_chunk(call, plan, chunk),
+                                          chunk_weights(plan, shared, buffer).w_project);
             copy_async_commit();
         }
-        if (plan.buffers == 2 && !ends) stage_next(chunk);
+        const ChunkBiases biases = load_biases(call, plan, mine.slice, chunk);
         if (chunk > 0)
-            projection.add(plan, shared + plan.d, chunk_weights(plan, shared, chunk - 1).w_project,
+            projection.add(plan, shared + plan.d + (1 - buffer) * plan.d_bytes,
+                           chunk_weights(plan, shared, 1 - buffer).w_project,
                            channels_of_chunk(call, plan, chunk - 1));
-        if (ends) break;
-        if (call.expansion) {
-            expand<T>(arguments, shared, chunk);
-        } else if (plan.buffers == 2) {
-            copy_async_wait<1>();
-        } else {
-            copy_async_wait<0>();
-        }
-        block_barrier();
-        if (plan.buffers == 1) stage_next(chunk);
-        depthwise_of_chunk<T, KernelSize, HalfSums>(arguments, shared, chunk);
+        if (chunk == plan.chunks) break;
+        hidden_chunk<T, KernelSize, HalfSums>(
+            arguments, shared, chunk_weights(plan, shared, buffer), biases,
+            shared + plan.e + (call.expansion ? 0 : buffer * plan.e_bytes),
+            shared + plan.d + buffer * plan.d_bytes, channels_of_chunk(call, plan, chunk), mine);
     }
-    projection.store(call, plan);
+    projection.store(call, plan, mine, shared + plan.outputs);
 }
 
 template <class T>
@@ -71,13 +70,13 @@ PairClip pair_clip(const Clip& clip) {
 
 template <class T, int KernelSize, bool HalfSums>
 cudaError_t launch_tile(const Call& call, const Device& device, cudaStream_t stream) {
-    static_assert(sizeof(typename Channels<T, HalfSums>::Packed) ==
-                  2 * tile_job_channels(HalfSums));
     const TileCall arguments{call, known_plan(call, call.element, device),
-                             pair_clip<T>(call.clip_expand), pair_clip<T>(call.clip_dw)};
+                             pair_clip<T>(call.clip_expand), pair_clip<T>(call.clip_dw),
+                             call.clip_expand.lower == 0 && call.clip_dw.lower == 0};
     const TilePlan& plan = arguments.plan;
     if (plan.end == 0) return cudaErrorInvalidConfiguration;
-    const Grid grid{count_tiles(call, plan) * plan.groups, plan.threads(), plan.end, plan.cluster};
+    const Grid grid{count_tiles(call, plan) * plan.groups, plan.warps() * 32, plan.end,
+                    plan.cluster};
     if (plan.cluster > 1)
         return launch(inverted_residual_tile_cluster<T, KernelSize, HalfSums>, grid, device, stream,
                       arguments);
@@ -89,7 +88,7 @@ cudaError_t launch_tile(const Call& call, const Device& device, cudaStream_t str
             return launch(inverted_residual_tile<T, KernelSize, HalfSums, 3>, grid, device, stream,
                           arguments);
         default:
-            return launch(inverted_residual_tile<T, KernelSize, HalfSums, 4>, grid, device, stream,
+            return launch(inverted_residual_tile<T, KernelSize, HalfSums, 5>, grid, device, stream,
                           arguments);
     }
 }
