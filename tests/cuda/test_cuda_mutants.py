@@ -40,6 +40,11 @@ CALLS: dict[str, list[tuple[Case, torch.dtype, int]]] = {
         (Case(BlockConfig(136, 136, 32, expansion=False), 7, 7), HALF, 1),
         (Case(BlockConfig(64, 384, 64, residual=True), 14, 14, batch=2), HALF, 132),
         (Case(BlockConfig(64, 392, 72), 7, 7), BFLOAT, 132),
+        # Weights that do not exist, times clips that are infinite.
+        (Case(STRIDED, 7, 6, clips=(RELU6, (inf, inf), (-2.0, 2.0))), BFLOAT, 132),
+        # A warp has a slice by itself, and a block of threads several images.
+        (Case(BlockConfig(24, 136, 24), 14, 14, 4, clips=(RELU6, (-0.5, 3.0), RELU)), HALF, 1),
+        (Case(RESIDUAL, 9, 9, batch=7), HALF, 1),
     ],
     "generic": [
         (Case(BlockConfig(20, 29, 20, residual=True), 23, 9, 2, clips=(RELU6,) * 3), SINGLE, 1),
@@ -87,45 +92,54 @@ MUTANTS = {
     },
     "tile": {
         "pixels in 32 bits": (
-            "x + of_x * call.in_channels + (o",
-            "x + static_cast<int>(of_x * call.in_channels) + (o",
+            "x + of_x * call.in_channels;",
+            "x + static_cast<int>(of_x * call.in_channels);",
         ),
         "no barrier behind the copies": (
-            "copy_async_wait<0>();\n        block_barrier();",
-            "copy_async_wait<0>();",
+            "copy_async_wait<0>();\n        block_barrier();\n        if (chunk <",
+            "copy_async_wait<0>();\n        if (chunk <",
         ),
         "no wait for weights": (
-            "copy_async_wait<0>();\n        block_barrier();",
-            "block_barrier();",
+            "copy_async_wait<0>();\n        block_barrier();\n        if (chunk <",
+            "block_barrier();\n        if (chunk <",
         ),
-        "no barrier ahead of the depthwise": (
-            "block_barrier();\n        if (plan.buffers == 1)",
-            "if (plan.buffers == 1)",
+        "no barrier ahead of a warp's depthwise": ("warp_barrier();", ""),
+        "no barrier ahead of the depthwise of several": (
+            "} else {\n            block_barrier();",
+            "} else {",
         ),
-        "no wait for pixels": (
-            "(plan.buffers == 2) {\n            copy_async_wait<1>();",
-            "(plan.buffers == 2) {\n            copy_async_wait<2>();",
-        ),
-        "one buffer for two": ("plan.buffers == 2 ? number % 2 : 0", "0"),
-        "one buffer of taps": ("number % 2 * plan.dw_bytes", "0 * plan.dw_bytes"),
+        "one buffer of w_expand": ("buffer * plan.expand_bytes", "0 * plan.expand_bytes"),
+        "one buffer of w_project": ("buffer * plan.project_bytes", "0 * plan.project_bytes"),
+        "one buffer of taps": ("buffer * plan.dw_bytes", "0 * plan.dw_bytes"),
+        "one buffer of results": ("plan.d + buffer * plan.d_bytes", "plan.d + 0 * plan.d_bytes"),
+        "one buffer of pixels": ("buffer * plan.e_bytes)", "0 * plan.e_bytes)"),
         "no zeros around the image": ("write_zeros(plan, shared + plan.e);", ""),
-        "a pixel too many": ("if (pixel >= pixels) continue;", "if (pixel > pixels) continue;"),
-        "channels not filled up": ("if (channels == padded) return;", "return;"),
-        "an image too many": ("image >= at.images", "image > at.images"),
-        "a column of y too many": ("col >= call.W_out) continue", "col > call.W_out) continue"),
-        "rows that weights do not have": ("row < valid_rows &&", "row <= valid_rows &&"),
-        "no lower clip": (
-            "minimum<T>(maximum<T>(v, clip.lower), clip.upper)",
-            "minimum<T>(v, clip.upper)",
+        "pixels that fill up a unit in the image": ("plan.e_slice / 16 - 16 + pixel", "pixel"),
+        "channels that do not exist": ("if (at.high >= channels) {", "if (false) {"),
+        "rows of w_expand that do not exist": (
+            "write_zero_weights(call, plan, chunk_weights",
+            "if (false) write_zero_weights(call, plan, chunk_weights",
         ),
-        "padding above left out": ("at.halo_row + row) * plan.in_cols", "row) * plan.in_cols"),
+        "an image too many": (
+            "image < at.images && row < call",
+            "image <= at.images && row < call",
+        ),
+        "a column of y too many": ("col < call.W_out;", "col <= call.W_out;"),
+        "rows that w_project does not have": ("row < channels ?", "row <= channels ?"),
+        "columns that w_project does not have": ("octet < valid ? 16 : 0", "16"),
+        "no lower clip": (
+            "minimum<T>(maximum<T>(pack<T>(low, high), clip.lower), clip.upper)",
+            "minimum<T>(pack<T>(low, high), clip.upper)",
+        ),
+        "one lower bound for two": ("lower == 0 && call.clip_dw", "lower == 0 || call.clip_dw"),
+        "padding above left out": ("at.halo_row + row) * plan.e_row", "row) * plan.e_row"),
         "rows below the image": ("min(row + plan.in_rows, call.H)", "(row + plan.in_rows)"),
-        "a second column that is not there": ("col + step < plan.cols", "col + step <= plan.cols"),
-        "sums not begun": ("for (int s = 0; s < kTileStrip; s++) ring[Slot][s] = bias;", ""),
+        "an output that is not there": ("if (s < outputs)", "if (s <= outputs)"),
+        "sums begun with zeros": ("sums[s] = bias;", "sums[s] = Sums{};"),
         "no residual": ("if (call.residual) low += unpack", "if (false) low += unpack"),
         "no barrier ahead of a chunk of a cluster": (
-            "first + rank;\n        block_barrier();",
-            "first + rank;",
+            "block_barrier();\n        if (first > 0) {",
+            "if (first > 0) {",
         ),
         "no cluster barrier ahead of the gathering": (
             "cluster_barrier();\n        if (chunk",
@@ -139,14 +153,16 @@ MUTANTS = {
             "copy_async_wait<1>();\n        cluster_barrier();",
             "copy_async_wait<2>();\n        cluster_barrier();",
         ),
-        "gathered from this block": (
-            "(pixel * plan.d_pitch + channel) * 2, rank)",
-            "(pixel * plan.d_pitch + channel) * 2, 0)",
-        ),
+        "gathered from this block": ("(place + plan.d, rank + i)", "(place + plan.d, 0)"),
         "rows of matrices exchanged": (
             "sums[m][n][0] = sums[m][n][2] = bias.x;",
             "sums[m][n][0] = sums[m][n][1] = bias.x;",
         ),
+        "rows of w_project in order": (
+            "call.expansion ? channel % 8 / 2 * 4 + channel % 2 + channel / 8 * 2 : channel",
+            "channel",
+        ),
+        "channels of a lane in order": ("low + (call.expansion ? 8 : 2)", "low + 2"),
     },
     "generic": {
         "pixels in 32 bits": (
@@ -205,7 +221,7 @@ def why_found(library: Library) -> str | None:
     """What is wrong with one of the kernel's calls."""
     for case, dtype, multiprocessors in CALLS[library.kernel]:
         x, weights = make_inputs(case, dtype)
-        if library.kernel == "generic" and case.clips[1] == (inf, inf):
+        if case.clips[1] == (inf, inf):
             weights = replace(weights, w_project=weights.w_project.abs() + 0.1)
         device = replace(H200, multiprocessors=multiprocessors)
         try:
