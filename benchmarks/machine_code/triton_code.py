@@ -24,8 +24,8 @@ from triton.compiler import ASTSource
 from mnv2_kernels.block.config import NO_CLIP, RELU6, BlockConfig
 from mnv2_kernels.ops.triton import configs
 from mnv2_kernels.ops.triton.configs import PatchConfig
+from mnv2_kernels.ops.triton.kernels.patch import inverted_residual_patch
 from mnv2_kernels.ops.triton.launch import Launch, plan_launch
-from mnv2_kernels.ops.triton.patch import inverted_residual_patch
 
 from ..harness import distinct_blocks
 from .read import disassemble, opcode, resources
@@ -36,8 +36,8 @@ ARITHMETIC = ("float16", "bfloat16", "tf32")
 WARP = 32
 
 _TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_FP32_POINTERS = ("b_expand", "b_dw", "b_project", "b_squeeze", "b_excite", "sums", "gate")
-_POINTERS = ("x", "w_expand", "w_dw", "w_project", "y", "kept", "w_squeeze", "w_excite")
+_FP32_POINTERS = ("b", "b_expand", "b_dw", "b_project", "b_squeeze", "b_excite", "sums", "gate")
+_POINTERS = ("x", "weight", "w_expand", "w_dw", "w_project", "y", "kept", "w_squeeze", "w_excite")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.backends import BACKENDS, warn_if_layers_run
+from ..ops import triton
+from ..ops.backends import BACKENDS, takes_triton, warn_if_layers_run
 from ..ops.extension import missing
 from ..ops.inverted_residual import inverted_residual
 from ..ops.reference import activate
@@ -341,6 +342,10 @@ def why_not_on_cpu(dtype: torch.dtype) -> str | None:
 def _run(layer: Layer, x: Tensor) -> Tensor:
     """A step where there is no kernel for the whole network."""
     match layer:
+        case Stem() if takes_triton(x):
+            return triton.stem(x, layer.weight, layer.bias, layer.padding, layer.clip)
+        case Pool() if layer.weight is not None and takes_triton(x):
+            return triton.pooled(x, layer.weight, layer.bias, layer.clip)
         case Stem():
             top, left, bottom, right = layer.padding
             x = F.pad(x, (left, right, top, bottom)).contiguous(memory_format=torch.channels_last)

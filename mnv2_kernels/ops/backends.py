@@ -278,6 +278,14 @@ def choose(name: str | None, x: Tensor, block: Block | None = None) -> str:
     return name
 
 
+def takes_triton(x: Tensor) -> bool:
+    """Whether layers outside of blocks run on x in Triton's kernels by themselves.
+
+    The compiler makes such kernels of its own.
+    """
+    return not torch.compiler.is_compiling() and _why_not_triton(x) is None
+
+
 def is_for_layers(name: str | None, x: Tensor) -> bool:
     """Whether `choose` can only say "reference", unasked and whatever the block.
 

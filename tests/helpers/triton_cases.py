@@ -15,7 +15,7 @@ from torch import Tensor
 from mnv2_kernels import FoldedWeights
 from mnv2_kernels.ops.triton import configs, interpreter, launch
 from mnv2_kernels.ops.triton.configs import PatchConfig
-from mnv2_kernels.ops.triton.patch import inverted_residual_patch
+from mnv2_kernels.ops.triton.kernels.patch import inverted_residual_patch
 
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from mnv2_kernels.ops.triton import interpreter
 
-MODULES = ("geometry", "values", "hidden", "patch", "gate")
-SOURCES = {name: Path(interpreter.__file__).with_name(f"{name}.py").read_text() for name in MODULES}
+MODULES = ("geometry", "values", "hidden", "patch", "gate", "ends")
+FOLDER = Path(interpreter.__file__).parent / "kernels"
+SOURCES = {name: (FOLDER / f"{name}.py").read_text() for name in MODULES}
 PACKAGE = "mutants_of_mnv2_kernels"
 
 

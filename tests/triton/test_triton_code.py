@@ -23,7 +23,8 @@ from benchmarks.machine_code.triton_code import (
     table_rows,
 )
 from mnv2_kernels.block.config import NO_CLIP, BlockConfig, mobilenet_v2_blocks
-from mnv2_kernels.ops.triton import configs, gate
+from mnv2_kernels.ops.triton import configs
+from mnv2_kernels.ops.triton.kernels import gate
 from mnv2_kernels.ops.triton.launch_gate import (
     EXCITATION_OPTIONS,
     PROJECTION_OPTIONS,

@@ -21,8 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton_cases import DTYPES, HAS_GPU
 
 from mnv2_kernels.block.config import NO_CLIP, RELU6
-from mnv2_kernels.ops.triton import gate
-from mnv2_kernels.ops.triton.patch import inverted_residual_patch
+from mnv2_kernels.ops.triton.kernels import gate
+from mnv2_kernels.ops.triton.kernels.patch import inverted_residual_patch
 
 TRITON = torch.ops.mnv2.inverted_residual_triton.default
 MBCONV = torch.ops.mnv2.mbconv_triton.default

@@ -11,8 +11,9 @@ from cases import Case
 from triton_cases import CONFIGS, DTYPES, chosen, each_config, each_dtype, plan
 
 from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
-from mnv2_kernels.ops.triton import configs, geometry, launch, patch
+from mnv2_kernels.ops.triton import configs, launch
 from mnv2_kernels.ops.triton.configs import PatchConfig
+from mnv2_kernels.ops.triton.kernels import geometry, patch
 
 ALL = [case for group in cases.groups().values() for case in group if case.batch > 0]
 IDLE = {"num_warps", "num_stages"}

@@ -18,7 +18,8 @@ from triton_mbconv import BLOCKS, CURVES_ALONE, ODD, inputs, plan
 from mnv2_kernels import inverted_residual
 from mnv2_kernels.block.fold import FoldedGate
 from mnv2_kernels.ops.inverted_residual import op_arguments
-from mnv2_kernels.ops.triton import configs, gate
+from mnv2_kernels.ops.triton import configs
+from mnv2_kernels.ops.triton.kernels import gate
 
 OP = torch.ops.mnv2.mbconv_triton.default
 MAIN = torch.ops.mnv2.mbconv.default

@@ -48,3 +48,17 @@ def mbconv(*arguments) -> Tensor:
     from . import launch_gate
 
     return launch_gate.mbconv(*arguments)
+
+
+def stem(*arguments) -> Tensor:
+    """`launch_ends.stem`; Triton must not be missing."""
+    from . import launch_ends
+
+    return launch_ends.stem(*arguments)
+
+
+def pooled(*arguments) -> Tensor:
+    """`launch_ends.pooled`; Triton must not be missing."""
+    from . import launch_ends
+
+    return launch_ends.pooled(*arguments)

@@ -16,7 +16,7 @@ import triton
 
 from ...block.config import BlockConfig
 from . import precision
-from .geometry import slots
+from .kernels.geometry import slots
 
 # One JSON file a GPU or architecture, written by benchmarks/tune_triton.py.
 TABLES = Path(__file__).parent / "configs"

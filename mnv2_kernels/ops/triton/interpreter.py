@@ -11,9 +11,9 @@ import triton
 
 from ..optional import require
 
-# A second copy of the modules of this folder, named as if it were a package of its own.
+# A second copy of the kernels' modules, named as if it were a package of its own.
 _COPY = f"{__package__}_interpreted"
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent / "kernels"
 
 # The interpreter replaces functions of triton.language while it runs.
 _lock = Lock()
@@ -45,5 +45,5 @@ def load(folder: Path, package: str) -> dict[str, object]:
     copy.__path__ = [str(folder)]
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True
-        modules = [import_module(f"{package}.{name}") for name in ("patch", "gate")]
+        modules = [import_module(f"{package}.{name}") for name in ("patch", "gate", "ends")]
     return {name: value for module in modules for name, value in vars(module).items()}

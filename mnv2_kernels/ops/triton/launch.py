@@ -14,8 +14,8 @@ from torch.library import wrap_triton
 from ...block.config import NO_CLIP, BlockConfig, Clip, Padding
 from . import configs, precision
 from .configs import PatchConfig
-from .geometry import slots
-from .patch import inverted_residual_patch
+from .kernels.geometry import slots
+from .kernels.patch import inverted_residual_patch
 
 
 class Launch(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...block.config import NO_CLIP, BlockConfig, Padding
 from . import configs, precision
 from .configs import PatchConfig
-from .gate import depthwise_sums, excitation, gated_projection
+from .kernels.gate import depthwise_sums, excitation, gated_projection
 from .launch import Launch, block_of, contiguous, depthwise_constants, inverted_residual, run
 
 EXCITATION_OPTIONS = {"num_warps": 8}
