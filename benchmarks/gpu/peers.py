@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+import mnv2_kernels as mk
 from mnv2_kernels.profiling.variants import fused_blocks, plain, variants
 
 from .part import NO_TIME
@@ -61,6 +62,11 @@ def _fused_by(backend: str, model: nn.Module, x: Tensor) -> Call:
     for block in fused_blocks(copy).values():
         block.backend = backend
     return copy
+
+
+def planned(model: nn.Module, x: Tensor) -> Call:
+    """Ours as a plan: stem and last convolution in a kernel each, too."""
+    return mk.plan(variants(model)["fused"].to(x.device), x.shape[1:], dtype=x.dtype)
 
 
 def unfused(model: nn.Module, x: Tensor) -> Call:
@@ -118,15 +124,17 @@ BLOCK_PROVIDERS = {
     "folded": folded,
     "eager": eager,
 }
+_CALLED = {"planned": planned, **BLOCK_PROVIDERS}
 # Those that compile come last: the others are measured whatever becomes of them.
 NETWORK_PROVIDERS = {
-    **BLOCK_PROVIDERS,
-    **{f"{name}-graph": graphed(build) for name, build in BLOCK_PROVIDERS.items()},
+    **_CALLED,
+    **{f"{name}-graph": graphed(build) for name, build in _CALLED.items()},
     "compiled-frozen": compiled_frozen,
     "compiled": compiled,
 }
 # By which traffic of `roofline` each is judged.
 EXECUTIONS = {
+    "planned": "fused",
     "fused": "fused",
     "fused-cuda": "fused",
     "fused-triton": "fused",

@@ -74,7 +74,7 @@ def test_a_dry_run_goes_all_the_way(tmp_path):
     network = {row["provider"]: row for row in rows["network"]}
     assert set(network) == set(gpu_peers.NETWORK_PROVIDERS)
     for name, row in network.items():
-        if name in gpu_peers.BLOCK_PROVIDERS and name != "fused-cuda":
+        if name in ("planned", *gpu_peers.BLOCK_PROVIDERS) and name != "fused-cuda":
             assert row["images_per_second"] == pytest.approx(1 / row["seconds"]["50%"])
         else:
             assert row["error"] == "RuntimeError: needs a GPU"

@@ -291,3 +291,16 @@ def test_plans_are_captured_on_the_other_gpu():
         captured = planned.capture(2)
         for image in (x, -x):
             assert torch.equal(captured(image.to(device)), planned(image.to(device)))
+
+
+def test_a_plan_and_its_graph_give_what_the_model_gives():
+    """Stem and last convolution are kernels of this package too; an image has its bits in both."""
+    torch.manual_seed(0)
+    model = mk.mobilenet_v2(0.35).eval().to(DEVICE)
+    x = torch.randn(3, 3, 64, 64, device=DEVICE)
+    planned = mk.plan(model, (3, 64, 64), dtype=torch.half)
+    with torch.inference_mode():
+        expected, y = model(x), planned(x.half())
+    assert (y.float() - expected).norm() <= 0.02 * expected.norm()
+    assert torch.equal(planned(x[1:2].half())[0], y[1])
+    assert torch.equal(planned.capture(3)(x.half()), y)
