@@ -152,12 +152,12 @@ def test_a_plan_runs_its_ends_on_triton(plan_without_the_network_kernel, monkeyp
 
 
 MUTANTS = {
-    "rows and columns exchanged": ("(place % 3)[None, :]", "(place // 3 * 1)[None, :]"),
+    "rows and columns of the window exchanged": ("<< (3 * j + i)", "<< (3 * i + j)"),
     "stride 1": (".to(tl.int32) * 2 - PAD_TOP", ".to(tl.int32) - PAD_TOP"),
     "padding left out": ("* 2 - PAD_LEFT", "* 2"),
-    "a row too many": ("(row >= 0) & (row < H)", "(row >= 0) & (row < H + 1)"),
-    "a column too many": ("(column >= 0)", "(column >= -1)"),
-    "image 0 for all": ("line // H_out * stride_n", "0 * stride_n"),
+    "a row too many": ("(row0 + i < H)", "(row0 + i < H + 1)"),
+    "a column too many": ("(column0 + j >= 0)", "(column0 + j >= -1)"),
+    "image 0 for all": ("(line // H_out).to(tl.int64) * stride_n", "0 * stride_n"),
     "the first terms alone": ("tl.range(0, 9 * C_IN, TERMS)", "tl.range(0, TERMS, TERMS)"),
     "pixels that fill up a tile": ("tl.where(exists[:, None], v, 0.0)", "v"),
     "the last pixels alone": ("total += summed", "total = summed"),

@@ -35,6 +35,8 @@ def stem(
     PAD_TOP: tl.constexpr,
     PAD_LEFT: tl.constexpr,
     CURVE: tl.constexpr,
+    # Whether numbers of pixels, or places in an image, want 64 bits.
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     PIXELS: tl.constexpr,
     # Terms of a sum at a time: weights of a channel of x in a place of the window.
@@ -46,30 +48,37 @@ def stem(
     weight (3, 3, C_in, C_out), the columns of the window first.
     """
     OUT_GROUPS: tl.constexpr = tiles(C_OUT, OUT_TILE)
+    index_type: tl.constexpr = tl.int64 if WIDE else tl.int32
     program = tl.program_id(0)
-    pixel = (program // OUT_GROUPS).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    pixel = (program // OUT_GROUPS).to(index_type) * PIXELS + tl.arange(0, PIXELS)
     exists = pixel < pixels
     out = program % OUT_GROUPS * OUT_TILE + tl.arange(0, OUT_TILE)
     exists_out = out < C_OUT
     line = pixel // W_out
     row0 = (line % H_out).to(tl.int32) * 2 - PAD_TOP
     column0 = (pixel % W_out).to(tl.int32) * 2 - PAD_LEFT
-    of_image = line // H_out * stride_n
+    # A bit for each place of the window that lies inside the image.
+    inside = tl.full((PIXELS,), 0, tl.int32)
+    for j in tl.static_range(3):
+        for i in tl.static_range(3):
+            rows = (row0 + i >= 0) & (row0 + i < H)
+            columns = (column0 + j >= 0) & (column0 + j < W)
+            inside += (exists & rows & columns).to(tl.int32) << (3 * j + i)
+    of_pixel = x + (line // H_out).to(tl.int64) * stride_n
+    of_pixel += row0.to(index_type) * stride_h + column0.to(index_type) * stride_w
     v = tl.broadcast_to(bias(b, out, exists_out, True)[None, :], (PIXELS, OUT_TILE))
     for first in tl.range(0, 9 * C_IN, TERMS):
         term = first + tl.arange(0, TERMS)
-        channel, place = term % C_IN, term // C_IN
-        row = row0[:, None] + (place % 3)[None, :]
-        column = column0[:, None] + (place // 3)[None, :]
-        inside = exists[:, None] & (term < 9 * C_IN)[None, :]
-        inside = inside & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-        offsets = of_image[:, None] + row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
-        offsets += (channel.to(tl.int64) * stride_c)[None, :]
-        values = tl.load(x + offsets, mask=inside, other=0.0)
+        channel, place = (term % C_IN).to(index_type), (term // C_IN).to(index_type)
+        offsets = place % 3 * stride_h + place // 3 * stride_w + channel * stride_c
+        # There is no bit for terms that do not exist.
+        mask = (inside[:, None] & (1 << (term // C_IN))[None, :]) != 0
+        values = tl.load(of_pixel[:, None] + offsets[None, :], mask=mask, other=0.0)
         v = dot(values, matrix(weight, term, out, 9 * C_IN, C_OUT), v, PRECISION)
     v = activate(v, lower, upper, CURVE)
     mask = exists[:, None] & exists_out[None, :]
-    tl.store(y + pixel[:, None] * C_OUT + out[None, :], v.to(y.dtype.element_ty), mask=mask)
+    of_y = y + pixel[:, None].to(tl.int64) * C_OUT
+    tl.store(of_y + out[None, :], v.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["image_pixels"])
