@@ -170,6 +170,16 @@ MNV2_DEVICE void cluster_barrier() {
     __trap();
 #endif
 }
+// The same, but that what was written before need not be seen afterwards: a wait for the others'
+// reads, without one for all of this block's writes.
+MNV2_DEVICE void cluster_barrier_relaxed() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::
+                     : "memory");
+#else
+    __trap();
+#endif
+}
 // 16 bytes at `address` in the shared memory of block `rank` of the cluster.
 MNV2_DEVICE uint4 load_cluster(SharedAddress address, int rank) {
     uint4 v = make_uint4(0, 0, 0, 0);

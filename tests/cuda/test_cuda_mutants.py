@@ -145,13 +145,10 @@ MUTANTS = {
             "cluster_barrier();\n        if (chunk",
             "block_barrier();\n        if (chunk",
         ),
-        "no cluster barrier behind the gathering": (
-            "copy_async_wait<1>();\n        cluster_barrier();",
-            "copy_async_wait<1>();\n        block_barrier();",
-        ),
+        "no cluster barrier behind the gathering": ("cluster_barrier_relaxed();\n", "\n"),
         "no wait in a cluster": (
-            "copy_async_wait<1>();\n        cluster_barrier();",
-            "copy_async_wait<2>();\n        cluster_barrier();",
+            "copy_async_wait<1>();\n        cluster_barrier_relaxed();",
+            "copy_async_wait<2>();\n        cluster_barrier_relaxed();",
         ),
         "gathered from this block": ("(place + plan.d, rank + i)", "(place + plan.d, 0)"),
         "rows of matrices exchanged": (

@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(kTileMostWarps * 32)
         copy_async_commit();
         gather(call, plan, shared, first);
         copy_async_wait<1>();
-        cluster_barrier();
+        cluster_barrier_relaxed();
+        block_barrier();
 #pragma unroll 1
         for (int i = 0; i < min(plan.cluster, plan.chunks - first); i++)
             projection.add(plan, shared + plan.gathered + i * plan.d_bytes,
