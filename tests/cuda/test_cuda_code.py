@@ -51,12 +51,12 @@ def test_budget(source, architecture):
 def test_instructions_of_block_3():
     """24-144-24 at stride 1 in fp16: 4.5 multiply-adds of pairs, and not much else."""
     codes = codes_of(cuda_code.SOURCES / "patch/patch.cu", 90)
-    instance = "inverted_residual_patch<__half, PatchSizes<24, 24, 1, 4, 4>, true"
+    instance = "inverted_residual_patch<__half, PatchSizes<true, 24, 24, 1, 4, 4>, true"
     (code,) = (code for name, code in codes.items() if name.startswith(instance))
     # Nine taps of 64 hidden outputs a lane, two in an instruction.
     assert code.loop["HFMA2"] >= 9 * 64 / 2
-    assert code.per_hidden_output == code.loop.total() / 64 <= 11
-    assert code.spill_stores <= 16 and code.spill_loads <= 16
+    assert code.per_hidden_output == code.loop.total() / 64 <= 10
+    assert code.spill_stores <= 32 and code.spill_loads <= 32
 
 
 LISTING = """

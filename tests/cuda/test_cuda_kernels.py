@@ -32,7 +32,7 @@ from mnv2_kernels.block.config import NO_CLIP, RELU, RELU6, BlockConfig
 pytestmark = [pytest.mark.sampled(4), needs_emulator]
 # At least so many of the cases of a group must be taken, so that no test is empty.
 LEAST = {
-    "patch": {"large images": 35},
+    "patch": {"large images": 50},
     "tile": {"whole octets": 80, "S1-width1": 12, "S1-lite0": 12, "S2": 60},
     "generic": dict.fromkeys(cuda_cases.groups(), 8),
 }
@@ -47,19 +47,22 @@ BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: 
 
 OCTETS = BlockConfig(16, 48, 16, residual=True)
 STRIDED = BlockConfig(24, 72, 32, stride=2, padding=(0, 1, 1, 1))
+T1 = BlockConfig(24, 24, 8, expansion=False)
 WIDE = BlockConfig(8, 40, 24, kernel_size=5, dilation=2, padding=(8, 4, 0, 3))
 # What is looked at more closely: small, odd, and different in kind.
 CLOSE = {
     "patch": [
         Case(OCTETS, 21, 22),
-        Case(BlockConfig(16, 40, 24), 20, 21),
+        Case(BlockConfig(16, 40, 24), 20, 23),
         Case(STRIDED, 41, 42, clips=(RELU, RELU, NO_CLIP)),
+        Case(replace(T1, out_channels=24, residual=True), 21, 22),
+        Case(replace(T1, stride=2, padding=(0, 1, 1, 1)), 41, 42, clips=(NO_CLIP, RELU, RELU6)),
     ],
     "tile": [
         Case(OCTETS, 5, 6),
         Case(STRIDED, 7, 9, clips=(RELU, RELU, NO_CLIP)),
         Case(WIDE, 5, 9),
-        Case(BlockConfig(24, 24, 8, expansion=False), 5, 7, clips=(NO_CLIP, RELU, RELU6)),
+        Case(T1, 5, 7, clips=(NO_CLIP, RELU, RELU6)),
         Case(BlockConfig(160, 320, 96, residual=False), 4, 3, clips=(NO_CLIP,) * 3),
     ],
     "generic": [

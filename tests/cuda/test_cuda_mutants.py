@@ -23,13 +23,17 @@ HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
 RESIDUAL, STRIDED = BlockConfig(24, 72, 24, residual=True), BlockConfig(16, 56, 24, 2)
 UNEVEN = replace(STRIDED, padding=(0, 1, 1, 2))
 ODD = BlockConfig(7, 37, 9, stride=2, padding=(0, 1, 1, 2))
+FEW = BlockConfig(24, 24, 24, expansion=False, residual=True)
+FEW_STRIDED = BlockConfig(16, 16, 8, 2, expansion=False)
 T1 = BlockConfig(40, 40, 24, 1, False, 5, 2, padding=(4, 3, 2, 4))
 # (case, dtype, multiprocessors) by kernel.
 CALLS: dict[str, list[tuple[Case, torch.dtype, int]]] = {
     "patch": [
-        (Case(RESIDUAL, 21, 22, batch=2, clips=(RELU6,) * 3), HALF, 1),
+        (Case(RESIDUAL, 21, 22, batch=5, clips=(RELU6,) * 3), HALF, 1),
         (Case(UNEVEN, 45, 42, clips=(RELU, RELU6, NO_CLIP)), HALF, 132),
         (Case(replace(RESIDUAL, in_channels=8, residual=False), 23, 20), BFLOAT, 1),
+        (Case(FEW, 21, 22, clips=(NO_CLIP, RELU6, NO_CLIP)), HALF, 1),
+        (Case(replace(FEW_STRIDED, padding=(0, 1, 1, 2)), 41, 44), BFLOAT, 132),
     ],
     "tile": [
         (Case(RESIDUAL, 5, 6, batch=3, clips=(RELU6,) * 3), HALF, 132),
@@ -59,8 +63,8 @@ CALLS: dict[str, list[tuple[Case, torch.dtype, int]]] = {
 MUTANTS = {
     "patch": {
         "images in 32 bits": (
-            "at.image * call.H * call.W * call.in_channels",
-            "static_cast<int>(at.image * call.H * call.W * call.in_channels)",
+            "(at.image * call.H + first_row + warp) * row_elements",
+            "static_cast<int>((at.image * call.H + first_row + warp) * row_elements)",
         ),
         "no barrier behind the copies": (
             "copy_async_wait<0>();\n        block_barrier();",
@@ -68,17 +72,24 @@ MUTANTS = {
         ),
         "no wait": ("copy_async_wait<0>();", "copy_async_wait<1>();"),
         "no barrier ahead of the next tile": ("block_barrier();\n    }\n}", "}\n}"),
-        "bias outside the image": ("inside ? Constants<T>::kOnes : 0u", "Constants<T>::kOnes"),
-        "a row too many": ("x_row < call.H &&", "x_row <= call.H &&"),
-        "a column too many": ("x_col >= 0 &&", "x_col >= -1 &&"),
-        "a column of y too many": ("at.col + col >= call.W_out", "at.col + col > call.W_out"),
+        "bias above the image": ("return row[r] ? upper[c] : Upper{0};", "return upper[c];"),
+        "bias beside the image": ("? expanded : Upper{0};", "? expanded : expanded;"),
+        "a row too many": ("(first_row + row) < height", "(first_row + row) <= height"),
+        "a column too many": ("(first_col + col) < columns", "(first_col + col) <= columns"),
+        "a column of y too many": ("= col < cols ? channels", "= col <= cols ? channels"),
         "rows of y left out": (" - 1) / Sizes::kRows + 1;", " - 1) / Sizes::kRows;"),
-        "channels that x does not have": ("inside && octet * 8 < call.in_channels", "inside"),
-        "rows that w_expand does not have": ("row < call.in_channels && channel", "channel"),
+        "channels that x does not have": ("octet * 8 < channels ?", "true ?"),
+        "rows that w_expand does not have": ("= row < call.in_channels;", "= true;"),
         "taps transposed": ("tap_row * 3 + tap_col, value", "tap_col * 3 + tap_row, value"),
         "ReLU ahead of the last tap": ("tap == 8 ?", "tap == 7 ?"),
         "no upper clip of sums": ("minimum<T>(sum[h][pixel], upper.sum_pair)", "sum[h][pixel]"),
-        "bias twice": ("fine = value - unpack<T>(pack<T>(coarse, 0.f)).x", "fine = value"),
+        "biases of a second pixel exchanged": (
+            "expand[h].x, expand[h].y, expand[h].x, expand[h].y",
+            "expand[h].x, expand[h].y, expand[h].y, expand[h].x",
+        ),
+        "channels that do not exist": ("twice ? pixels - 16 : pixels", "pixels"),
+        "channels in another order": ("place % 8 / 2 * 4", "place % 4 / 2 * 4"),
+        "no clip of outputs": ("clip.lower != -INFINITY ||", "false &&"),
         "operand transposed": ("w[0] = last[0], w[1] = last[1]", "w[0] = last[1], w[1] = last[0]"),
         "pixels and channels exchanged": (
             "part / 2, 2 * i + part % 2",
@@ -86,8 +97,8 @@ MUTANTS = {
         ),
         "no residual": ("&& call.residual)", "&& false)"),
         "pixels of other patches": (
-            "lane / 8 % 2 * Sizes::kPixelPitch",
-            "lane / 16 * Sizes::kPixelPitch",
+            "lane / 8 % 2 * Sizes::kIn * 2",
+            "lane / 16 * Sizes::kIn * 2",
         ),
     },
     "tile": {

@@ -93,24 +93,34 @@ def _drawn(count: int, choices: dict[str, Sequence], least: int) -> list[Case]:
 @cache
 def large_images() -> list[Case]:
     """Few channels on at least 20 x 20 outputs: tails of patches, tiles, chunks and channels."""
-    return _drawn(
-        50,
-        {
-            "height": (20, 21, 22, 23, 33, 40, 45),
-            "width": (20, 21, 25, 27, 38, 40, 47),
-            "stride": (1, 2),
-            "padding": ("none", "symmetric", "tensorflow", "one-sided", "all"),
-            "channels": (
-                *((8, 8, 8), (8, 48, 16), (16, 96, 24), (24, 144, 24), (24, 72, 32)),
-                *((32, 192, 32), (32, 40, 8), (16, 56, 16)),
-            ),
-            "batch": (1, 2),
-            "biases": BIASES,
-            "clips": CLIPS,
-            "residual": (True, False),
-        },
-        least=20,
-    )
+    choices = {
+        "height": (20, 21, 22, 23, 33, 40, 45),
+        "width": (20, 21, 25, 27, 38, 40, 47),
+        "stride": (1, 2),
+        "padding": ("none", "symmetric", "tensorflow", "one-sided", "all"),
+        "channels": (
+            *((8, 8, 8), (8, 48, 16), (16, 96, 24), (24, 144, 24), (24, 72, 32)),
+            *((32, 192, 32), (32, 40, 8), (16, 56, 16)),
+        ),
+        "batch": (1, 2),
+        "biases": BIASES,
+        "clips": CLIPS,
+        "residual": (True, False),
+    }
+    without_expansion = {
+        **choices,
+        "expansion": (False,),
+        "channels": (
+            (8, 8, 8),
+            (16, 16, 24),
+            (24, 24, 24),
+            (24, 24, 16),
+            (32, 32, 16),
+            (32, 32, 32),
+        ),
+        "clips": tuple((NO_CLIP, *clips[1:]) for clips in CLIPS),
+    }
+    return _drawn(50, choices, least=20) + _drawn(25, without_expansion, least=20)
 
 
 @cache

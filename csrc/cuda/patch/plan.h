@@ -8,16 +8,17 @@
 namespace mnv2::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kPatchesPerWarp = 8;
+constexpr int kPatchesPerUnit = 8;
 constexpr int kPatchWarps = 4;
 constexpr int kPatchThreads = kPatchWarps * kWarp;
 constexpr int kPatchChunk = 16;  // hidden channels that a warp has in registers at a time
-constexpr int kBiasChannels = 8;
 
-// Of one instance: the most channels of x and y, and the output pixels of one patch. Units are
-// elements of 2 bytes.
-template <int InChannels, int OutChannels, int Stride, int PatchRows, int PatchCols>
+// Of one instance: whether the depthwise is summed in fp16 and whether there is an expansion, the
+// most channels of x and y, and the output pixels of one patch. Units are elements of 2 bytes.
+template <bool HalfSums, bool Expands, int InChannels, int OutChannels, int Stride, int PatchRows,
+          int PatchCols>
 struct PatchSizes {
+    static constexpr bool kHalfSums = HalfSums, kExpands = Expands;
     static constexpr int kIn = InChannels, kOut = OutChannels, kStride = Stride;
     static constexpr int kRows = PatchRows, kCols = PatchCols;
     static constexpr int kPixels = kRows * kCols;
@@ -27,24 +28,25 @@ struct PatchSizes {
     static constexpr int kSlotRows = (kRows - 1) * kStride + 3;
     static constexpr int kUsedSlotCols = (kCols - 1) * kStride + 3;
     static constexpr int kSlotCols = kUsedSlotCols + kUsedSlotCols % 2;
-    // A pixel of x has channels of its own for the bias of the expansion: 1 inside the image and 0
-    // outside, where all of the clipped expansion is 0 then.
-    static constexpr int kPixelPitch = kIn + kBiasChannels;
-    static constexpr int kProducts16 = kPixelPitch / 16, kProducts8 = kPixelPitch % 16 / 8;
-    // Rows of w_expand and its bias in shared memory, as many as are loaded at a time.
-    static constexpr int kExpandRows = round_up(kPixelPitch, 16);
-    static constexpr int kOutTiles = kOut / 8;
-    // ldmatrix reads one pixel of eight patches: they lie an odd number of 16 bytes apart.
-    static constexpr int kColSkew = kStepCols * kPixelPitch / 8 % 2 == 0 ? 8 : 0;
-    static constexpr int kPatchPitch = kStepCols * kPixelPitch + kColSkew;
+    static constexpr int kInOctets = kIn / 8, kOutTiles = kOut / 8;
+    // A warp reads one pixel of eight patches at a time, 16 bytes of each, or 32 where there is no
+    // expansion: they lie an odd number of so many bytes apart.
+    static constexpr int kAtOnce = kExpands ? 8 : 16;
+    static constexpr int kColSkew = kStepCols * kIn / kAtOnce % 2 == 0 ? kAtOnce : 0;
+    static constexpr int kPatchPitch = kStepCols * kIn + kColSkew;
     static_assert(kIn % 8 == 0 && kOut % 8 == 0 && kPixels % 2 == 0 && kStepCols % 2 == 0);
 
-    static constexpr int slot_col(int col) {
-        return col * kPixelPitch + col / kStepCols * kColSkew;
-    }
+    // What a lane needs of a chunk beside matrices, in bytes: two channels of each group of 8, as
+    // the sums are. The tenth tap is the bias of the depthwise; behind it is that of the expansion.
+    static constexpr int kTapBytes = kHalfSums ? 8 : 16, kExpandBias = 10 * kTapBytes;
+    static constexpr int kLaneBytes = kHalfSums ? 112 : 208;
+    static_assert(kLaneBytes / 16 % 2 == 1 && kLaneBytes >= kExpandBias + 32);
+
+    static constexpr int slot_col(int col) { return col * kIn + col / kStepCols * kColSkew; }
 };
 
-// A tile: patches next to one another and below one another, eight a warp in that order.
+// A tile: patches next to one another and below one another, in that order eight a unit. A warp
+// takes one unit at a time.
 struct PatchTile {
     int patch_cols, patch_rows;  // of a tile
     int tile_cols, tile_rows;    // of an image
@@ -63,7 +65,7 @@ constexpr PatchTile patch_tile(int patch_cols, int patch_rows, int64_t height_ou
     tile.tile_rows = static_cast<int>(ceil_div(height_out, patch_rows * Sizes::kRows));
     tile.cols = (patch_cols - 1) * Sizes::kStepCols + Sizes::kSlotCols;
     tile.rows = (patch_rows - 1) * Sizes::kStepRows + Sizes::kSlotRows;
-    tile.row_pitch = Sizes::slot_col(tile.cols - 1) + Sizes::kPixelPitch;
+    tile.row_pitch = Sizes::slot_col(tile.cols - 1) + Sizes::kIn;
     // The next patch of a warp may be the first one of the next row of patches: it must lie as far
     // away, in banks, as its neighbour would.
     tile.patch_row_pitch = Sizes::kStepRows * tile.row_pitch;
@@ -77,88 +79,126 @@ constexpr PatchTile patch_tile(int patch_cols, int patch_rows, int64_t height_ou
 
 // The weights in shared memory, in bytes from its start; x follows them.
 struct PatchWeights {
-    int chunks;                    // of hidden channels, the last one filled up with zeros
-    int dw_chunk;                  // bytes of w_dw and b_dw of a chunk
-    int expand, dw, project, end;  // offsets
+    int chunks;  // of hidden channels
+    int expand, of_lanes, project, bias, end;
 };
 
 template <class Sizes>
-constexpr PatchWeights patch_weights(int64_t hidden_channels, bool half_sums) {
+constexpr PatchWeights patch_weights(int64_t hidden_channels) {
     PatchWeights weights{};
     weights.chunks = static_cast<int>(ceil_div(hidden_channels, kPatchChunk));
-    weights.dw_chunk = kPatchChunk * (9 * 2 + (half_sums ? 2 : 4));
     weights.expand = 0;
-    weights.dw = weights.chunks * kPatchChunk * Sizes::kExpandRows * 2;
-    weights.project = weights.dw + weights.chunks * weights.dw_chunk;
-    weights.end = weights.project + weights.chunks * kPatchChunk * Sizes::kOut * 2;
+    weights.of_lanes = Sizes::kExpands ? weights.chunks * kPatchChunk * Sizes::kIn * 2 : 0;
+    weights.project = weights.of_lanes + weights.chunks * 4 * Sizes::kLaneBytes;
+    weights.bias = weights.project + weights.chunks * kPatchChunk * Sizes::kOut * 2;
+    weights.end = weights.bias + Sizes::kOut * 4;
     return weights;
 }
 
-// Warp instructions, roughly: what a tile's shape is chosen by.
+// Instructions of a scheduler, roughly: of the busiest multiprocessor and of the average one,
+// added. The warps of a block run on one scheduler each.
 template <class Sizes>
-constexpr int64_t patch_cost(const PatchTile& tile, int64_t height_out, int64_t chunks) {
-    const int64_t rows = ceil_div(height_out, Sizes::kRows);
-    int64_t cost = 0;
-    for (int64_t first = 0; first < rows; first += tile.patch_rows) {
-        const int64_t here = std::min<int64_t>(tile.patch_rows, rows - first);
-        const int64_t warps = ceil_div(here * tile.patch_cols, kPatchesPerWarp);
-        cost += warps * chunks * Sizes::kPixels * 40 + tile.rows * tile.cols * Sizes::kIn / 8;
-    }
-    return cost * tile.tile_cols;
+constexpr int64_t patch_cost(const PatchTile& tile, const BlockSizes& sizes, int multiprocessors) {
+    const auto units_of = [&](int64_t patch_rows) {
+        return ceil_div(patch_rows * tile.patch_cols, kPatchesPerUnit);
+    };
+    const int64_t chunks = ceil_div(sizes.hidden_channels, kPatchChunk);
+    constexpr int of_pixel = Sizes::kHalfSums ? 20 : 40;
+    const int64_t of_unit =
+        chunks * (Sizes::kSlotRows * Sizes::kSlotCols * 7 + Sizes::kPixels * of_pixel + 30);
+    const int64_t of_rows = tile.rows * (40 + tile.cols * Sizes::kInOctets / 4);
+    const int64_t units = units_of(tile.patch_rows);
+    const int64_t columns = sizes.N * tile.tile_cols, tiles = columns * tile.tile_rows;
+    const int64_t last_rows =
+        ceil_div(sizes.H_out, Sizes::kRows) - (tile.tile_rows - 1) * tile.patch_rows;
+    const int64_t all_units = tiles * units - columns * (units - units_of(last_rows));
+
+    // Two blocks share the busiest multiprocessor; one that is alone is no faster. In each all
+    // warps wait for the one that has most units of a tile.
+    const int64_t rounds = ceil_div(tiles, multiprocessors);
+    const int64_t busiest = 2 * ceil_div(rounds, 2) * round_up(units, kPatchWarps);
+    const int64_t of_weights = patch_weights<Sizes>(sizes.hidden_channels).end / 32;
+    return (busiest * of_unit + std::min<int64_t>(rounds, 2) * of_weights + rounds * of_rows +
+            (all_units * of_unit + tiles * of_rows) / multiprocessors) /
+           kPatchWarps;
 }
 
-// The shape of the tiles for an image, whatever the batch.
+struct PatchChoice {
+    PatchTile tile;  // of no columns where shared memory has room for none
+    int64_t cost = INT64_MAX;
+};
+
+// The shape of the tiles.
 template <class Sizes>
-constexpr PatchTile best_patch_tile(const BlockSizes& sizes, int weight_bytes) {
-    const int64_t cols = ceil_div(sizes.W_out, Sizes::kCols);
-    const int64_t chunks = ceil_div(sizes.hidden_channels, kPatchChunk);
-    PatchTile best{};
-    int64_t best_cost = INT64_MAX;
-    for (int patch_cols = 1; patch_cols <= kPatchWarps * kPatchesPerWarp; patch_cols++) {
-        if (patch_cols > cols) break;
-        const int patch_rows = kPatchWarps * kPatchesPerWarp / patch_cols;
-        const PatchTile tile = patch_tile<Sizes>(patch_cols, patch_rows, sizes.H_out, sizes.W_out);
-        if (weight_bytes + tile.x_elements * 2 > kSharedBytes) continue;
-        const int64_t cost = patch_cost<Sizes>(tile, sizes.H_out, chunks);
-        if (cost < best_cost) best = tile, best_cost = cost;
+constexpr PatchChoice best_patch_tile(const BlockSizes& sizes, int multiprocessors) {
+    const int weight_bytes = patch_weights<Sizes>(sizes.hidden_channels).end;
+    const auto cols = static_cast<int>(ceil_div(sizes.W_out, Sizes::kCols));
+    constexpr int most = 2 * kPatchWarps * kPatchesPerUnit;
+    PatchChoice best{};
+    for (int patch_cols = 1; patch_cols <= std::min(most, cols); patch_cols++) {
+        // Others leave more patches of the last tile empty.
+        if (patch_cols != ceil_div(cols, ceil_div(cols, patch_cols))) continue;
+        int patch_rows = 0;
+        for (int patches = kPatchesPerUnit; patches <= most; patches += kPatchesPerUnit) {
+            if (patch_rows == patches / patch_cols) continue;
+            patch_rows = patches / patch_cols;
+            const PatchTile tile =
+                patch_tile<Sizes>(patch_cols, patch_rows, sizes.H_out, sizes.W_out);
+            if (weight_bytes + tile.x_elements * 2 > kSharedBytes) continue;
+            const int64_t cost = patch_cost<Sizes>(tile, sizes, multiprocessors);
+            if (cost < best.cost) best = {tile, cost};
+        }
     }
     return best;
 }
 
-// Calls `use` with the PatchSizes of the instance for a block, if there is one. Few patches are
-// small ones, so that there are more of them; the order of all sums is the same.
-template <bool HalfSums, bool Few, class Use>
+// The same block in small patches, for few of them: the order of all sums is the same.
+template <class Sizes>
+using SmallPatches =
+    PatchSizes<Sizes::kHalfSums, Sizes::kExpands, Sizes::kIn, Sizes::kOut, Sizes::kStride, 1, 2>;
+
+// Calls `use` with the PatchSizes of the instance for a block, if there is one.
+template <bool HalfSums, class Use>
 constexpr void with_patch_sizes(const BlockSizes& sizes, Use&& use) {
-    // Sums in float take the registers of half the pixels.
-    constexpr int rows = HalfSums && !Few ? 4 : 2, cols = Few ? 2 : 4;
     const int64_t in = sizes.in_channels, out = sizes.out_channels;
     if (in > 32 || out > 32) return;
-    if (sizes.stride == 1)
-        in <= 24 && out <= 24 ? use(PatchSizes<24, 24, 1, rows, cols>{})
-                              : use(PatchSizes<32, 32, 1, rows, cols>{});
-    else if (in <= 16 && out <= 24)
-        use(PatchSizes<16, 24, 2, 2, cols>{});
-    else
-        in <= 24 ? use(PatchSizes<24, 32, 2, 2, 2>{}) : use(PatchSizes<32, 32, 2, 2, 2>{});
+    if (!sizes.expansion) {
+        if constexpr (!HalfSums) {
+            if (sizes.stride == 2)
+                use(PatchSizes<HalfSums, false, 32, 32, 2, 2, 4>{});
+            else
+                out <= 16 ? use(PatchSizes<HalfSums, false, 32, 16, 1, 4, 4>{})
+                          : use(PatchSizes<HalfSums, false, 32, 32, 1, 2, 4>{});
+        }
+    } else if (sizes.stride == 1) {
+        // Sums in float take the registers of half the pixels.
+        in <= 24 && out <= 24 ? use(PatchSizes<HalfSums, true, 24, 24, 1, HalfSums ? 4 : 2, 4>{})
+                              : use(PatchSizes<HalfSums, true, 32, 32, 1, 2, 4>{});
+    } else if (in <= 16 && out <= 24) {
+        use(PatchSizes<HalfSums, true, 16, 24, 2, 2, 4>{});
+    } else {
+        in <= 24 ? use(PatchSizes<HalfSums, true, 24, 32, 2, 2, 4>{})
+                 : use(PatchSizes<HalfSums, true, 32, 32, 2, 2, 4>{});
+    }
 }
 
 // Whether this kernel is the one for the block. Narrow images leave most of a warp's patches empty.
 inline bool patch_takes(const BlockSizes& sizes, Element element) {
-    if (element == Element::single || !sizes.expansion) return false;
+    if (element == Element::single) return false;
     if (sizes.kernel_size != 3 || sizes.dilation != 1) return false;
     if (sizes.in_channels % 8 || sizes.hidden_channels % 8 || sizes.out_channels % 8) return false;
-    if (sizes.clip_expand.lower != 0 || sizes.clip_dw.lower != 0) return false;
+    if (sizes.expansion && sizes.clip_expand.lower != 0) return false;
+    if (sizes.clip_dw.lower != 0) return false;
     if (sizes.H_out < 20 || sizes.W_out < 20) return false;
     bool fits = false;
-    const auto check = [&](auto instance, bool half) {
+    const auto check = [&](auto instance) {
         using Sizes = decltype(instance);
-        const int weight_bytes = patch_weights<Sizes>(sizes.hidden_channels, half).end;
-        fits = best_patch_tile<Sizes>(sizes, weight_bytes).patch_cols > 0;
+        fits = best_patch_tile<Sizes>(sizes, 1).tile.patch_cols > 0;
     };
     if (half_sums(sizes, element))
-        with_patch_sizes<true, false>(sizes, [&](auto instance) { check(instance, true); });
+        with_patch_sizes<true>(sizes, check);
     else
-        with_patch_sizes<false, false>(sizes, [&](auto instance) { check(instance, false); });
+        with_patch_sizes<false>(sizes, check);
     return fits;
 }
 

@@ -7,42 +7,22 @@
 
 namespace mnv2::cuda::patch {
 
-template <class T>
-struct Constants;
-template <>
-struct Constants<__half> {
-    static constexpr Pair kOnes = 0x3c003c00;
-    static constexpr float kLargest = 65504.f;
-};
-template <>
-struct Constants<__nv_bfloat16> {
-    static constexpr Pair kOnes = 0x3f803f80;
-    static constexpr float kLargest = 3.3895314e38f;
-};
-
-template <class T>
-MNV2_DEVICE float nearest_finite(float value) {
-    constexpr float largest = Constants<T>::kLargest;
-    return maximum(minimum(value, largest), -largest);
-}
-
-// A float as the sum of two numbers of T: the bias keeps its precision in the product. Both are
-// finite where it is, since 0 times them has to be 0.
-template <class T>
-MNV2_DEVICE float2 split(float value) {
-    const float coarse = nearest_finite<T>(value);
-    const float fine = value - unpack<T>(pack<T>(coarse, 0.f)).x;
-    return make_float2(coarse, fabsf(fine) == INFINITY ? fine : nearest_finite<T>(fine));
-}
-
 // A chunk has two groups of 8 hidden channels. Where the last one has but one, that one counts
 // twice, each time with half of the weights of the projection: zeros in the place of the other
 // would make NaN of an infinity in x.
-MNV2_DEVICE bool counts_twice(const Call& call, int64_t channel) {
-    return call.hidden_channels % kPatchChunk != 0 && channel >= call.hidden_channels - 8;
+MNV2_DEVICE bool counts_twice(int hidden_channels, int channel) {
+    return hidden_channels % kPatchChunk != 0 && channel >= hidden_channels - 8;
 }
-MNV2_DEVICE int64_t existing(const Call& call, int64_t channel) {
-    return channel < call.hidden_channels ? channel : channel - 8;
+MNV2_DEVICE int existing(int hidden_channels, int channel) {
+    return channel < hidden_channels ? channel : channel - 8;
+}
+
+// The hidden channel in one of the places of the products. Without an expansion a lane has four
+// channels next to one another, which are one load.
+template <class Sizes>
+MNV2_DEVICE int channel_of(int place) {
+    if (Sizes::kExpands) return place;
+    return place / kPatchChunk * kPatchChunk + place % 8 / 2 * 4 + place / 8 % 2 * 2 + place % 2;
 }
 
 template <class T>
@@ -51,96 +31,101 @@ MNV2_DEVICE Pair half_of(Pair pair) {
     return pack<T>(values.x / 2, values.y / 2);
 }
 
-// w_expand by groups of 8 hidden channels, and in them by input channel; after the input channels
-// the two rows of the bias, and zeros.
-template <class T, class Sizes>
+// w_expand by groups of 8 hidden channels, and in them by input channel.
+template <class Sizes>
 MNV2_DEVICE void stage_expand(const Call& call, const PatchWeights& weights, SharedAddress to) {
     const auto* w_expand = static_cast<const uint16_t*>(call.w_expand);
-    const int groups = weights.chunks * kPatchChunk / 8;
-    for (int i = thread_index(); i < groups * Sizes::kExpandRows; i += kPatchThreads) {
-        const int row = i % Sizes::kExpandRows;
-        const int64_t channel = existing(call, i / Sizes::kExpandRows * 8);
-        const SharedAddress address = to + i * 16;
-        if (row < Sizes::kIn) {
-            const bool there = row < call.in_channels;
-            const int64_t from = there ? row * call.hidden_channels + channel : 0;
-            copy_async(address, w_expand + from, there ? 16 : 0);
-            continue;
-        }
-        Pair coarse[4] = {}, fine[4] = {};
-        if (row < Sizes::kIn + 2) {
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                const int64_t at = channel + 2 * c;
-                const float2 low = split<T>(bias_or_zero(call.b_expand, at, call.hidden_channels));
-                const float2 high =
-                    split<T>(bias_or_zero(call.b_expand, at + 1, call.hidden_channels));
-                coarse[c] = pack<T>(low.x, high.x);
-                fine[c] = pack<T>(low.y, high.y);
-            }
-        }
-        store_shared(address, row == Sizes::kIn
-                                  ? make_uint4(coarse[0], coarse[1], coarse[2], coarse[3])
-                                  : make_uint4(fine[0], fine[1], fine[2], fine[3]));
+    const int hidden = static_cast<int>(call.hidden_channels);
+    const int rows = weights.chunks * kPatchChunk / 8 * Sizes::kIn;
+    for (int i = thread_index(); i < rows; i += kPatchThreads) {
+        const int row = i % Sizes::kIn, channel = existing(hidden, i / Sizes::kIn * 8);
+        const bool there = row < call.in_channels;
+        copy_async(to + i * 16, w_expand + (there ? row * hidden + channel : 0), there ? 16 : 0);
     }
 }
 
-// A chunk's nine taps and its bias, 16 channels each.
-template <class T, bool HalfSums>
-MNV2_DEVICE void stage_depthwise(const Call& call, const PatchWeights& weights, SharedAddress to) {
-    const auto* w_dw = static_cast<const uint16_t*>(call.w_dw);
-    const int groups = weights.chunks * kPatchChunk / 8;
-    for (int i = thread_index(); i < groups * 10; i += kPatchThreads) {
-        const int group = i / 10, tap = i % 10;
-        const int64_t channel = existing(call, group * 8);
-        const SharedAddress chunk = to + group / 2 * weights.dw_chunk;
-        if (tap < 9) {
-            copy_async(chunk + tap * 32 + group % 2 * 16,
-                       w_dw + tap * call.hidden_channels + channel);
-            continue;
-        }
-        float bias[8];
+// What the lanes need of the chunks, four lanes a chunk: taps and biases of the channels that they
+// own.
+template <class T, class Sizes>
+MNV2_DEVICE void stage_lanes(const Call& call, const PatchWeights& weights, SharedAddress to) {
+    const int hidden = static_cast<int>(call.hidden_channels);
+    for (int i = thread_index(); i < weights.chunks * 4; i += kPatchThreads) {
+        Pair taps[10][2];
+        float2 dw[2], expand[2];
 #pragma unroll
-        for (int c = 0; c < 8; c++)
-            bias[c] = bias_or_zero(call.b_dw, channel + c, call.hidden_channels);
-        if constexpr (HalfSums) {
-            store_shared(chunk + 9 * 32 + group % 2 * 16,
-                         make_uint4(pack<T>(bias[0], bias[1]), pack<T>(bias[2], bias[3]),
-                                    pack<T>(bias[4], bias[5]), pack<T>(bias[6], bias[7])));
+        for (int h = 0; h < 2; h++) {
+            const int place = i / 4 * kPatchChunk + h * 8 + i % 4 * 2;
+            const int channel = existing(hidden, channel_of<Sizes>(place));
+            const auto* w_dw = static_cast<const uint16_t*>(call.w_dw) + channel;
+#pragma unroll
+            for (int tap = 0; tap < 9; tap++)
+                taps[tap][h] = *reinterpret_cast<const Pair*>(w_dw + tap * hidden);
+            const auto pair_of = [&](const float* bias) {
+                return make_float2(bias_or_zero(bias, channel, hidden),
+                                   bias_or_zero(bias, channel + 1, hidden));
+            };
+            dw[h] = pair_of(call.b_dw), expand[h] = pair_of(call.b_expand);
+            taps[9][h] = pack<T>(dw[h].x, dw[h].y);
+        }
+        const SharedAddress lane = to + i * Sizes::kLaneBytes;
+        if constexpr (Sizes::kHalfSums) {
+#pragma unroll
+            for (int tap = 0; tap < 10; tap += 2)
+                store_shared(
+                    lane + tap * Sizes::kTapBytes,
+                    make_uint4(taps[tap][0], taps[tap][1], taps[tap + 1][0], taps[tap + 1][1]));
         } else {
 #pragma unroll
-            for (int c = 0; c < 8; c += 2)
-                store_shared(chunk + 9 * 32 + group % 2 * 32 + c * 4,
-                             make_float2(bias[c], bias[c + 1]));
+            for (int tap = 0; tap < 9; tap++) {
+                const float2 first = unpack<T>(taps[tap][0]), second = unpack<T>(taps[tap][1]);
+                store_shared(lane + tap * Sizes::kTapBytes,
+                             make_float4(first.x, first.y, second.x, second.y));
+            }
+            store_shared(lane + 9 * Sizes::kTapBytes,
+                         make_float4(dw[0].x, dw[0].y, dw[1].x, dw[1].y));
         }
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            store_shared(lane + Sizes::kExpandBias + h * 16,
+                         make_float4(expand[h].x, expand[h].y, expand[h].x, expand[h].y));
     }
 }
 
-// w_project by chunks, in them by groups of 8 output channels, and in those by hidden channel.
+// w_project by chunks, in them by groups of 8 output channels, and in those by place.
 template <class T, class Sizes>
 MNV2_DEVICE void stage_project(const Call& call, const PatchWeights& weights, SharedAddress to) {
     const auto* w_project = static_cast<const uint16_t*>(call.w_project);
+    const int hidden = static_cast<int>(call.hidden_channels);
+    const int channels = static_cast<int>(call.out_channels);
     const int rows = weights.chunks * kPatchChunk;
     for (int i = thread_index(); i < rows * Sizes::kOutTiles; i += kPatchThreads) {
         const int row = i / Sizes::kOutTiles, group = i % Sizes::kOutTiles;
-        const bool there = group * 8 < call.out_channels;
-        const int64_t from = there ? existing(call, row) * call.out_channels + group * 8 : 0;
+        const bool there = group * 8 < channels;
+        const int channel = channel_of<Sizes>(row);
+        const auto* from =
+            w_project + (there ? existing(hidden, channel) * channels + group * 8 : 0);
         const int block = row / kPatchChunk * Sizes::kOutTiles + group;
         const SharedAddress address = to + (block * kPatchChunk + row % kPatchChunk) * 16;
-        if (there && counts_twice(call, row)) {
-            const auto* pairs = reinterpret_cast<const Pair*>(w_project + from);
+        if (there && counts_twice(hidden, channel)) {
+            const auto* pairs = reinterpret_cast<const Pair*>(from);
             store_shared(address, make_uint4(half_of<T>(pairs[0]), half_of<T>(pairs[1]),
                                              half_of<T>(pairs[2]), half_of<T>(pairs[3])));
         } else {
-            copy_async(address, w_project + from, there ? 16 : 0);
+            copy_async(address, from, there ? 16 : 0);
         }
     }
+}
+
+// The bias of the outputs.
+template <class Sizes>
+MNV2_DEVICE void stage_bias(const Call& call, SharedAddress to) {
+    if (const int channel = thread_index(); channel < Sizes::kOut)
+        store_shared(to + channel * 4, bias_or_zero(call.b_project, channel, call.out_channels));
 }
 
 // The first output pixel of a tile.
 struct Position {
-    int64_t image;
-    int row, col;
+    int image, row, col;
 };
 
 template <class Sizes>
@@ -153,7 +138,7 @@ MNV2_DEVICE Position position(const PatchTile& tile, int number) {
 
 // Bytes from the first pixel of x under a patch to another one, counted from that patch.
 template <class Sizes>
-MNV2_DEVICE int tile_offset(const PatchTile& tile, int row, int col) {
+MNV2_DEVICE int tile_offset(const PatchTile& tile, unsigned row, int col) {
     return 2 * (row / Sizes::kStepRows * tile.patch_row_pitch +
                 row % Sizes::kStepRows * tile.row_pitch + Sizes::slot_col(col));
 }
@@ -165,29 +150,35 @@ MNV2_DEVICE SharedAddress patch_address(const PatchTile& tile, int patch, Shared
                     patch % tile.patch_cols * Sizes::kPatchPitch);
 }
 
-// The pixels of x under a tile, zeros outside the image, and the channels of the bias.
-template <class T, class Sizes>
+// The pixels of x under a tile, zeros outside the image. A warp takes a row, and its lanes pixels
+// next to one another; addresses outside the image are not read.
+template <class Sizes>
 MNV2_DEVICE void stage_x(const Call& call, const PatchTile& tile, const Position& at,
                          SharedAddress to) {
-    const auto* x =
-        static_cast<const uint16_t*>(call.x) + at.image * call.H * call.W * call.in_channels;
+    constexpr int pixels = kWarp / Sizes::kInOctets / Sizes::kStepCols * Sizes::kStepCols;
+    const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
+    const int octet = lane % Sizes::kInOctets, first = lane / Sizes::kInOctets;
+    if (first >= pixels) return;
+    const int channels = static_cast<int>(call.in_channels);
+    const unsigned width = octet * 8 < channels ? static_cast<unsigned>(call.W) : 0;
     const int first_row = at.row * Sizes::kStride - static_cast<int>(call.pad_top);
     const int first_col = at.col * Sizes::kStride - static_cast<int>(call.pad_left);
-    constexpr int octets = Sizes::kPixelPitch / 8;
-    for (int i = thread_index(); i < tile.rows * tile.cols * octets; i += kPatchThreads) {
-        const int octet = i % octets, pixel = i / octets;
-        const int row = pixel / tile.cols, col = pixel % tile.cols;
-        const int x_row = first_row + row, x_col = first_col + col;
-        const bool inside = x_row >= 0 && x_row < call.H && x_col >= 0 && x_col < call.W;
-        const SharedAddress address = to + tile_offset<Sizes>(tile, row, col) + octet * 16;
-        if (octet == octets - 1) {
-            store_shared(address, make_uint4(inside ? Constants<T>::kOnes : 0u, 0u, 0u, 0u));
-        } else {
-            const bool there = inside && octet * 8 < call.in_channels;
-            const int64_t pixel_of_x = there ? x_row * call.W + x_col : 0;
-            copy_async(address, x + pixel_of_x * call.in_channels + (there ? octet * 8 : 0),
-                       there ? 16 : 0);
+    const int64_t row_elements = call.W * channels;
+    const auto* from_row = static_cast<const uint16_t*>(call.x) + octet * 8 +
+                           (at.image * call.H + first_row + warp) * row_elements +
+                           (first_col + first) * channels;
+    to += 2 * Sizes::slot_col(first) + octet * 16;
+    const unsigned height = static_cast<unsigned>(call.H);
+    for (int row = warp; row < tile.rows; row += kPatchWarps) {
+        const unsigned columns = static_cast<unsigned>(first_row + row) < height ? width : 0;
+        const auto* from = from_row;
+        SharedAddress address = to + tile_offset<Sizes>(tile, static_cast<unsigned>(row), 0);
+#pragma unroll 2
+        for (int col = first; col < tile.cols; col += pixels) {
+            copy_async(address, from, static_cast<unsigned>(first_col + col) < columns ? 16 : 0);
+            address += 2 * Sizes::slot_col(pixels), from += pixels * channels;
         }
+        from_row += kPatchWarps * row_elements;
     }
 }
 
