@@ -168,7 +168,7 @@ def _needs(log: str) -> Iterable[tuple[str, dict[str, int]]]:
 
 
 def instance_names(mangled: Iterable[str]) -> dict[str, str]:
-    """inverted_residual_patch<__half, PatchSizes<24, 24, 1, 4, 4>, true> for a mangled name."""
+    """Short names, such as inverted_residual_generic<float, GenericSizes<8, 1>>, by mangled one."""
     mangled = list(mangled)
     text = "\n".join(mangled)
     plain = subprocess.run(["c++filt"], input=text, check=True, capture_output=True, text=True)
@@ -186,7 +186,7 @@ def _short_name(signature: str) -> str:
 
 def _per_hidden_output(name: str, loop: Counter) -> float | None:
     """An iteration of the patch kernel makes a chunk of channels of every pixel of its patches."""
-    patch = re.match(r"inverted_residual_patch<.*PatchSizes<\d+, \d+, \d+, (\d+), (\d+)>", name)
+    patch = re.match(r"inverted_residual_patch<.*PatchSizes<.*, (\d+), (\d+)>", name)
     if patch is None:
         return None
     pixels = int(patch[1]) * int(patch[2]) * PATCHES_PER_WARP

@@ -51,7 +51,7 @@ def test_budget(source, architecture):
 def test_instructions_of_block_3():
     """24-144-24 at stride 1 in fp16: 4.5 multiply-adds of pairs, and not much else."""
     codes = codes_of(cuda_code.SOURCES / "patch/patch.cu", 90)
-    instance = "inverted_residual_patch<__half, PatchSizes<true, 24, 24, 1, 4, 4>, true"
+    instance = "inverted_residual_patch<__half, PatchSizes<true, true, 24, 24, 1, 4, 4>, "
     (code,) = (code for name, code in codes.items() if name.startswith(instance))
     # Nine taps of 64 hidden outputs a lane, two in an instruction.
     assert code.loop["HFMA2"] >= 9 * 64 / 2
@@ -107,7 +107,7 @@ def test_listing_without_loops():
 def test_names_of_instances():
     mangled = (
         "_ZN4mnv24cuda40_GLOBAL__N__0123abcd_8_patch_cu_4567cdef23inverted_residual_patch"
-        "I6__halfNS0_10PatchSizesILi24ELi24ELi1ELi4ELi4EEELb1EEEvNS1_9PatchCallE"
+        "I6__halfNS0_10PatchSizesILb1ELb1ELi24ELi24ELi1ELi4ELi4EEELi2EEEvNS1_9PatchCallE"
     )
-    name = "inverted_residual_patch<__half, PatchSizes<24, 24, 1, 4, 4>, true>"
+    name = "inverted_residual_patch<__half, PatchSizes<true, true, 24, 24, 1, 4, 4>, 2>"
     assert cuda_code.instance_names([mangled]) == {mangled: name}

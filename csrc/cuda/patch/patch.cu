@@ -4,7 +4,8 @@
 // A warp expands pixels of eight patches at once. Rows g and g + 8 of a matrix product are pixels
 // 2 i and 2 i + 1 of patch g, so that its result gives lane (g, t) two hidden channels of pixels of
 // its own patch: the depthwise needs neither shuffles nor shared memory. And its sums lie where the
-// projection wants the operand. Shared memory holds a tile of x and all weights.
+// projection wants the operand. Shared memory holds a tile of x and all weights. Without an
+// expansion a lane reads its channels of x from there.
 #include <algorithm>
 
 #include "../kernels.h"
@@ -207,8 +208,8 @@ cudaError_t run_element(const Call& call, const Device& device, cudaStream_t str
     with_patch_sizes<HalfSums>(call, [&](auto sizes) {
         using Large = decltype(sizes);
         using Small = SmallPatches<Large>;
-        const auto large = best_patch_tile<Large>(call, device.multiprocessors);
-        const auto small = best_patch_tile<Small>(call, device.multiprocessors);
+        const auto large = best_patch_tile<Large>(call, device);
+        const auto small = best_patch_tile<Small>(call, device);
         if (large.cost <= small.cost)
             error = launch_patch<T, Large>(call, large.tile, device, stream);
         else

@@ -98,7 +98,7 @@ constexpr PatchWeights patch_weights(int64_t hidden_channels) {
 // Instructions of a scheduler, roughly: of the busiest multiprocessor and of the average one,
 // added. The warps of a block run on one scheduler each.
 template <class Sizes>
-constexpr int64_t patch_cost(const PatchTile& tile, const BlockSizes& sizes, int multiprocessors) {
+constexpr int64_t patch_cost(const PatchTile& tile, const BlockSizes& sizes, const Device& device) {
     const auto units_of = [&](int64_t patch_rows) {
         return ceil_div(patch_rows * tile.patch_cols, kPatchesPerUnit);
     };
@@ -113,13 +113,16 @@ constexpr int64_t patch_cost(const PatchTile& tile, const BlockSizes& sizes, int
         ceil_div(sizes.H_out, Sizes::kRows) - (tile.tile_rows - 1) * tile.patch_rows;
     const int64_t all_units = tiles * units - columns * (units - units_of(last_rows));
 
-    // Two blocks share the busiest multiprocessor; one that is alone is no faster. In each all
-    // warps wait for the one that has most units of a tile.
-    const int64_t rounds = ceil_div(tiles, multiprocessors);
-    const int64_t busiest = 2 * ceil_div(rounds, 2) * round_up(units, kPatchWarps);
-    const int64_t of_weights = patch_weights<Sizes>(sizes.hidden_channels).end / 32;
-    return (busiest * of_unit + std::min<int64_t>(rounds, 2) * of_weights + rounds * of_rows +
-            (all_units * of_unit + tiles * of_rows) / multiprocessors) /
+    // Two blocks share the busiest multiprocessor if they find room; one that is alone is no
+    // faster. In each all warps wait for the one that has most units of a tile.
+    const int weight_bytes = patch_weights<Sizes>(sizes.hidden_channels).end;
+    const int shared_bytes = weight_bytes + tile.x_elements * 2;
+    const int resident = 2 * shared_bytes <= device.shared_bytes ? 2 : 1;
+    const int64_t rounds = ceil_div(tiles, device.multiprocessors);
+    const int64_t busiest = 2 * ceil_div(rounds, resident) * round_up(units, kPatchWarps);
+    const int64_t of_weights = weight_bytes / 32;
+    return (busiest * of_unit + std::min<int64_t>(rounds, resident) * of_weights +
+            rounds * of_rows + (all_units * of_unit + tiles * of_rows) / device.multiprocessors) /
            kPatchWarps;
 }
 
@@ -130,7 +133,7 @@ struct PatchChoice {
 
 // The shape of the tiles.
 template <class Sizes>
-constexpr PatchChoice best_patch_tile(const BlockSizes& sizes, int multiprocessors) {
+constexpr PatchChoice best_patch_tile(const BlockSizes& sizes, const Device& device) {
     const int weight_bytes = patch_weights<Sizes>(sizes.hidden_channels).end;
     const auto cols = static_cast<int>(ceil_div(sizes.W_out, Sizes::kCols));
     constexpr int most = 2 * kPatchWarps * kPatchesPerUnit;
@@ -145,7 +148,7 @@ constexpr PatchChoice best_patch_tile(const BlockSizes& sizes, int multiprocesso
             const PatchTile tile =
                 patch_tile<Sizes>(patch_cols, patch_rows, sizes.H_out, sizes.W_out);
             if (weight_bytes + tile.x_elements * 2 > kSharedBytes) continue;
-            const int64_t cost = patch_cost<Sizes>(tile, sizes, multiprocessors);
+            const int64_t cost = patch_cost<Sizes>(tile, sizes, device);
             if (cost < best.cost) best = {tile, cost};
         }
     }
@@ -178,7 +181,7 @@ constexpr void with_patch_sizes(const BlockSizes& sizes, Use&& use) {
         use(PatchSizes<HalfSums, true, 16, 24, 2, 2, 4>{});
     } else {
         in <= 24 ? use(PatchSizes<HalfSums, true, 24, 32, 2, 2, 4>{})
-                 : use(PatchSizes<HalfSums, true, 32, 32, 2, 2, 4>{});
+                 : use(PatchSizes<HalfSums, true, 32, 32, 2, 2, 2>{});
     }
 }
 
@@ -193,7 +196,7 @@ inline bool patch_takes(const BlockSizes& sizes, Element element) {
     bool fits = false;
     const auto check = [&](auto instance) {
         using Sizes = decltype(instance);
-        fits = best_patch_tile<Sizes>(sizes, 1).tile.patch_cols > 0;
+        fits = best_patch_tile<Sizes>(sizes, Device{1, kSharedBytes, 80}).tile.patch_cols > 0;
     };
     if (half_sums(sizes, element))
         with_patch_sizes<true>(sizes, check);
