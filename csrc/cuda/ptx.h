@@ -38,8 +38,8 @@ MNV2_DEVICE void block_barrier() { __syncthreads(); }
 // The same for the 32 lanes of a warp.
 MNV2_DEVICE void warp_barrier() { __syncwarp(); }
 
-// A value of which the compiler knows nothing: sums of it are not made ahead of a loop, where they
-// would take registers.
+// A value of which the compiler knows nothing: it makes no sums of it ahead of a loop, where they
+// would take registers, and does not compute it anew inside of one.
 MNV2_DEVICE int opaque(int value) {
     asm volatile("" : "+r"(value));
     return value;

@@ -112,8 +112,9 @@ MNV2_DEVICE Copies copies(const Call& call, const TilePlan& plan, const Share& s
              static_cast<SharedAddress>(place * plan.project_pitch + first * 16)}};
 }
 
-// Copies a thread's pieces of `rows` rows, `stride` elements and `pitch` bytes apart: the first
-// `bytes` of each, then zeros. Four in one go, since a branch to a copy takes three instructions.
+// Copies a thread's pieces of `rows` rows, which are `stride` elements and `pitch` bytes apart. Of
+// each piece the first `bytes` are copied, the others are zeros. Four pieces are copied in one go,
+// since every branch to a copy takes three instructions more.
 MNV2_DEVICE void copy_rows(const Piece& piece, const uint16_t* from, int stride, SharedAddress to,
                            int pitch, int rows, int bytes) {
     const int64_t step = static_cast<int64_t>(piece.step) * stride;
