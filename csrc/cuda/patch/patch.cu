@@ -12,6 +12,7 @@
 #include "../launch.h"
 #include "../pairs.h"
 #include "../ptx.h"
+#include "../remember.h"
 #include "math.cuh"
 #include "plan.h"
 #include "stage.cuh"
@@ -208,12 +209,17 @@ cudaError_t run_element(const Call& call, const Device& device, cudaStream_t str
     with_patch_sizes<HalfSums>(call, [&](auto sizes) {
         using Large = decltype(sizes);
         using Small = SmallPatches<Large>;
-        const auto large = best_patch_tile<Large>(call, device);
-        const auto small = best_patch_tile<Small>(call, device);
-        if (large.cost <= small.cost)
-            error = launch_patch<T, Large>(call, large.tile, device, stream);
-        else
-            error = launch_patch<T, Small>(call, small.tile, device, stream);
+        struct Plan {
+            bool is_small;
+            PatchTile tile;
+        };
+        const Plan& plan = remembered<Plan>(call, call.element, device, [&] {
+            const auto large = best_patch_tile<Large>(call, device);
+            const auto small = best_patch_tile<Small>(call, device);
+            return large.cost <= small.cost ? Plan{false, large.tile} : Plan{true, small.tile};
+        });
+        error = plan.is_small ? launch_patch<T, Small>(call, plan.tile, device, stream)
+                              : launch_patch<T, Large>(call, plan.tile, device, stream);
     });
     return error;
 }

@@ -1,8 +1,7 @@
 // By which plan the tile kernel runs a block: plans are compared by the instructions that they
 // issue, counted from the kernel's loops.
 #pragma once
-#include <array>
-#include <map>
+#include <algorithm>
 
 #include "plan.h"
 
@@ -155,32 +154,6 @@ inline TilePlan plan_tile(const BlockSizes& sizes, Element element, const Device
                 choice.consider(64, cluster);
     }
     return choice.best;
-}
-
-// The same, remembered: the search takes longer than a launch.
-inline const TilePlan& known_plan(const BlockSizes& sizes, Element element, const Device& device) {
-    using Key = std::array<int64_t, 16>;
-    thread_local std::map<Key, TilePlan> plans;
-    const Key key{sizes.N,
-                  sizes.H,
-                  sizes.W,
-                  sizes.H_out,
-                  sizes.W_out,
-                  sizes.in_channels,
-                  sizes.hidden_channels,
-                  sizes.out_channels,
-                  sizes.kernel_size,
-                  sizes.stride,
-                  sizes.dilation,
-                  sizes.expansion * 2 + half_sums(sizes, element),
-                  device.multiprocessors,
-                  device.shared_bytes,
-                  device.capability,
-                  device.cluster};
-    const auto found = plans.find(key);
-    if (found != plans.end()) return found->second;
-    if (plans.size() == 1024) plans.clear();
-    return plans[key] = plan_tile(sizes, element, device);
 }
 
 }  // namespace mnv2::cuda::tile

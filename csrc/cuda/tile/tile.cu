@@ -9,6 +9,7 @@
 #include "../kernels.h"
 #include "../launch.h"
 #include "../pairs.h"
+#include "../remember.h"
 #include "choice.h"
 #include "cluster.cuh"
 
@@ -70,7 +71,8 @@ PairClip pair_clip(const Clip& clip) {
 
 template <class T, int KernelSize, bool HalfSums>
 cudaError_t launch_tile(const Call& call, const Device& device, cudaStream_t stream) {
-    const TileCall arguments{call, known_plan(call, call.element, device),
+    const auto make = [&] { return plan_tile(call, call.element, device); };
+    const TileCall arguments{call, remembered<TilePlan>(call, call.element, device, make),
                              pair_clip<T>(call.clip_expand), pair_clip<T>(call.clip_dw),
                              call.clip_expand.lower == 0 && call.clip_dw.lower == 0};
     const TilePlan& plan = arguments.plan;
