@@ -30,6 +30,13 @@ RELU: Clip = (0.0, inf)
 RELU6: Clip = (0.0, 6.0)
 
 
+def curve_and_clip(activation: Activation) -> tuple[int, Clip]:
+    """The number of a curve in the ops, 0 for a clip; and the clip, which no curve has."""
+    if isinstance(activation, str):
+        return 1 + CURVES.index(activation), NO_CLIP
+    return 0, activation
+
+
 def is_classic(
     clips: tuple[Activation, ...], gated: bool, dense: bool, kernel_size: int, dilation: int
 ) -> bool:

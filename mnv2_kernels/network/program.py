@@ -10,7 +10,15 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from ..block.config import CURVES, NO_CLIP, SCALES, Activation, BlockConfig, Padding, output_size
+from ..block.config import (
+    NO_CLIP,
+    SCALES,
+    Activation,
+    BlockConfig,
+    Padding,
+    curve_and_clip,
+    output_size,
+)
 from ..block.fold import FoldedWeights
 
 Shape = tuple[int, ...]
@@ -165,9 +173,9 @@ def encode(steps: Sequence[Step], shape: Shape, arena: int) -> Program:
 
     def follow(*activations: Activation) -> None:
         for activation in activations:
-            is_curve = isinstance(activation, str)
-            integers.append(1 + CURVES.index(activation) if is_curve else 0)
-            bounds.extend(NO_CLIP if is_curve else activation)
+            curve, clip = curve_and_clip(activation)
+            integers.append(curve)
+            bounds.extend(clip)
 
     for step, result in zip(steps, results, strict=True):
         layer = step.layer

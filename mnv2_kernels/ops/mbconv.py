@@ -7,12 +7,13 @@ a kernel (csrc/torch, where the extension is built); everywhere else the op is t
 Triton's kernels, for most of these blocks, have a twin of the op, `mbconv_triton`.
 """
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..block.config import CURVES, NO_CLIP, SCALES, Activation, Padding, Scale
+from ..block.config import NO_CLIP, SCALES, Activation, Padding, Scale, curve_and_clip
 from ..block.fold import FoldedWeights
 from . import gradients, reference, triton
 from .contract import check_mbconv
@@ -80,9 +81,8 @@ def numbered(
 ) -> tuple[tuple[int, ...], tuple[float, ...], int]:
     """What follows the layers, as the op's curves, bounds and scale."""
     after = (*clips, squeeze)
-    curves = tuple(1 + CURVES.index(a) if isinstance(a, str) else 0 for a in after)
-    bounds = tuple(bound for a in after for bound in (NO_CLIP if isinstance(a, str) else a))
-    return curves, bounds, SCALES.index(scale)
+    curves, bounds = zip(*map(curve_and_clip, after), strict=True)
+    return curves, tuple(chain(*bounds)), SCALES.index(scale)
 
 
 def _kernel(*arguments) -> Tensor:

@@ -169,6 +169,17 @@ def test_clusters_are_as_large_as_the_gpu_can_place():
     assert blocks[8] != blocks[1], "a cluster is the best plan where it can be placed"
 
 
+def test_tiles_are_as_small_as_they_must_be():
+    """So many channels have room for few pixels; whatever the kernel takes has some plan."""
+    library = emulated_cuda.library("tile")
+    case = Case(BlockConfig(496, 480, 424, dilation=2, padding=(2,) * 4), 5, 25)
+    x, weights = make_inputs(case, torch.float16)
+    smallest = replace(A100, shared_bytes=99 << 10)
+    assert (
+        why_wrong(run(library, x, weights, case, device=smallest), expect(case, x, weights)) is None
+    )
+
+
 @each_kernel
 def test_an_image_has_the_same_bits_in_every_batch(library, dtype):
     for case, x, weights in of_two_kinds(library, dtype):

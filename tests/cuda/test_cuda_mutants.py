@@ -135,7 +135,7 @@ MUTANTS = {
             "image < at.images && row < call",
             "image <= at.images && row < call",
         ),
-        "a column of y too many": ("col < call.W_out;", "col <= call.W_out;"),
+        "a column of y too many": ("at.col + col < call.W_out;", "at.col + col <= call.W_out;"),
         "rows that w_project does not have": ("row < channels ?", "row <= channels ?"),
         "columns that w_project does not have": ("octet < valid ? 16 : 0", "16"),
         "no lower clip": (

@@ -71,24 +71,21 @@ def pooled_in_double(x, weight, bias, activation):
     return activate(F.conv2d(x.double(), weight, bias.double()), activation).mean((2, 3))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", STEMS)
-def test_stems(name, dtype):
-    inputs = stem_inputs(name, dtype)
-    for activation in ACTIVATIONS:
-        y = triton.stem(*inputs, activation)
-        assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == dtype
-        assert is_close(y, stem_in_double(*inputs, activation)), activation
+# What runs, what it should give, what both are given.
+ENDS = {f"stem: {name}": (triton.stem, stem_in_double, stem_inputs, name) for name in STEMS} | {
+    f"pooled: {name}": (triton.pooled, pooled_in_double, pooled_inputs, name) for name in POOLED
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", POOLED)
-def test_pooled(name, dtype):
-    inputs = pooled_inputs(name, dtype)
+@pytest.mark.parametrize("end", ENDS)
+def test_values(end, dtype):
+    run, reference, inputs, name = ENDS[end]
+    given = inputs(name, dtype)
     for activation in ACTIVATIONS:
-        y = triton.pooled(*inputs, activation)
-        assert y.dtype == dtype
-        assert is_close(y, pooled_in_double(*inputs, activation)), activation
+        y, expected = run(*given, activation), reference(*given, activation)
+        assert y.dtype == dtype and is_close(y, expected), activation
+        assert y.dim() == 2 or y.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_layouts_and_batches():
@@ -168,20 +165,13 @@ MUTANTS = {
 
 
 @pytest.mark.skipif(HAS_GPU, reason="the interpreter runs where there is no GPU")
-@pytest.mark.parametrize("name", MUTANTS)
-def test_every_mutant_is_found(name, monkeypatch, tmp_path):
-    interpret(monkeypatch, tmp_path, mutate(*MUTANTS[name], ("ends",)))
-    close = [
-        is_close(triton.stem(*stem_inputs(case), RELU6), stem_in_double(*stem_inputs(case), RELU6))
-        for case in STEMS
-    ]
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_every_mutant_is_found(mutant, monkeypatch, tmp_path):
+    interpret(monkeypatch, tmp_path, mutate(*MUTANTS[mutant], ("ends",)))
     clip = (0.5, 6.0)
-    close += [
-        is_close(
-            triton.pooled(*pooled_inputs(case), clip),
-            pooled_in_double(*pooled_inputs(case), clip),
-        )
-        for case in POOLED
+    close = [
+        is_close(run(*inputs(name), clip), reference(*inputs(name), clip))
+        for run, reference, inputs, name in ENDS.values()
     ]
     assert not all(close)
 

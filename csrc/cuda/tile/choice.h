@@ -93,45 +93,54 @@ struct Choice {
     TilePlan best{};
     double least = 0;
 
-    void offer(const TilePlan& plan) {
+    // False where there is no room for it.
+    bool offer(const TilePlan& plan) {
         const int resident = resident_blocks(sizes, element, plan, device);
-        if (resident == 0) return;
+        if (resident == 0) return false;
         const double cycles = plan.cluster > 1
                                   ? cluster_cost(sizes, element, plan, device.multiprocessors)
                                   : cost(sizes, element, plan, resident, device.multiprocessors);
         if (best.end == 0 || cycles < least) best = plan, least = cycles;
+        return true;
     }
 
     // Tiles of about equal size, as large as the warps can have, in one image or several.
     void consider_tiles(int chunk, int parts, int warps_m, int cluster) {
         const int height = static_cast<int>(sizes.H_out), width = static_cast<int>(sizes.W_out);
         const int most = warps_m * kTileRowsOfMatrices * 16;
-        for (int row_parts = 1, rows = 0; rows != 1; row_parts++) {
-            rows = ceil_div(height, row_parts);
-            if (rows > most) continue;
-            const int least_parts = ceil_div(width, most / rows);
-            for (int col_parts = least_parts; col_parts <= 2 * least_parts; col_parts++) {
-                const int cols = ceil_div(width, col_parts);
+        for (int rows = even(height, most); rows > 0; rows = even(height, rows - 1)) {
+            const int widest = std::min(width, most / rows);
+            bool fits = false;
+            // Much narrower ones only where these have no room.
+            for (int cols = even(width, widest); cols > 0 && (!fits || 2 * cols >= widest);
+                 cols = even(width, cols - 1)) {
                 const bool whole = rows == height && cols == width && cluster == 1;
                 const int64_t fit = whole ? std::min<int64_t>(sizes.N, most / (rows * cols)) : 1;
                 for (int64_t images = fit; images > 0; images /= 2)
-                    offer(lay_out_tile(sizes, rows, cols, static_cast<int>(images), chunk, parts,
-                                       warps_m, cluster));
+                    fits |= offer(lay_out_tile(sizes, rows, cols, static_cast<int>(images), chunk,
+                                               parts, warps_m, cluster));
             }
         }
     }
 
-    // All ways to share the work among four or eight warps.
-    void consider(int chunk, int cluster) {
+    // The length of equal pieces of a whole: of as few as are no longer than `most`.
+    static int even(int whole, int most) {
+        return most == 0 ? 0 : static_cast<int>(ceil_div(whole, ceil_div(whole, most)));
+    }
+
+    // All ways to share the work among four or eight warps. Every group of output channels takes an
+    // expansion of its own: `few_groups` leaves out what has more of them than it takes.
+    void consider(int chunk, int cluster, bool few_groups) {
         const int slices = chunk / kTileSlice;
         for (int warps = std::max(4, slices); warps <= kTileMostWarps; warps *= 2) {
+            const auto groups = [&](int columns) {
+                return ceil_div(sizes.out_channels, columns * kTileMostColumns);
+            };
             for (int warps_m = 1; warps_m <= warps; warps_m *= 2) {
-                // A cluster has all output channels at once. Without one, every group of them takes
-                // an expansion of its own.
                 const int columns = warps / warps_m;
+                // A cluster has all output channels at once.
                 if (cluster > 1 ? cluster * columns * 16 < sizes.out_channels
-                                : ceil_div(sizes.out_channels, columns * kTileMostColumns) >
-                                      ceil_div(sizes.out_channels, warps * kTileMostColumns))
+                                : few_groups && groups(columns) > groups(warps))
                     continue;
                 consider_tiles(chunk, warps / slices, warps_m, cluster);
             }
@@ -146,12 +155,13 @@ inline TilePlan plan_tile(const BlockSizes& sizes, Element element, const Device
     for (int chunk = kTileMostWarps * kTileSlice; chunk >= kTileSlice; chunk /= 2)
         // Smaller ones are for blocks of few hidden channels, or of many others.
         if (chunk == kTileSlice || sizes.hidden_channels > chunk / 2)
-            if (chunk >= 64 || choice.best.end == 0) choice.consider(chunk, 1);
+            if (chunk >= 64 || choice.best.end == 0) choice.consider(chunk, 1, true);
+    if (choice.best.end == 0) choice.consider(kTileSlice, 1, false);
     if (device.capability >= 90) {
         const int chunks = ceil_div(sizes.hidden_channels, 64);
         for (int cluster = 2; cluster <= std::min(device.cluster, chunks); cluster++)
             if (ceil_div(chunks, cluster) < ceil_div(chunks, cluster - 1))
-                choice.consider(64, cluster);
+                choice.consider(64, cluster, true);
     }
     return choice.best;
 }

@@ -171,8 +171,9 @@ struct Projection {
                            SharedAddress outputs) const {
         const int lane = thread_index() % 32, out = static_cast<int>(call.out_channels);
         const Clip clip = call.clip_project;
-        const int64_t image = block_index() / (plan.groups * plan.tile_rows * plan.tile_cols);
-        const int64_t start = image * plan.images * call.H_out * call.W_out * out + channel;
+        const Position at = locate(call, plan);
+        const int64_t first = (at.first_image * call.H_out + at.row) * call.W_out + at.col;
+        const int64_t start = first * out + channel;
         const auto* x = static_cast<const uint16_t*>(call.x) + start;
         auto* y = static_cast<uint16_t*>(call.y) + start;
 #pragma unroll

@@ -94,7 +94,8 @@ MNV2_DEVICE void write_places(const Call& call, const TilePlan& plan, const Posi
     for_in_pixels(call, plan, at, 1, [&](int pixel, int place, int64_t) {
         store_shared(to + kTilePlacesHead + pixel * 2, static_cast<uint16_t>(place / 16));
     });
-    // Of its own for each of the lanes that have different pixels.
+    // Pixels that fill up the last unit: lanes that expand different ones write to different
+    // places.
     const int pixel = pixels + thread_index();
     if (pixel < (pixels + kTileUnitPixels - 1) / kTileUnitPixels * kTileUnitPixels)
         store_shared(to + kTilePlacesHead + pixel * 2,
@@ -118,14 +119,15 @@ MNV2_DEVICE void write_jobs(const Call& call, const TilePlan& plan, SharedAddres
     }
 }
 
-// Which pixel of y is which of the tile, counted from the first image's first; -1: none.
+// Where in y the pixels of the tile are, counted in pixels from the first one; -1: nowhere.
 MNV2_DEVICE void write_outputs(const Call& call, const TilePlan& plan, const Position& at,
                                SharedAddress to) {
 #pragma unroll 1
     for (int pixel = thread_index(); pixel < plan.pixels; pixel += block_threads()) {
-        const int line = pixel / plan.cols, image = line / plan.rows;
-        const int64_t row = at.row + line % plan.rows, col = at.col + pixel % plan.cols;
-        const bool there = image < at.images && row < call.H_out && col < call.W_out;
+        const int line = pixel / plan.cols, col = pixel % plan.cols;
+        const int image = line / plan.rows, row = line % plan.rows;
+        const bool there =
+            image < at.images && at.row + row < call.H_out && at.col + col < call.W_out;
         const int64_t of_y = (image * call.H_out + row) * call.W_out + col;
         store_shared(to + pixel * 4, there ? static_cast<uint32_t>(of_y) : ~0u);
     }

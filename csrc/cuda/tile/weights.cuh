@@ -10,8 +10,8 @@ namespace mnv2::cuda::tile {
 // Lanes that copy one row of weights or one pixel of x: 128 bytes at a time.
 constexpr int kCopyLanes = 8;
 
-// What a warp works on: part `part` of a slice's pixels, and matrices of the projection in row m
-// and column n of warps. Of the output channels the block computes those from first_out on.
+// What a warp works on: which slice, and which part of its pixels; the row m and the column n of
+// warps that it stands in when they project. The block computes output channels from first_out on.
 struct Share {
     int slice, part, m, n, first_out;
 };
@@ -83,7 +83,7 @@ MNV2_DEVICE int place_of_channel(const Call& call, int channel) {
 }
 
 // Where a thread's first piece of a matrix is, 16 bytes of one row: in the weights, counted in
-// elements, and in shared memory. Others are every `step` rows.
+// elements, and in shared memory. From one of the thread's pieces to the next it is `step` rows.
 struct Piece {
     int row, step, octet, from;
     SharedAddress to;

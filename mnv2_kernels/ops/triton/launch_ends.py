@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...block.config import CURVES, NO_CLIP, Activation, Padding, output_size
+from ...block.config import Activation, Padding, curve_and_clip, output_size
 from . import precision
 from .kernels.ends import pooled as pooled_kernel
 from .kernels.ends import stem as stem_kernel
@@ -31,18 +31,19 @@ def plan_stem(
     width_out = output_size(width, 3, 2, left, right)
     pixels = batch * height_out * width_out
     out_tile = _out_tile(out_channels)
+    curve, clip = curve_and_clip(activation)
     # From the first element of an image to the last one, with what lies in the padding.
     extent = sum((n + 4) * stride for n, stride in zip(sizes[1:], strides[1:], strict=True))
     return Launch(
         programs=-(-pixels // _STEM_PIXELS) * -(-out_channels // out_tile),
         sizes=(pixels, height, width, height_out, width_out, *strides),
-        bounds=_bounds(activation),
+        bounds=clip,
         constants={
             "C_IN": channels,
             "C_OUT": out_channels,
             "PAD_TOP": top,
             "PAD_LEFT": left,
-            "CURVE": _curve(activation),
+            "CURVE": curve,
             "WIDE": max(extent, pixels + _STEM_PIXELS) >= 2**31,
             "PRECISION": precision(dtype),
             "PIXELS": _STEM_PIXELS,
@@ -61,14 +62,15 @@ def plan_pooled(
     """The launch for x of `sizes` (N, C, H, W): arithmetic alone, on any machine."""
     batch, channels, height, width = sizes
     out_tile = _out_tile(out_channels)
+    curve, clip = curve_and_clip(activation)
     return Launch(
         programs=batch * -(-out_channels // out_tile),
         sizes=(height * width,),
-        bounds=_bounds(activation),
+        bounds=clip,
         constants={
             "C_IN": channels,
             "C_OUT": out_channels,
-            "CURVE": _curve(activation),
+            "CURVE": curve,
             "PRECISION": precision(dtype),
             "PIXELS": max(16, min(64, triton.next_power_of_2(height * width))),
             "CHUNK": max(16, min(128 // dtype.itemsize, triton.next_power_of_2(channels))),
@@ -109,11 +111,3 @@ def pooled(x: Tensor, weight: Tensor, bias: Tensor, activation: Activation) -> T
 
 def _out_tile(out_channels: int) -> int:
     return max(16, min(64, triton.next_power_of_2(out_channels)))
-
-
-def _curve(activation: Activation) -> int:
-    return 1 + CURVES.index(activation) if isinstance(activation, str) else 0
-
-
-def _bounds(activation: Activation) -> tuple[float, float]:
-    return NO_CLIP if isinstance(activation, str) else activation
