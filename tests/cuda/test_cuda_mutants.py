@@ -132,8 +132,8 @@ MUTANTS = {
             "if (false) write_zero_weights(call, plan, chunk_weights",
         ),
         "an image too many": (
-            "image < at.images && row < call",
-            "image <= at.images && row < call",
+            "image < at.images && at.row",
+            "image <= at.images && at.row",
         ),
         "a column of y too many": ("at.col + col < call.W_out;", "at.col + col <= call.W_out;"),
         "rows that w_project does not have": ("row < channels ?", "row <= channels ?"),
